@@ -1,0 +1,131 @@
+"""Argument checks: one `ValueError` form, "name: expected ..., got ...".
+
+Values that are traced cannot be looked at and pass; shapes and dtypes are always checked.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eomdl import _tree
+from eomdl._types import Args, Loss, Observable, Params
+
+
+def _wrong(name: str, expected: str, got: Any) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def positive_scalar(name: str, value: Any) -> jax.Array:
+    """A finite scalar > 0 as a floating-point array."""
+    return _scalar(name, value, "a finite number > 0", lambda x: x > 0)
+
+
+def nonnegative_scalar(name: str, value: Any) -> jax.Array:
+    """A finite scalar >= 0 as a floating-point array."""
+    return _scalar(name, value, "a finite number >= 0", lambda x: x >= 0)
+
+
+def _scalar(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> jax.Array:
+    try:
+        array = jnp.asarray(value)
+    except TypeError:
+        raise _wrong(name, expected, repr(value)) from None
+    if array.shape != () or jnp.iscomplexobj(array) or array.dtype == bool:
+        raise _wrong(name, expected, f"{value!r} (shape {array.shape}, dtype {array.dtype})")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(jnp.result_type(float))
+    if not _tree.is_traced(array) and not (np.isfinite(array) and holds(float(array))):
+        raise _wrong(name, expected, repr(value))
+    return array
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """A Python integer >= `minimum`."""
+    expected = f"an integer >= {minimum}"
+    if isinstance(value, bool | np.bool_):
+        raise _wrong(name, expected, repr(value))
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise _wrong(name, expected, repr(value)) from None
+    if number < minimum:
+        raise _wrong(name, expected, number)
+    return number
+
+
+def params(name: str, value: Params) -> Params:
+    """A pytree of real floating-point arrays; Python floats become arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    expected = "a pytree of real floating-point arrays"
+    if not leaves:
+        raise _wrong(name, expected, f"no leaves in {value!r}")
+    for path, leaf in leaves:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if isinstance(leaf, float):
+            continue
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            hint = "; keep the rest out with equinox.partition(model, equinox.is_inexact_array)"
+            raise _wrong(where, expected, f"{type(leaf).__name__}{hint}")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise _wrong(where, expected, f"dtype {leaf.dtype}")
+    return jax.tree.map(jnp.asarray, value)
+
+
+def loss_is_scalar(loss: Loss, params: Params, args: Args) -> None:
+    """The loss is one real number and, where it can be evaluated, finite at the start."""
+    expected = "a function (params, args) -> real scalar"
+    if not callable(loss):
+        raise _wrong("loss", expected, repr(loss))
+    out = jax.eval_shape(loss, params, args)
+    if not hasattr(out, "shape") or out.shape != ():
+        raise _wrong("loss", expected, f"output {out}")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise _wrong("loss", expected, f"output of dtype {out.dtype}")
+    if not _tree.is_traced(params, args):
+        value = loss(params, args)
+        if not _tree.is_traced(value) and not np.isfinite(value):
+            raise _wrong("loss", "a finite value at the initial params", float(value))
+
+
+def observables(
+    observe: Mapping[str, Observable] | None, params: Params, args: Args
+) -> dict[str, Observable]:
+    """Named functions `(params, args) -> array`, tried once on shapes alone."""
+    if observe is None:
+        return {}
+    if not isinstance(observe, Mapping):
+        raise _wrong("observe", "a dict {name: function (params, args) -> array}", repr(observe))
+    for name, function in observe.items():
+        if not callable(function):
+            raise _wrong(f"observe[{name!r}]", "a function (params, args) -> array", repr(function))
+        try:
+            out = jax.eval_shape(function, params, args)
+        except Exception as error:
+            raise ValueError(
+                f"observe[{name!r}]: expected a function (params, args) -> array; "
+                f"it raised {type(error).__name__}: {error}"
+            ) from error
+        if not hasattr(out, "shape"):
+            raise _wrong(f"observe[{name!r}]", "one array", f"{out}")
+    return dict(observe)
+
+
+def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
+    """Same pytree structure and leaf shapes."""
+    if jax.tree.structure(value) != jax.tree.structure(like):
+        raise _wrong(
+            name,
+            f"the structure of {like_name}, {jax.tree.structure(like)}",
+            jax.tree.structure(value),
+        )
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(value), jax.tree.leaves(like), strict=True):
+        if jnp.shape(a) != jnp.shape(b):
+            raise _wrong(
+                f"{name}{jax.tree_util.keystr(path)}",
+                f"the shape in {like_name}, {jnp.shape(b)}",
+                jnp.shape(a),
+            )

@@ -1,0 +1,336 @@
+"""The loop that `descend` and `solve` share.
+
+A run is cut into chunks of saved steps. One compiled program advances a chunk; between
+chunks the host moves the rows out of device memory (which stays flat in the number of
+steps), shows progress, and can stop: at a non-finite state, at the end of the batches, or
+at Ctrl-C. Inside `jit`, `vmap` or `grad` the whole run is one chunk.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence, Sized
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eomdl import _check, _tree
+from eomdl._types import Args, Observable, Params, State
+from eomdl.trajectory import RESULTS, Trajectory, result_where
+
+
+_MAX_ROWS = 256  # saved steps a chunk ...
+_MAX_STEPS = 1024  # ... steps a chunk ...
+_MAX_SCALARS = 2**24  # ... and parameters a chunk, so that its rows fit in memory
+
+
+class Chunk(NamedTuple):
+    """What advancing over one chunk gives: R rows recorded *before* each of R gaps."""
+
+    state: State
+    params: Params  # leaves with leading axis R
+    ode_error: jax.Array | None  # (R,)
+    result: Any  # an item of RESULTS
+    counts: dict[str, jax.Array]  # summed over chunks
+    diagnostics: dict[str, jax.Array]  # one value a chunk
+
+
+Advance = Callable[[State, int, jax.Array, Any, int, bool], Chunk]
+
+
+def saved_steps(num_steps: int, save_steps: int | Sequence[int]) -> np.ndarray:
+    """The step numbers to save; see `descend`."""
+    if np.ndim(save_steps) == 0:
+        every = _check.integer("save_steps", save_steps, 1)
+        return np.unique(np.append(np.arange(0, num_steps + 1, every), num_steps))
+    steps = np.asarray(save_steps)
+    if (
+        steps.ndim != 1
+        or steps.size == 0
+        or not np.issubdtype(steps.dtype, np.integer)
+        or steps.min() < 0
+        or steps.max() > num_steps
+    ):
+        raise ValueError(
+            "save_steps: expected a positive integer n (every n-th step) or step numbers from 0 to "
+            f"num_steps = {num_steps}, got {save_steps!r}"
+        )
+    return np.unique(steps)
+
+
+class Batches:
+    """One interface to no batches, batches stacked in arrays, and batches one by one."""
+
+    def __init__(self, batches: Any, num_steps: int, args: Args, resume: Trajectory | None):
+        self._stacked = self._iterator = None
+        self.example = args  # what the loss sees first
+        self.given = batches is not None
+        if not self.given:
+            return
+        start = 0 if resume is None else int(resume.final_step)
+        if isinstance(batches, list) or (isinstance(batches, Iterable) and not _is_stacked(batches)):
+            if isinstance(batches, Sized):
+                if len(batches) != num_steps:
+                    raise ValueError(
+                        f"batches: expected one batch for each of num_steps = {num_steps} steps, "
+                        f"got {len(batches)}"
+                    )
+                batches = itertools.islice(batches, start, None)
+            self._iterator = iter(batches)
+            head = list(itertools.islice(self._iterator, 1))
+            if not head:
+                raise ValueError("batches: expected at least one batch, got an empty iterable")
+            self.example = head[0]
+            self._iterator = itertools.chain(head, self._iterator)
+            return
+        lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+        if lengths != {(num_steps,)}:
+            raise ValueError(
+                f"batches: expected arrays with leading axis num_steps = {num_steps}, got leading axes "
+                f"{sorted(lengths)}; a list or an iterator is taken as one batch a step"
+            )
+        self._stacked = jax.tree.map(jnp.asarray, batches)
+        self.example = jax.tree.map(lambda leaf: leaf[0], self._stacked)
+
+    def take(self, start: int, count: int, length: int) -> tuple[Any, int, int]:
+        """Batches for steps `start .. start + count`, padded to `length`; the number of the
+        first one; and how many there were."""
+        if self._iterator is None:
+            return self._stacked, 0, count
+        taken = list(itertools.islice(self._iterator, count))
+        if not taken:
+            return None, start, 0
+        padded = taken + [taken[-1]] * (length - len(taken))
+        try:
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded), start, len(taken)
+        except ValueError as error:
+            raise ValueError(
+                f"batches: expected batches of one structure and shape, got steps {start} to "
+                f"{start + len(taken) - 1} that differ ({error})"
+            ) from error
+
+
+def _is_stacked(batches: Any) -> bool:
+    return all(eqx.is_array(leaf) for leaf in jax.tree.leaves(batches))
+
+
+def batch_at(batches: Any, index: Any, args: Args) -> Args:
+    """The batch of a step, or `args` where there are no batches."""
+    if batches is None:
+        return args
+    return jax.tree.map(lambda leaf: leaf[index], batches)
+
+
+def scan_rows(
+    step: Callable[[jax.Array, Any], Any],
+    state: Any,
+    read: Callable[[Any], Any],
+    start: Any,
+    gaps: jax.Array,
+    every: bool,
+) -> tuple[Any, Any]:
+    """For every gap: record `read(state)`, then apply `step(k, state)` gap times.
+
+    With `every` the gaps are 0 or 1, and the loop is one that `jax.grad` can reverse.
+    """
+
+    def row(carry: tuple, gap: jax.Array) -> tuple:
+        k, state = carry
+        if every:
+            new = jax.lax.cond(gap > 0, step, lambda k, state: state, k, state)
+        else:
+            new = jax.lax.fori_loop(k, k + gap, step, state)
+        return (k + gap, new), read(state)
+
+    first = (jnp.asarray(start, gaps.dtype), state)
+    (_, state), records = jax.lax.scan(row, first, gaps)
+    return state, records
+
+
+@eqx.filter_jit
+def _record(observe: dict[str, Observable], params: Params, args: Args) -> tuple[dict, jax.Array]:
+    """Observables of every row, and whether its parameters are finite."""
+
+    def row(params: Params) -> tuple[dict, jax.Array]:
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
+        return {name: f(params, args) for name, f in observe.items()}, jnp.all(jnp.stack(finite))
+
+    return jax.lax.map(row, params)
+
+
+def march(
+    advance: Advance,
+    state: State,
+    num_steps: int,
+    *,
+    params: Params,
+    step_size: Any,
+    save_steps: int | Sequence[int],
+    observe: dict[str, Observable],
+    args: Args,
+    source: Batches,
+    save_params: bool,
+    progress: bool | diffrax.AbstractProgressMeter,
+    resume: Trajectory | None,
+    throw: bool,
+) -> Trajectory:
+    """Run `advance` from `state` to `num_steps` and collect the saved steps."""
+    saved = saved_steps(num_steps, save_steps)
+    start = 0
+    if resume is not None:
+        start, state = _resumed(resume, state, num_steps)
+        saved = saved[saved > resume.steps[-1]]
+    traced = _tree.is_traced(state, step_size, args, source.example)
+    # Rows between saved ones bound the work between two looks at the clock; they are dropped.
+    rows = saved if traced else np.union1d(saved, np.arange(start, num_steps, _MAX_STEPS))
+    rows = np.union1d(rows, [start, num_steps])
+    per_chunk = len(rows) if traced else _rows_a_chunk(rows, _tree.size(params))
+    chunks = [rows[i : i + per_chunk] for i in range(0, len(rows), per_chunk)]
+    gaps = [np.diff(np.append(c, n[0] if n is not None else c[-1])) for c, n in _with_next(chunks)]
+    longest = max(int(gap.sum()) for gap in gaps)
+    every = bool(np.all(np.concatenate(gaps) <= 1))
+
+    meter = _meter(progress and not traced)
+    bar = meter.init()
+    records: list[dict[str, Any]] = []
+    counts: dict[str, Any] = {}
+    diagnostics: list[dict[str, Any]] = []
+    result: Any = RESULTS.successful
+    step = start
+    try:
+        for chunk, gap in zip(chunks, gaps, strict=True):
+            stack, offset, available = source.take(step, int(gap.sum()), longest)
+            if available < gap.sum():
+                gap = np.minimum(gap, np.maximum(available - np.cumsum(gap) + gap, 0))
+                result = RESULTS.batches_exhausted
+            padded = np.pad(gap, (0, per_chunk - len(gap)))
+            out = advance(state, step, jnp.asarray(padded), stack, offset, every)
+            observed, finite = _record(observe, out.params, args)
+            record = {"step": chunk, "observables": observed, "ode_error": out.ode_error}
+            if save_params:
+                record["params"] = out.params
+            if _tree.is_traced(out.params, finite, observed):
+                keep = np.isin(chunk, saved)
+                records.append(_rows(record, np.arange(per_chunk)[: len(chunk)][keep]))
+                failed = result_where(jnp.all(finite), RESULTS.successful, RESULTS.nonfinite)
+                result = result_where(out.result == RESULTS.successful, failed, out.result)
+                counts = {k: counts.get(k, 0) + v for k, v in out.counts.items()}
+                state, step = out.state, step + int(gap.sum())
+                continue
+            reached = chunk <= step + gap.sum()
+            good = np.cumprod(np.asarray(finite)[: len(chunk)] & reached).astype(bool)
+            records.append(_rows(jax.device_get(record), np.flatnonzero(good & np.isin(chunk, saved))))
+            counts = {k: counts.get(k, 0) + np.asarray(v) for k, v in out.counts.items()}
+            ended = bool(out.result != RESULTS.successful)
+            if ended or not np.all(good | ~reached) or not _finite(out.state):
+                result = out.result if ended else RESULTS.nonfinite
+                break
+            diagnostics.append(jax.device_get(out.diagnostics))
+            state, step = out.state, step + int(gap.sum())
+            bar = meter.step(bar, jnp.asarray((step - start) / max(num_steps - start, 1)))
+            if bool(result != RESULTS.successful):
+                break
+    except KeyboardInterrupt:
+        if not records:
+            raise
+        result = RESULTS.interrupted
+    meter.close(bar)
+
+    table = _concatenate(records)
+    stats = counts | _concatenate([jax.tree.map(np.atleast_1d, d) for d in diagnostics])
+    trajectory = Trajectory(
+        steps=table["step"],
+        times=table["step"] * step_size,
+        params=table.get("params"),
+        observables=table["observables"],
+        ode_error=table["ode_error"],
+        result=result,
+        stats=stats,
+        final=state,
+        final_step=step,
+    )
+    if resume is not None:
+        trajectory = _joined(resume, trajectory)
+    if throw and not _tree.is_traced(result._value) and trajectory.message:
+        raise RuntimeError(trajectory.message)
+    return trajectory
+
+
+def _rows_a_chunk(rows: np.ndarray, num_scalars: int) -> int:
+    most = min(_MAX_ROWS, max(_MAX_SCALARS // num_scalars, 1))
+    most = min(most, max(int(_MAX_STEPS // max(np.diff(rows).max(initial=1), 1)), 1))
+    return -(-len(rows) // -(-len(rows) // most))  # even chunks: the last one needs little padding
+
+
+def _with_next(items: list) -> Iterable[tuple[Any, Any]]:
+    return zip(items, [*items[1:], None], strict=True)
+
+
+def _meter(progress: bool | diffrax.AbstractProgressMeter) -> diffrax.AbstractProgressMeter:
+    if isinstance(progress, diffrax.AbstractProgressMeter):
+        return progress
+    return diffrax.TqdmProgressMeter(refresh_steps=1) if progress else diffrax.NoProgressMeter()
+
+
+def _finite(tree: Any) -> bool:
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact)]
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves)
+
+
+def _rows(record: dict[str, Any], index: np.ndarray) -> dict[str, Any]:
+    step = record.pop("step")
+    return jax.tree.map(lambda leaf: leaf[index], record) | {"step": step[index]}
+
+
+def _concatenate(records: list[dict[str, Any]]) -> Any:
+    if not records:
+        return {}
+    xp = jnp if _tree.is_traced(records) else np
+    return jax.tree.map(lambda *leaves: xp.concatenate(leaves), *records)
+
+
+def _resumed(resume: Trajectory, state: State, num_steps: int) -> tuple[int, State]:
+    """The step and the state to go on from; `state` shows the structure to restore."""
+    start = int(resume.final_step)
+    if start > num_steps:
+        raise ValueError(f"resume: expected a run of at most num_steps = {num_steps} steps, got {start}")
+    leaves, structure = jax.tree.flatten(state)
+    old = jax.tree.leaves(resume.final)
+    if [np.shape(x) for x in old] != [np.shape(x) for x in leaves]:
+        raise ValueError(
+            "resume: expected a run of the same params and optimizer or flow, with a state of shapes "
+            f"{[np.shape(x) for x in leaves]}, got {[np.shape(x) for x in old]}"
+        )
+    old = [jnp.asarray(x, y.dtype) for x, y in zip(old, leaves, strict=True)]
+    return start, jax.tree.unflatten(structure, old)
+
+
+def _joined(first: Trajectory, second: Trajectory) -> Trajectory:
+    """One trajectory from a run and its continuation."""
+
+    def join(a: Any, b: Any) -> Any:
+        return jax.tree.map(lambda x, y: np.concatenate([x, y]), a, b)
+
+    if (first.params is None) != (second.params is None) or set(first.observables) != set(second.observables):
+        raise ValueError(
+            "resume: expected a run with the same save_params and observe, got "
+            f"save_params={first.params is not None}, observe={sorted(first.observables)}"
+        )
+    stats = {
+        k: join(first.stats[k], v) if np.ndim(v) else first.stats[k] + v
+        for k, v in second.stats.items()
+        if k in first.stats
+    }
+    return Trajectory(
+        steps=join(first.steps, second.steps),
+        times=join(first.times, second.times),
+        params=join(first.params, second.params),
+        observables=join(first.observables, second.observables),
+        ode_error=None if second.ode_error is None else join(first.ode_error, second.ode_error),
+        result=second.result,
+        stats=stats,
+        final=second.final,
+        final_step=second.final_step,
+    )

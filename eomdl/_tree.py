@@ -1,0 +1,29 @@
+"""The pytree algebra: `optax.tree`, and the little it does not have."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from optax.tree import add, norm, size, sub, vdot, zeros_like
+
+
+__all__ = ["add", "dtype", "is_traced", "norm", "scale", "size", "sub", "vdot", "zeros_like"]
+
+
+def scale(a: ArrayLike, x: Any) -> Any:
+    """$a x$ in the dtype of each leaf of $x$, whatever the dtype of the scalar."""
+    if isinstance(a, float) and a == 1.0:
+        return x
+    return jax.tree.map(lambda leaf: jnp.asarray(a, leaf.dtype) * leaf, x)
+
+
+def dtype(x: Any) -> jnp.dtype:
+    """The narrowest floating-point dtype among the leaves: what limits the accuracy."""
+    dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(x)}
+    return max(dtypes, key=lambda d: float(jnp.finfo(d).eps))
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether a leaf is a tracer: under `jit`, `vmap` or `grad`, values are not known."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))

@@ -1,0 +1,376 @@
+"""Hold flows against the real run, step by step."""
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+from rich.console import Console
+from rich.table import Table
+
+from eomdl import _check
+from eomdl._types import Args, Loss, Params
+from eomdl.flows.base import AbstractFlow
+from eomdl.integrate import solve
+from eomdl.optimizers import descend
+from eomdl.trajectory import Trajectory, read_npz, write_npz
+
+
+_FORMAT = "eomdl.Comparison 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Errors of models against a reference run at the n steps that all of them saved.
+
+    - `steps`, `times`: shape (n,).
+    - `travelled`: distance of the reference from its start, $|\\theta_k - \\theta_0|$, (n,).
+    - `distance`: `{model: (n,)}`, $|\\theta^{model}_k - \\theta_k|$ over all parameters.
+    - `block_distance`: `{model: {block: (n,)}}`, the same for each top-level block.
+    - `ode_error`: `{model: (n,)}`, estimate of the ODE solver's share of `distance`; the
+        rest is the model's own. Absent for a model without an estimate.
+    - `differences`: `{model: {observable: (n, ...)}}`, model minus reference.
+    - `notes`: what a reader must know: runs that failed, models outside their validity.
+
+    Distances are empty where a run was made with `save_params=False`.
+    """
+
+    steps: np.ndarray
+    times: np.ndarray
+    travelled: np.ndarray
+    distance: dict[str, np.ndarray]
+    block_distance: dict[str, dict[str, np.ndarray]]
+    ode_error: dict[str, np.ndarray]
+    differences: dict[str, dict[str, np.ndarray]]
+    notes: tuple[str, ...]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models, in the order given."""
+        return tuple(self.differences)
+
+    @property
+    def relative_distance(self) -> dict[str, np.ndarray]:
+        """`distance / travelled`: nan where the reference has not moved."""
+        moved = np.where(self.travelled > 0, self.travelled, np.nan)
+        return {model: d / moved for model, d in self.distance.items()}
+
+    def table(self) -> str:
+        """The comparison as text: a row a model, then the notes."""
+        at = np.unique(np.linspace(0, len(self.steps) - 1, 4).round().astype(int))[1:]
+        if len(self.steps) == 1:
+            at = np.array([0])
+        table = Table(title="Distance to the reference run")
+        table.add_column("model")
+        if self.distance:
+            for i in at:
+                table.add_column(f"step {self.steps[i]}", justify="right")
+            table.add_column("largest", justify="right")
+            table.add_column("largest / travelled", justify="right")
+            table.add_column("ODE error <=", justify="right")
+        names = sorted({name for d in self.differences.values() for name in d})
+        for name in names:
+            table.add_column(f"largest |{name} difference|", justify="right")
+        for model in self.models:
+            cells = []
+            if model in self.distance:
+                d = self.distance[model]
+                cells += [f"{d[i]:.2e}" for i in at]
+                cells += [f"{d.max():.2e}", f"{d.max() / max(self.travelled.max(), 1e-300):.1e}"]
+                cells.append(f"{self.ode_error[model].max():.1e}" if model in self.ode_error else "-")
+            elif self.distance:
+                cells += ["-"] * (len(at) + 3)
+            for name in names:
+                difference = self.differences[model].get(name)
+                cells.append("-" if difference is None else f"{np.abs(difference).max():.2e}")
+            table.add_row(model, *cells)
+        console = Console(file=io.StringIO(), width=30 + 22 * len(table.columns), legacy_windows=False)
+        console.print(table)
+        return console.file.getvalue() + "".join(f"! {note}\n" for note in self.notes)  # type: ignore[attr-defined]
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame, a row for each model and step. Needs `pandas`."""
+        import pandas as pd
+
+        frames = []
+        for model in self.models:
+            columns: dict[str, Any] = {"model": model, "step": self.steps, "time": self.times}
+            if model in self.distance:
+                columns |= {
+                    "distance": self.distance[model],
+                    "relative_distance": self.relative_distance[model],
+                }
+                columns |= {f"distance {b}": d for b, d in self.block_distance[model].items()}
+            if model in self.ode_error:
+                columns["ode_error"] = self.ode_error[model]
+            for name, difference in self.differences[model].items():
+                if difference.ndim == 1:
+                    columns[f"difference {name}"] = difference
+                else:
+                    flat = difference.reshape(len(difference), -1)
+                    columns[f"difference {name} (norm)"] = np.linalg.norm(flat, axis=1)
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self) -> Any:
+        """Distance against steps with the ODE error under it; a matplotlib figure."""
+        from eomdl.plotting import plot_comparison
+
+        return plot_comparison(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.npz` file: arrays and JSON, no pickle."""
+        arrays = {"steps": self.steps, "times": self.times, "travelled": self.travelled}
+        index: dict[str, list[tuple[str, str]]] = {}
+        for field, group in _flat_groups(self).items():
+            index[field] = list(group)
+            arrays |= {f"{field}:{i}": value for i, value in enumerate(group.values())}
+        write_npz(
+            path,
+            arrays,
+            {"format": _FORMAT, "models": self.models, "index": index, "notes": self.notes},
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> "Comparison":
+        """Read what `save` wrote; `ValueError` if the file is something else or truncated."""
+        arrays, meta = read_npz(path, _FORMAT)
+        nested: dict[str, dict[str, dict[str, np.ndarray]]] = {
+            field: {model: {} for model in meta["models"]} for field in ("block_distance", "differences")
+        }
+        flat: dict[str, dict[str, np.ndarray]] = {"distance": {}, "ode_error": {}}
+        for field, keys in meta["index"].items():
+            for i, (model, name) in enumerate(keys):
+                value = arrays[f"{field}:{i}"]
+                if field in flat:
+                    flat[field][model] = value
+                else:
+                    nested[field][model][name] = value
+        blocks = {model: b for model, b in nested["block_distance"].items() if model in flat["distance"]}
+        return Comparison(
+            steps=arrays["steps"],
+            times=arrays["times"],
+            travelled=arrays["travelled"],
+            block_distance=blocks,
+            differences=nested["differences"],
+            notes=tuple(meta["notes"]),
+            **flat,
+        )
+
+
+def _flat_groups(c: Comparison) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+    return {
+        "distance": {(m, ""): d for m, d in c.distance.items()},
+        "ode_error": {(m, ""): d for m, d in c.ode_error.items()},
+        "block_distance": {(m, b): d for m, group in c.block_distance.items() for b, d in group.items()},
+        "differences": {(m, n): d for m, group in c.differences.items() for n, d in group.items()},
+    }
+
+
+def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> Comparison:
+    """Errors of `trajectories` (models, usually flows) against the `reference` run.
+
+    Everything is taken at the steps that all runs saved.
+
+    **Returns:** `eomdl.Comparison`: distances over all parameters and per top-level block,
+    relative to the distance travelled; differences of every observable that both have;
+    the ODE solver's own error beside them.
+
+    **Raises:** `ValueError` if the runs have no saved step in common, or parameters that
+    differ in structure or shape. **Warns** where a flow that is a series in the learning
+    rate met $\\eta \\lambda_{max} \\ge 1$ on its path (estimated by `solve` at the end of
+    every stretch): there the series has no limit.
+    """
+    if not isinstance(reference, Trajectory):
+        raise ValueError(f"reference: expected an eomdl.Trajectory, got {type(reference).__name__}")
+    if not isinstance(trajectories, Mapping) or not trajectories:
+        raise ValueError(f"trajectories: expected a dict {{name: eomdl.Trajectory}}, got {trajectories!r}")
+    runs = {"reference": reference, **{f"trajectories[{k!r}]": t for k, t in trajectories.items()}}
+    steps = np.asarray(reference.steps)
+    for name, run in runs.items():
+        if not isinstance(run, Trajectory):
+            raise ValueError(f"{name}: expected an eomdl.Trajectory, got {type(run).__name__}")
+        if reference.params is not None and run.params is not None:
+            _check.same_structure(
+                f"{name}.params", _first(run.params), "reference.params", _first(reference.params)
+            )
+        steps = np.intersect1d(steps, run.steps)
+    if len(steps) == 0:
+        raise ValueError(
+            "trajectories: expected a saved step in common, got "
+            + ", ".join(f"{name}: {np.asarray(run.steps)[[0, -1]]}..." for name, run in runs.items())
+        )
+
+    def rows(run: Trajectory, tree: Any) -> Any:
+        index = np.searchsorted(np.asarray(run.steps), steps)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)
+
+    times = rows(reference, reference.times)
+    distance, block_distance, ode_error, differences = {}, {}, {}, {}
+    notes = [f"reference: {reference.message}"] if reference.message else []
+    travelled = np.zeros(len(steps))
+    if reference.params is not None:
+        path = rows(reference, reference.params)
+        start = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], reference.params)
+        travelled = _norms(jax.tree.map(np.subtract, path, start))
+    for name, run in trajectories.items():
+        if run.params is not None and reference.params is not None:
+            difference = jax.tree.map(np.subtract, rows(run, run.params), path)
+            distance[name] = _norms(difference)
+            block_distance[name] = {b: _norms(d) for b, d in top_level_blocks(difference).items()}
+        if run.ode_error is not None:
+            ode_error[name] = rows(run, run.ode_error)
+        differences[name] = {
+            key: rows(run, value) - rows(reference, reference.observables[key])
+            for key, value in run.observables.items()
+            if key in reference.observables
+        }
+        if np.all(np.isnan(times)):
+            times = rows(run, run.times)
+        if run.message:
+            notes.append(f"{name}: {run.message}")
+        reach = np.max(run.stats.get("eta_lambda_max", 0.0))
+        if reach >= 1:
+            note = (
+                f"{name}: eta*lambda_max reached {reach:.2f} along the path. From 1 on the series in the "
+                "learning rate has no limit, and more counter terms make it worse: lower the learning rate."
+            )
+            notes.append(note)
+            warnings.warn(note, stacklevel=2)
+    return Comparison(
+        steps=steps,
+        times=times,
+        travelled=travelled,
+        distance=distance,
+        block_distance=block_distance,
+        ode_error=ode_error,
+        differences=differences,
+        notes=tuple(notes),
+    )
+
+
+def _first(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf[0], params)
+
+
+def _norms(tree: Any) -> np.ndarray:
+    """Euclidean norm of every row over all leaves."""
+    squares = [np.sum(np.square(x.reshape(len(x), -1)), axis=1) for x in jax.tree.leaves(tree)]
+    return np.sqrt(np.sum(squares, axis=0))
+
+
+def top_level_blocks(params: Params) -> dict[str, Params]:
+    """The children of the pytree's root, by name."""
+    children, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is not params)
+    return {jax.tree_util.keystr(path, simple=True): child for path, child in children}
+
+
+def defect(
+    flow: AbstractFlow,
+    reference: Trajectory,
+    *,
+    args: Args = None,
+    batches: Any = None,
+    steps: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One-step discretization error of a flow at points of the real path.
+
+    $d_k = |\\varphi_h(\\theta_k) - \\theta_{k+1}|$: the flow restarted at the reference's
+    own point, for the time of one step. $O(\\eta^{n+2})$ for the equation of motion with n
+    counter terms.
+
+    **Arguments:** `reference` with saved `params`; `args` and `batches` (stacked) as it was
+    run with; `steps` k to look at, by default up to 16 spread over the path.
+
+    **Returns:** `(steps, defects)`, each of shape (m,).
+
+    **Raises:** `ValueError` if steps k and k + 1 are not saved.
+    """
+    if reference.params is None:
+        raise ValueError("reference: expected saved params, got a run with save_params=False")
+    saved = np.asarray(reference.steps)
+    possible = saved[np.isin(saved + 1, saved)]
+    if steps is None:
+        spread = np.linspace(0, len(possible) - 1, min(16, len(possible))).round().astype(int)
+        chosen = possible[spread]
+    else:
+        chosen = np.asarray(steps)
+    if len(chosen) == 0 or not np.all(np.isin(chosen, possible)):
+        raise ValueError(f"steps: expected steps saved together with the next one, got {steps} of {saved}")
+    defects = []
+    for k in chosen:
+        data = args if batches is None else jax.tree.map(lambda leaf, k=k: leaf[k], batches)
+        end = solve(flow, reference.at(k), 1, args=data, estimate_error=False)
+        difference = jax.tree.map(lambda a, b: np.asarray(a[-1:] - b), end.params, reference.at(k + 1))
+        defects.append(float(_norms(difference)[0]))
+    return chosen, np.array(defects)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convergence:
+    """Errors against real runs over a set of learning rates, each of shape (m,).
+
+    `order` is the slope of $\\log$ `errors` against $\\log$ `learning_rates`; `ode_errors`
+    the ODE solver's share.
+    """
+
+    learning_rates: np.ndarray
+    num_steps: np.ndarray
+    errors: np.ndarray
+    ode_errors: np.ndarray
+
+    @property
+    def order(self) -> float:
+        return observed_order(self.learning_rates, self.errors)
+
+
+def observed_order(learning_rates: ArrayLike, errors: ArrayLike) -> float:
+    """Least-squares slope of log error against log learning rate."""
+    x, y = np.log(np.asarray(learning_rates, float)), np.log(np.asarray(errors, float))
+    if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 or not np.all(np.isfinite([x, y])):
+        raise ValueError(
+            "errors: expected positive errors at two learning rates or more, got "
+            f"learning_rates={learning_rates}, errors={errors}"
+        )
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def convergence(
+    flow: Callable[[Any], AbstractFlow],
+    loss: Loss,
+    params: Params,
+    learning_rates: Sequence[float],
+    *,
+    time: float | None = None,
+    optimizer: Callable[[Any], optax.GradientTransformation] = optax.sgd,
+    args: Args = None,
+) -> Convergence:
+    """Error of a flow against the real run for several learning rates, and its order.
+
+    With `time` the largest distance up to that fixed time (order n + 1 for the equation of
+    motion with n counter terms); without it after one step (order n + 2).
+
+    **Arguments:** `flow` and `optimizer` make a flow and an optimizer from a learning rate.
+
+    **Raises:** `ValueError` if `time` is not a whole number of steps of every learning rate.
+    """
+    counts, errors, ode_errors = [], [], []
+    for rate in learning_rates:
+        count = 1 if time is None else round(time / rate)
+        if time is not None and (count < 1 or abs(count * rate / time - 1) > 1e-9):
+            raise ValueError(f"time: expected a multiple of every learning rate, got {time} with {rate}")
+        real = descend(loss, params, optimizer(rate), count, args=args)
+        model = solve(flow(rate), params, count, args=args)
+        comparison = compare(real, {"model": model})
+        counts.append(count)
+        errors.append(comparison.distance["model"].max())
+        ode_errors.append(comparison.ode_error["model"].max())
+    return Convergence(
+        np.asarray(learning_rates, float), np.array(counts), np.array(errors), np.array(ode_errors)
+    )

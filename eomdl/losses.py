@@ -1,0 +1,39 @@
+"""Losses made from losses."""
+
+import equinox as eqx
+import jax
+from jax.typing import ArrayLike
+
+from eomdl import _check, _tree
+from eomdl._types import Args, Loss, Params
+
+
+class WeightDecay(eqx.Module):
+    """L2 weight decay as part of the loss: $L(\\theta) = f(\\theta) + \\frac{\\lambda}{2} |\\theta|^2$.
+
+    Gradient descent on it is `optax.sgd` with weight decay $\\lambda$ (coupled, not that
+    of AdamW). Written into the loss, decay is seen by every derivative, so the counter
+    terms are those of the decayed run.
+
+    **Arguments:**
+
+    - `loss`: function `(params, args) -> scalar`.
+    - `weight_decay`: $\\lambda$, a finite number >= 0, in units of 1/time. A leaf of the
+        pytree: another value does not recompile.
+
+    **Raises:** `ValueError` if `weight_decay` is negative or not finite.
+    """
+
+    loss: Loss
+    weight_decay: jax.Array
+
+    def __init__(self, loss: Loss, weight_decay: ArrayLike):
+        if not callable(loss):
+            raise ValueError(f"loss: expected a function (params, args) -> real scalar, got {loss!r}")
+        self.loss = loss
+        self.weight_decay = _check.nonnegative_scalar("weight_decay", weight_decay)
+
+    def __call__(self, params: Params, args: Args) -> jax.Array:
+        value = self.loss(params, args)
+        penalty = _tree.vdot(params, params)
+        return value + (0.5 * self.weight_decay * penalty).astype(value.dtype)

@@ -1,0 +1,42 @@
+"""Curvature of the loss, matrix-free."""
+
+import jax
+import jax.numpy as jnp
+from matfree import decomp, eig
+
+from eomdl import _check, _tree
+from eomdl._autodiff import hessian_vector_product
+from eomdl._types import Args, Loss, Observable, Params
+
+
+def sharpness(loss: Loss, num_matvecs: int = 16) -> Observable:
+    """Observable $\\lambda_{max}(\\nabla^2 L)$, the largest Hessian eigenvalue.
+
+    Lanczos with full reorthogonalization (`matfree`) from one fixed random vector: a
+    lower bound of the exact value, which `num_matvecs` iterations bring within about
+    0.1 % on networks whose top eigenvalue stands apart.
+
+    **Cost:** `num_matvecs` Hessian-vector products, about 2.7 gradients each.
+
+    **Raises:** `ValueError` if `num_matvecs` is not an integer >= 1.
+    """
+    num_matvecs = _check.integer("num_matvecs", num_matvecs, 1)
+
+    def largest_eigenvalue(params: Params, args: Args) -> jax.Array:
+        depth = min(num_matvecs, _tree.size(params))
+        eigh = eig.eigh_partial(decomp.tridiag_sym(depth, custom_vjp=False))
+        leaves, structure = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        start = structure.unflatten(
+            [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        )
+
+        def matvec(v: Params) -> Params:
+            return hessian_vector_product(loss, params, args, v)
+
+        eigenvalues, _ = eigh(matvec, start)
+        # Lanczos divides by |H v|: where that is 0 (a loss linear in params) so is H.
+        flat = _tree.norm(matvec(start)) == 0
+        return jnp.where(flat, 0.0, jnp.max(eigenvalues))
+
+    return largest_eigenvalue
