@@ -145,6 +145,7 @@ def scan_rows(
         return (k + gap, new), read(state)
 
     first = (jnp.asarray(start, gaps.dtype), state)
+    records: Any
     (_, state), records = jax.lax.scan(row, first, gaps)
     return state, records
 

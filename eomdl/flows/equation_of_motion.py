@@ -41,8 +41,9 @@ class EquationOfMotion(AbstractFlow):
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
     order: int = eqx.field(default=1, static=True, converter=lambda n: _check.integer("order", n, 0))
 
-    @property  # equinox lets a property fill an AbstractVar; mypy does not know
-    def step_size(self) -> jax.Array:  # type: ignore[misc]
+    # Equinox lets a property fill an AbstractVar; mypy does not know.
+    @property  # type: ignore[misc]
+    def step_size(self) -> jax.Array:
         return self.learning_rate
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:

@@ -23,8 +23,9 @@ class GradientFlow(AbstractFlow):
     loss: Loss
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
 
-    @property  # equinox lets a property fill an AbstractVar; mypy does not know
-    def step_size(self) -> jax.Array:  # type: ignore[misc]
+    # Equinox lets a property fill an AbstractVar; mypy does not know.
+    @property  # type: ignore[misc]
+    def step_size(self) -> jax.Array:
         return self.learning_rate
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
