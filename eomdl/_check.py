@@ -32,7 +32,7 @@ def nonnegative_scalar(name: str, value: Any) -> jax.Array:
 def _scalar(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> jax.Array:
     try:
         array = jnp.asarray(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise _wrong(name, expected, repr(value)) from None
     if array.shape != () or jnp.iscomplexobj(array) or array.dtype == bool:
         raise _wrong(name, expected, f"{value!r} (shape {array.shape}, dtype {array.dtype})")

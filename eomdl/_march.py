@@ -7,7 +7,7 @@ at Ctrl-C. Inside `jit`, `vmap` or `grad` the whole run is one chunk.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import diffrax
@@ -113,7 +113,10 @@ class Batches:
 
 
 def _is_stacked(batches: Any) -> bool:
-    return all(eqx.is_array(leaf) for leaf in jax.tree.leaves(batches))
+    def is_leaf(x: Any) -> bool:  # a generator is no pytree, and JAX warns of it unless told
+        return isinstance(x, Iterable) and not isinstance(x, list | tuple | Mapping)
+
+    return all(eqx.is_array(leaf) for leaf in jax.tree.leaves(batches, is_leaf=is_leaf))
 
 
 def batch_at(batches: Any, index: Any, args: Args) -> Args:
@@ -193,7 +196,7 @@ def march(
     longest = max(int(gap.sum()) for gap in gaps)
     every = bool(np.all(np.concatenate(gaps) <= 1))
 
-    meter = _meter(progress and not traced)
+    meter = _meter(False if traced else progress)
     bar = meter.init()
     records: list[dict[str, Any]] = []
     counts: dict[str, Any] = {}
@@ -208,20 +211,22 @@ def march(
                 result = RESULTS.batches_exhausted
             padded = np.pad(gap, (0, per_chunk - len(gap)))
             out = advance(state, step, jnp.asarray(padded), stack, offset, every)
-            observed, finite = _record(observe, out.params, args)
+            # Observables may be dear: not for the rows of the padding.
+            params_rows = jax.tree.map(lambda leaf, chunk=chunk: leaf[: len(chunk)], out.params)
+            observed, finite = _record(observe, params_rows, args)
             record = {"step": chunk, "observables": observed, "ode_error": out.ode_error}
             if save_params:
-                record["params"] = out.params
+                record["params"] = params_rows
             if _tree.is_traced(out.params, finite, observed):
                 keep = np.isin(chunk, saved)
-                records.append(_rows(record, np.arange(per_chunk)[: len(chunk)][keep]))
+                records.append(_rows(record, np.flatnonzero(keep)))
                 failed = result_where(jnp.all(finite), RESULTS.successful, RESULTS.nonfinite)
                 result = result_where(out.result == RESULTS.successful, failed, out.result)
                 counts = {k: counts.get(k, 0) + v for k, v in out.counts.items()}
                 state, step = out.state, step + int(gap.sum())
                 continue
             reached = chunk <= step + gap.sum()
-            good = np.cumprod(np.asarray(finite)[: len(chunk)] & reached).astype(bool)
+            good = np.cumprod(np.asarray(finite) & reached).astype(bool)
             records.append(_rows(jax.device_get(record), np.flatnonzero(good & np.isin(chunk, saved))))
             counts = {k: counts.get(k, 0) + np.asarray(v) for k, v in out.counts.items()}
             ended = bool(out.result != RESULTS.successful)
@@ -260,9 +265,12 @@ def march(
 
 
 def _rows_a_chunk(rows: np.ndarray, num_scalars: int) -> int:
-    most = min(_MAX_ROWS, max(_MAX_SCALARS // num_scalars, 1))
-    most = min(most, max(int(_MAX_STEPS // max(np.diff(rows).max(initial=1), 1)), 1))
-    return -(-len(rows) // -(-len(rows) // most))  # even chunks: the last one needs little padding
+    """A power of two, so that runs of other lengths find their program compiled."""
+    most = min(
+        _MAX_ROWS, _MAX_SCALARS // num_scalars, int(_MAX_STEPS // max(np.diff(rows).max(initial=1), 1))
+    )
+    enough = 1 << (len(rows) - 1).bit_length()
+    return min(enough, 1 << (max(most, 1).bit_length() - 1))
 
 
 def _with_next(items: list) -> Iterable[tuple[Any, Any]]:

@@ -163,7 +163,8 @@ def write_npz(path: str | Path, arrays: Mapping[str, Any], meta: dict[str, Any])
 def read_npz(path: str | Path, format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What `write_npz` wrote; `ValueError` if it is something else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since `np.load` leaves a damaged file open.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = dict(file)
         meta = json.loads(str(arrays.pop("meta")))
     except FileNotFoundError:

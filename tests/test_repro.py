@@ -1,0 +1,114 @@
+"""The reproductions: data, command line, and every one of them at smoke size."""
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paper_repro.__main__ import main
+from paper_repro.data import load, read_idx
+from paper_repro.registry import REPRODUCTIONS
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def _idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">I{array.ndim}I", 2048 + array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 4, 5)).astype(np.uint8)
+    labels = (np.arange(40) % 10).astype(np.uint8)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(_idx(images)))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(_idx(labels))
+    return tmp_path, images, labels
+
+
+def test_idx_files_gzipped_or_not(idx_folder):
+    folder, images, labels = idx_folder
+    inputs, targets = load(folder, 40)
+    order = np.random.default_rng(0).permutation(40)
+    np.testing.assert_allclose(inputs, images.reshape(40, 20)[order] / 255)
+    np.testing.assert_array_equal(targets, labels[order])
+
+
+def test_idx_errors_say_what_is_wrong(idx_folder, tmp_path):
+    _, images, _ = idx_folder
+    whole = _idx(images)
+    path = tmp_path / "broken"
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=rf"expected {len(whole)} bytes.*got {len(whole) - 1}"):
+        read_idx(path, 2051)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="magic number 2049"):
+        read_idx(path, 2049)
+    path.write_bytes(whole[:7])
+    with pytest.raises(ValueError, match="header of 16 bytes, got 7"):
+        read_idx(path, 2051)
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(whole)[:-9])
+    with pytest.raises(ValueError, match="truncated"):
+        read_idx(cut, 2051)
+    with pytest.raises(ValueError, match=r"subset: expected 1 to 1797 images, got 2000"):
+        load(None, 2000)
+    with pytest.raises(ValueError, match="expected a folder with a file train-images"):
+        load(tmp_path / "nowhere", 10)
+
+
+def test_unknown_name_suggests_the_nearest(capsys):
+    assert main(["nec-translatoin"]) == 2
+    assert "nec-translation" in capsys.readouterr().out
+
+
+def test_list_runs_nothing(capsys, tmp_path):
+    assert main(["--list", "--out", str(tmp_path / "out")]) == 0
+    assert all(name in capsys.readouterr().out.replace("\n", "") for name in ("nec-sgd",))
+    assert not (tmp_path / "out").exists()
+
+
+def _run(*argv: str) -> subprocess.CompletedProcess:
+    """As a user would: a process of its own, with JAX's own settings."""
+    command = [sys.executable, "-m", "paper_repro", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", REPRODUCTIONS)
+def test_smoke(name, tmp_path):
+    """Exit status 0 means that every claim asserted at this size holds."""
+    done = _run(name, "--smoke", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / name / "result.json").read_text())
+    assert any(claim["holds"] for claim in record["claims"])
+    assert all(claim["holds"] is not False for claim in record["claims"])
+    assert record["environment"]["jax"] and record["config"]["smoke"]
+    assert list((tmp_path / name).glob("*.png")) and list((tmp_path / name).glob("*.csv"))
+    assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
+
+
+def test_own_data_and_float32(idx_folder, tmp_path):
+    """Any IDX folder works, and in float32 nothing is asserted that float32 cannot show."""
+    folder, *_ = idx_folder
+    argv = [
+        "nec-sgd",
+        "--smoke",
+        "--float32",
+        "--data",
+        str(folder),
+        "--subset",
+        "30",
+        "--out",
+        str(tmp_path),
+    ]
+    done = _run(*argv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "nec-sgd" / "result.json").read_text())
+    assert all(claim["holds"] is None for claim in record["claims"])
+    assert record["config"] | {"float32": True, "subset": 30} == record["config"]
