@@ -1,9 +1,8 @@
 """eomdl: the learning dynamics of neural networks as differential equations."""
 
-from eomdl.compare import (
-    Comparison as Comparison,
+from eomdl.compare import Comparison as Comparison, compare as compare
+from eomdl.convergence import (
     Convergence as Convergence,
-    compare as compare,
     convergence as convergence,
     defect as defect,
     observed_order as observed_order,

@@ -75,12 +75,22 @@ def params(name: str, value: Params) -> Params:
     return jax.tree.map(jnp.asarray, value)
 
 
+def _shape_of(name: str, expected: str, function: Callable, params: Params, args: Args) -> Any:
+    """Shape and dtype of the function's output, without evaluating it."""
+    try:
+        return jax.eval_shape(function, params, args)
+    except Exception as error:
+        hint = " (args is None: was the data not passed?)" if args is None else ""
+        got = f"a function that raised {type(error).__name__}: {error}{hint}"
+        raise _wrong(name, expected, got) from error
+
+
 def loss_is_scalar(loss: Loss, params: Params, args: Args) -> None:
     """The loss is one real number and, where it can be evaluated, finite at the start."""
     expected = "a function (params, args) -> real scalar"
     if not callable(loss):
         raise _wrong("loss", expected, repr(loss))
-    out = jax.eval_shape(loss, params, args)
+    out = _shape_of("loss", expected, loss, params, args)
     if not hasattr(out, "shape") or out.shape != ():
         raise _wrong("loss", expected, f"output {out}")
     if not jnp.issubdtype(out.dtype, jnp.floating):
@@ -102,13 +112,7 @@ def observables(
     for name, function in observe.items():
         if not callable(function):
             raise _wrong(f"observe[{name!r}]", "a function (params, args) -> array", repr(function))
-        try:
-            out = jax.eval_shape(function, params, args)
-        except Exception as error:
-            raise ValueError(
-                f"observe[{name!r}]: expected a function (params, args) -> array; "
-                f"it raised {type(error).__name__}: {error}"
-            ) from error
+        out = _shape_of(f"observe[{name!r}]", "a function (params, args) -> array", function, params, args)
         if not hasattr(out, "shape"):
             raise _wrong(f"observe[{name!r}]", "one array", f"{out}")
     return dict(observe)

@@ -248,7 +248,7 @@ def march(
     stats = counts | _concatenate([jax.tree.map(np.atleast_1d, d) for d in diagnostics])
     trajectory = Trajectory(
         steps=table["step"],
-        times=table["step"] * step_size,
+        times=_times(table["step"], step_size),
         params=table.get("params"),
         observables=table["observables"],
         ode_error=table["ode_error"],
@@ -262,6 +262,10 @@ def march(
     if throw and not _tree.is_traced(result._value) and trajectory.message:
         raise RuntimeError(trajectory.message)
     return trajectory
+
+
+def _times(steps: np.ndarray, step_size: Any) -> Any:
+    return steps * (step_size if _tree.is_traced(step_size) else np.asarray(step_size))
 
 
 def _rows_a_chunk(rows: np.ndarray, num_scalars: int) -> int:

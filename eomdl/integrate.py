@@ -79,7 +79,7 @@ def solve(
     precision is too coarse to resolve the order asked for.
     """
     if not isinstance(flow, AbstractFlow):
-        raise ValueError(f"flow: expected an eomdl.AbstractFlow, got {flow!r}")
+        raise ValueError(f"flow: expected an eomdl.AbstractFlow, got {type(flow).__name__}")
     num_steps = _check.integer("num_steps", num_steps, 1)
     max_steps = _check.integer("max_steps", max_steps, 1)
     params = _check.params("params", params)

@@ -170,7 +170,9 @@ def read_npz(path: str | Path, format: str) -> tuple[dict[str, np.ndarray], dict
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"path: expected a whole file of format {format!r}, got {path} ({error})") from error
+        raise ValueError(
+            f"path: expected a whole file of format {format!r}, got {path} ({type(error).__name__})"
+        ) from error
     if meta.get("format") != format:
         raise ValueError(f"path: expected a file of format {format!r}, got {meta.get('format')!r} in {path}")
     return arrays, meta
