@@ -36,8 +36,9 @@ def _scalar(name: str, value: Any, expected: str, holds: Callable[[float], bool]
         raise _wrong(name, expected, repr(value)) from None
     if array.shape != () or jnp.iscomplexobj(array) or array.dtype == bool:
         raise _wrong(name, expected, f"{value!r} (shape {array.shape}, dtype {array.dtype})")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(jnp.result_type(float))
+    if array.weak_type or not jnp.issubdtype(array.dtype, jnp.floating):
+        # One dtype for 0.1 and numpy.float64(0.1): else the second would compile again.
+        array = jax.lax.convert_element_type(array, jnp.result_type(float))
     if not _tree.is_traced(array) and not (np.isfinite(array) and holds(float(array))):
         raise _wrong(name, expected, repr(value))
     return array

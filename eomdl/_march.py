@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
     diagnostics: dict[str, jax.Array]  # one value a chunk
 
 
-Advance = Callable[[State, int, jax.Array, Any, int, bool], Chunk]
+Advance = Callable[[State, jax.Array, jax.Array, Any, jax.Array, bool], Chunk]
 
 
 def saved_steps(num_steps: int, save_steps: int | Sequence[int]) -> np.ndarray:
@@ -210,7 +210,8 @@ def march(
                 gap = np.minimum(gap, np.maximum(available - np.cumsum(gap) + gap, 0))
                 result = RESULTS.batches_exhausted
             padded = np.pad(gap, (0, per_chunk - len(gap)))
-            out = advance(state, step, jnp.asarray(padded), stack, offset, every)
+            # Arrays, since a Python number would be a constant of the program: one compilation a chunk.
+            out = advance(state, jnp.asarray(step), jnp.asarray(padded), stack, jnp.asarray(offset), every)
             # Observables may be dear: not for the rows of the padding.
             params_rows = jax.tree.map(lambda leaf, chunk=chunk: leaf[: len(chunk)], out.params)
             observed, finite = _record(observe, params_rows, args)

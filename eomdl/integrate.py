@@ -36,6 +36,7 @@ def solve(
     solver: diffrax.AbstractSolver | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
+    dt0: float = 1.0,
     max_steps: int = 16384,
     estimate_error: bool = True,
     progress: bool | diffrax.AbstractProgressMeter = False,
@@ -57,7 +58,8 @@ def solve(
         the model, and no digit is paid for that the model does not have.
     - `solver`: default `diffrax.Tsit5()`. `stepsize_controller`: default
         `diffrax.PIDController(rtol, atol)`; if given, `rtol` and `atol` are not used and
-        no error is estimated. `adjoint`: default `diffrax.RecursiveCheckpointAdjoint()`.
+        no error is estimated. `dt0`: the first ODE step tried, in steps of the optimizer (with
+        `diffrax.ConstantStepSize()` every one of them). `adjoint`: default `diffrax.RecursiveCheckpointAdjoint()`.
     - `max_steps`: limit on ODE steps in one stretch, which is at most 1024 steps of the
         optimizer (one step with `batches`).
     - `estimate_error`: integrate a second time with ten times the tolerances; the distance
@@ -66,8 +68,9 @@ def solve(
 
     **Returns:** `eomdl.Trajectory`; `stats` holds the ODE steps taken and rejected by both
     runs together, the tolerances, and the flow's diagnostics along the path (such as
-    `eta_lambda_max`, once a stretch). If the solver hits `max_steps` or the state becomes
-    non-finite, the part computed is returned with a `result` and `message` that say so.
+    `eta_lambda_max`, at the start and at the end of every stretch). If the solver hits
+    `max_steps` or the state becomes non-finite, the part computed is returned with a `result`
+    and `message` that say so.
     Under `jit`, `vmap` or `grad` values are not known, so there `rtol` and `atol` default
     to 1e-7 (float32: 1e-5) and there is no error estimate and no diagnosis.
 
@@ -93,8 +96,10 @@ def solve(
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
     estimate_error = estimate_error and not traced and stepsize_controller is None
 
+    first = _check.positive_scalar("dt0", dt0)
+
     def integrate(controller: Any, *chunk: Any) -> Any:
-        return _integrate(flow, solver, controller, adjoint, max_steps, args, *chunk)
+        return _integrate(flow, solver, controller, adjoint, max_steps, first, args, *chunk)
 
     default = _default_tolerances(params) if traced else None
     given = [
@@ -126,13 +131,17 @@ def solve(
         ]
         states, rows, results, counts = zip(*runs, strict=True)
         error = _distances(*rows) if estimate_error else None
+        points = []
+        if not traced:
+            last = batch_at(batches, start - offset + jnp.sum(gaps) - 1, args)
+            points = [(state[0], source.example)] * (start == 0) + [(states[0], last)]
         return Chunk(
             state=states,
             params=rows[0],
             ode_error=error,
             result=results[0],
             counts=jax.tree.map(lambda *n: sum(n), *counts),
-            diagnostics={} if traced else _diagnose(flow, state[0], source.example),
+            diagnostics=_diagnose(flow, points),
         )
 
     trajectory = march(
@@ -204,6 +213,7 @@ def _integrate(
     controller: diffrax.AbstractStepSizeController,
     adjoint: diffrax.AbstractAdjoint,
     max_steps: int,
+    dt0: jax.Array,
     args: Args,
     state: State,
     start: Any,
@@ -225,7 +235,7 @@ def _integrate(
             solver,
             jnp.asarray(s0, time),
             jnp.asarray(s1, time),
-            jnp.ones((), time),  # the first ODE step tried is one step of the optimizer
+            dt0.astype(time),
             x,
             args,
             saveat=diffrax.SaveAt(**saveat),
@@ -271,8 +281,13 @@ def _result(sol: diffrax.Solution) -> Any:
 
 
 @eqx.filter_jit
-def _diagnose(flow: AbstractFlow, state: State, args: Args) -> dict[str, jax.Array]:
+def _diagnose_at(flow: AbstractFlow, state: State, args: Args) -> dict[str, jax.Array]:
     return flow.diagnostics(state, args)
+
+
+def _diagnose(flow: AbstractFlow, points: list[tuple[State, Args]]) -> dict[str, Any]:
+    values = [_diagnose_at(flow, state, args) for state, args in points]
+    return jax.tree.map(lambda *v: np.stack(v), *values) if values else {}
 
 
 @eqx.filter_jit

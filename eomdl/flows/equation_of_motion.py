@@ -30,7 +30,8 @@ class EquationOfMotion(AbstractFlow):
     - `order`: the number n of counter terms kept, an integer >= 0.
 
     **Cost** of one evaluation in gradients, for n = 0 ... 6, as XLA counts flops on a tanh
-    MLP: 1 / 2.7 / 5 / 9 / 26 / 53 / 144 (`benchmarks/` measures it).
+    MLP: 1 / 2.7 / 5 / 9 / 26 / 53 / 144, and up to a quarter more for a loss in which XLA
+    finds less to share (`benchmarks/` measures it).
 
     **Raises:** `ValueError` for a wrong argument.
 

@@ -53,9 +53,8 @@ def scale_norm_rate(
     """$\\frac{d}{dt} \\log |\\theta_A|^2$ of a scale-invariant block, in closed form.
 
     Gradient flow (order 0): $-2\\lambda$. One counter term (order 1):
-    $-(2\\lambda + \\eta\\lambda^2) + \\eta |\\nabla f|^2 / |\\theta_A|^2$. For higher orders use
-    `eomdl.rate`. If f depends on other parameters too, $\\theta_A$ must be all of them that
-    the gradient is taken over, or the law holds block by block to this order.
+    $-(2\\lambda + \\eta\\lambda^2) + \\eta |\\nabla_A f|^2 / |\\theta_A|^2$, whatever other
+    parameters f has. For higher orders use `eomdl.rate`.
 
     **Raises:** `ValueError` for an order other than 0 and 1.
     """

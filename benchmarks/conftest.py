@@ -1,0 +1,55 @@
+"""`python -m pytest benchmarks -n 0 --benchmark-enable [--smoke]`."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What to run: everything, or in under three minutes."""
+
+    smoke: bool
+
+    @property
+    def problem(self) -> str:
+        return "small" if self.smoke else "main"
+
+    @property
+    def rounds(self) -> int:
+        return 5 if self.smoke else 20
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smoke", action="store_true", help="benchmarks: a small size, under 3 minutes")
+
+
+@pytest.fixture(scope="session")
+def size(pytestconfig: pytest.Config) -> Size:
+    return Size(pytestconfig.getoption("--smoke"))
+
+
+@pytest.fixture
+def full(size: Size) -> None:
+    """For tests that the smoke size leaves out."""
+    if size.smoke:
+        pytest.skip("not in the smoke size")
+
+
+@pytest.fixture
+def record(benchmark):
+    """Run once under pytest-benchmark; keep the numbers returned beside the seconds.
+
+    Paths stay out of the file: anything whose name is "path" is dropped.
+    """
+
+    def run(table: str, function, *args) -> Any:
+        rows = benchmark.pedantic(function, args=args, rounds=1, iterations=1)
+        listed = [rows] if isinstance(rows, dict) else rows
+        benchmark.group = table
+        benchmark.extra_info["table"] = table
+        benchmark.extra_info["rows"] = [{k: v for k, v in row.items() if k != "path"} for row in listed]
+        return rows
+
+    return run
