@@ -134,7 +134,7 @@ def solve(
         points = []
         if not traced:
             last = batch_at(batches, start - offset + jnp.sum(gaps) - 1, args)
-            points = [(state[0], source.example)] * (start == 0) + [(states[0], last)]
+            points = [(state[0], source.example)] * int(start == 0) + [(states[0], last)]
         return Chunk(
             state=states,
             params=rows[0],
