@@ -1,0 +1,203 @@
+"""Two registries, `FLOWS` and `PROBLEMS`, and the losses that the tests share.
+
+A new flow is tested by being listed in `FLOWS`, a new closed form by being listed in
+`PROBLEMS`. Losses and optimizers are made once, here: JAX caches compiled programs by the
+identity of the function.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+import eomdl
+
+
+# ---------------------------------------------------------------- flows
+
+
+class Flow(NamedTuple):
+    name: str
+    make: Callable[[Any, Any], eomdl.AbstractFlow]  # (loss, learning rate) -> flow
+    terms: int  # number of counter terms; the error at fixed time is O(eta^(terms + 1))
+
+
+def _equation_of_motion(order: int) -> Flow:
+    return Flow(
+        f"EoM {order}", lambda loss, eta: eomdl.EquationOfMotion(loss, learning_rate=eta, order=order), order
+    )
+
+
+FLOWS = [Flow("gradient flow", eomdl.GradientFlow, 0), *(_equation_of_motion(n) for n in range(7))]
+
+
+def up_to(terms: int) -> list[Flow]:
+    """Gradient flow, and the equation of motion with 1 ... `terms` counter terms."""
+    return [flow for flow in FLOWS if flow.terms <= terms and flow.name != "EoM 0"]
+
+
+# ------------------------------------------------- problems with known answers
+
+
+class Problem(NamedTuple):
+    name: str
+    loss: Callable[[Any, Any], jax.Array]
+    params: Any
+    args: Any
+    counterterms: Callable[[Any, Any, int], Sequence[Any]]  # (params, args, order): closed form
+
+
+def quadratic_loss(params, args):
+    """1/2 x'Hx - b'x on the flattened parameters; args = (H, b)."""
+    hessian, b = args
+    x, _ = ravel_pytree(params)
+    return 0.5 * jnp.vdot(x, hessian @ x) - jnp.vdot(b, x)
+
+
+def _quadratic_counterterms(params, args, order):
+    # F = log(1 - eta H)/(eta H) g = -sum_j (eta H)^j/(j + 1) g
+    hessian, b = (np.asarray(a) for a in args)
+    x, unravel = ravel_pytree(params)
+    gradient = hessian @ np.asarray(x) - b
+    eigenvalues, vectors = np.linalg.eigh(hessian)
+    return [
+        unravel(vectors @ (eigenvalues**j / (j + 1) * (vectors.T @ gradient))) for j in range(1, order + 1)
+    ]
+
+
+def cubic_loss(params, args):
+    """-y^3/3: descent follows y' = y^2."""
+    del args
+    return -(params**3) / 3
+
+
+SQUARE_SERIES = np.array([1, -1, 3 / 2, -8 / 3, 31 / 6, -157 / 15, 649 / 30])  # of h^(n-1) y^(n+1)
+
+
+def linear_loss(params, args):
+    return jnp.vdot(args, params)
+
+
+def symmetric(eigenvalues, seed: int = 0) -> np.ndarray:
+    """A dense symmetric matrix with these eigenvalues."""
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.normal(size=(len(eigenvalues),) * 2))
+    return q @ np.diag(eigenvalues) @ q.T
+
+
+HESSIAN = jnp.asarray(symmetric([-0.4, 0.1, 0.7, 1.3, 2.0]))
+QUADRATIC = Problem(
+    "quadratic",
+    quadratic_loss,
+    {"a": (jnp.array([0.3, -1.1]), jnp.array(0.7)), "b": [jnp.array([[1.9, -0.2]])]},
+    (HESSIAN, jnp.array([0.5, -0.3, 0.2, 0.1, 1.0])),
+    _quadratic_counterterms,
+)
+PROBLEMS = [
+    QUADRATIC,
+    Problem(
+        "scalar square",
+        cubic_loss,
+        jnp.array(0.6),
+        None,
+        lambda y, args, order: [-c * y ** (n + 2) for n, c in enumerate(SQUARE_SERIES[1 : order + 1], 1)],
+    ),
+    Problem(
+        "linear",
+        linear_loss,
+        jnp.array([1.0, 2.0]),
+        jnp.array([0.5, -2.0]),
+        lambda x, args, order: [jnp.zeros_like(x)] * order,
+    ),
+]
+
+
+# ------------------------------------------------------------------ losses
+
+
+def valley_loss(params, args):
+    """Two parameters, a curved valley: everything nonlinear, compiles in no time."""
+    del args
+    x, y = params["x"], params["y"]
+    return 0.5 * (y - jnp.sin(x)) ** 2 + 0.25 * jnp.log(1 + x**2) * (1.5 + jnp.cos(y))
+
+
+VALLEY = {"x": jnp.array(1.2), "y": jnp.array(-0.7)}
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape))
+
+
+def net_params(seed: int = 0, sizes: Sequence[int] = (3, 4, 2)) -> dict[str, dict[str, jax.Array]]:
+    keys = jax.random.split(jax.random.key(seed), len(sizes))
+    return {
+        f"layer{i}": {
+            "w": jax.random.normal(key, (m, n)) / np.sqrt(m),
+            "b": 0.1 * jax.random.normal(jax.random.fold_in(key, 1), (n,)),
+        }
+        for i, (key, m, n) in enumerate(zip(keys, sizes, sizes[1:], strict=False))
+    }
+
+
+def net(params, x, activation=jnp.tanh):
+    layers = list(params.values())
+    for layer in layers[:-1]:
+        x = activation(x @ layer["w"] + layer["b"][None])
+    return x @ layers[-1]["w"] + layers[-1]["b"][None]
+
+
+def net_loss(params, args):
+    """Mean squared error of a tanh network."""
+    x, y = args
+    return jnp.mean((net(params, x) - y) ** 2)
+
+
+def label_loss(params, args):
+    """Softmax cross entropy with integer labels."""
+    x, labels = args
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(net(params, x), labels))
+
+
+NET = net_params()
+NET_ARGS = (normal(1, 6, 3), normal(2, 6, 2))
+LABEL_ARGS = (normal(1, 6, 3), jnp.array([0, 1, 1, 0, 1, 0]))
+NET_BATCHES = (normal(3, 12, 2, 3), normal(4, 12, 2, 2))  # 12 steps, 2 examples each
+
+
+def flat(tree: Any) -> np.ndarray:
+    """All leaves in one NumPy vector."""
+    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)])
+
+
+def assert_close(actual: Any, expected: Any, rtol: float = 1e-10, atol: float | None = None) -> None:
+    """Pytrees of one structure; the error is measured against the norm of the whole."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert [np.shape(a) for a in jax.tree.leaves(actual)] == [np.shape(b) for b in jax.tree.leaves(expected)]
+    a, b = flat(actual), flat(expected)
+    assert np.all(np.isfinite(a))
+    error = np.linalg.norm(a - b)
+    allowed = rtol * np.linalg.norm(b) if atol is None else atol
+    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_identical(actual: Any, expected: Any) -> None:
+    """Pytrees equal bit for bit."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def counted(loss: Callable[[Any, Any], jax.Array]) -> tuple[Callable[[Any, Any], jax.Array], list[int]]:
+    """The loss, and a list that grows by one whenever Python runs it: eagerly, or to trace it."""
+    calls: list[int] = []
+
+    def counting(params, args):
+        calls.append(1)
+        return loss(params, args)
+
+    return counting, calls

@@ -1,0 +1,286 @@
+"""`compare`: distances as by hand, and the orders that the theory promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+import pytest
+from helpers import (
+    NET,
+    NET_ARGS,
+    NET_BATCHES,
+    VALLEY,
+    assert_identical,
+    flat,
+    net_loss,
+    quadratic_loss,
+    up_to,
+    valley_loss,
+)
+from matplotlib.figure import Figure
+
+import eomdl
+
+
+SGD = optax.sgd(0.1)
+OBSERVE = {
+    "loss": lambda p, args: net_loss(p, NET_ARGS),
+    "bias": lambda p, args: p["layer1"]["b"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    real = eomdl.descend(net_loss, NET, SGD, 12, args=NET_ARGS, observe=OBSERVE)
+    models = {
+        flow.name: eomdl.solve(flow.make(net_loss, 0.1), NET, 12, args=NET_ARGS, observe=OBSERVE)
+        for flow in up_to(2)
+    }
+    return real, models
+
+
+@pytest.fixture(scope="module")
+def comparison(runs):
+    return eomdl.compare(*runs)
+
+
+def test_distances_by_hand(runs, comparison):
+    real, models = runs
+    assert comparison.models == ("gradient flow", "EoM 1", "EoM 2")
+    np.testing.assert_array_equal(comparison.steps, np.arange(13))
+    np.testing.assert_allclose(comparison.times, 0.1 * np.arange(13))
+    for k in range(13):
+        travelled = np.linalg.norm(flat(real.at(k)) - flat(NET))
+        np.testing.assert_allclose(comparison.travelled[k], travelled, rtol=1e-12)
+        for name, model in models.items():
+            distance = np.linalg.norm(flat(model.at(k)) - flat(real.at(k)))
+            np.testing.assert_allclose(comparison.distance[name][k], distance, rtol=1e-12)
+            if k > 0:
+                np.testing.assert_allclose(
+                    comparison.relative_distance[name][k], distance / travelled, rtol=1e-12
+                )
+            blocks = comparison.block_distance[name]
+            assert set(blocks) == {"layer0", "layer1"}
+            for block, d in blocks.items():
+                by_hand = np.linalg.norm(flat(model.at(k)[block]) - flat(real.at(k)[block]))
+                np.testing.assert_allclose(d[k], by_hand, rtol=1e-12)
+    assert np.isnan(comparison.relative_distance["EoM 1"][0])
+
+
+def test_differences_of_observables(runs, comparison):
+    real, models = runs
+    for name, model in models.items():
+        for key, shape in (("loss", (13,)), ("bias", (13, 2))):
+            difference = comparison.differences[name][key]
+            assert difference.shape == shape
+            assert_identical(difference, model.observables[key] - real.observables[key])
+        assert_identical(comparison.ode_error[name], model.ode_error)
+
+
+def test_more_counter_terms_are_closer(comparison):
+    last = [comparison.distance[name][-1] for name in comparison.models]
+    assert last[0] > 5 * last[1] > 25 * last[2]
+
+
+def test_only_common_steps_are_compared(runs):
+    real, models = runs
+    sparse = eomdl.descend(net_loss, NET, SGD, 12, args=NET_ARGS, save_steps=[3, 6, 11])
+    comparison = eomdl.compare(sparse, models)
+    np.testing.assert_array_equal(comparison.steps, [3, 6, 11])
+    whole = eomdl.compare(real, models)
+    np.testing.assert_array_equal(comparison.distance["EoM 1"], whole.distance["EoM 1"][[3, 6, 11]])
+
+
+def test_distance_travelled_is_from_the_start_of_the_run():
+    late = eomdl.descend(valley_loss, VALLEY, SGD, 20, save_steps=[0, 10, 20])
+    model = eomdl.solve(eomdl.GradientFlow(valley_loss, 0.1), VALLEY, 20, save_steps=[10, 20])
+    comparison = eomdl.compare(late, {"gf": model})
+    np.testing.assert_allclose(
+        comparison.travelled,
+        [np.linalg.norm(flat(late.at(k)) - flat(VALLEY)) for k in (10, 20)],
+        rtol=1e-13,
+    )
+
+
+def test_runs_with_observables_alone():
+    observe = {"loss": valley_loss}
+    real = eomdl.descend(valley_loss, VALLEY, SGD, 9, observe=observe, save_params=False)
+    model = eomdl.solve(eomdl.GradientFlow(valley_loss, 0.1), VALLEY, 9, observe=observe, save_params=False)
+    comparison = eomdl.compare(real, {"gf": model})
+    assert comparison.distance == {}
+    expected = model.observables["loss"] - real.observables["loss"]
+    np.testing.assert_array_equal(comparison.differences["gf"]["loss"], expected)
+    assert f"{np.abs(expected).max():.2e}" in comparison.table()
+    assert isinstance(comparison.plot(), Figure)
+
+
+def test_a_failed_run_is_noted():
+    real = eomdl.descend(lambda y, args: y**4 / 4, jnp.array(4.0), optax.sgd(0.2), 40)
+    comparison = eomdl.compare(real, {"itself": real})
+    assert [note.split(":")[0] for note in comparison.notes] == ["reference", "itself"]
+    assert all("Use a smaller learning rate" in note for note in comparison.notes)
+    assert comparison.notes[0] in comparison.table()
+
+
+# ------------------------------------------------------- for people and for files
+
+
+def test_table(comparison):
+    lines = comparison.table().splitlines()
+    for name in comparison.models:
+        (line,) = [line for line in lines if f" {name} " in line]
+        for number in (
+            f"{comparison.distance[name][-1]:.2e}",
+            f"{comparison.distance[name].max():.2e}",
+            f"{comparison.ode_error[name].max():.1e}",
+            f"{np.abs(comparison.differences[name]['loss']).max():.2e}",
+            f"{np.abs(comparison.differences[name]['bias']).max():.2e}",
+        ):
+            assert number in line
+
+
+def test_frame(comparison):
+    frame = comparison.to_frame()
+    assert isinstance(frame, pd.DataFrame)
+    assert len(frame) == 3 * 13
+    one = frame[(frame.model == "EoM 1") & (frame.step == 7)].iloc[0]
+    assert one["distance"] == comparison.distance["EoM 1"][7]
+    assert one["relative_distance"] == comparison.relative_distance["EoM 1"][7]
+    assert one["distance layer0"] == comparison.block_distance["EoM 1"]["layer0"][7]
+    assert one["ode_error"] == comparison.ode_error["EoM 1"][7]
+    assert one["difference loss"] == comparison.differences["EoM 1"]["loss"][7]
+    bias = np.linalg.norm(comparison.differences["EoM 1"]["bias"][7])
+    np.testing.assert_allclose(one["difference bias (norm)"], bias, rtol=1e-14)
+
+
+def test_plot(comparison, tmp_path):
+    figure = comparison.plot()
+    distance, loss = figure.axes
+    assert (distance.get_yscale(), distance.get_xlabel()) == ("log", "step")
+    lines = {line.get_label(): line for line in distance.get_lines()}
+    for name in comparison.models:
+        y = lines[name].get_ydata()
+        np.testing.assert_array_equal(y[1:], comparison.distance[name][1:])
+    assert "loss" in loss.get_ylabel()
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_save_and_load(comparison, tmp_path):
+    comparison.save(tmp_path / "comparison.npz")
+    loaded = eomdl.Comparison.load(tmp_path / "comparison.npz")
+    for field in ("steps", "times", "travelled", "distance", "block_distance", "ode_error", "differences"):
+        assert_identical(getattr(loaded, field), getattr(comparison, field))
+    assert loaded.notes == comparison.notes
+    assert loaded.models == comparison.models
+    assert loaded.table() == comparison.table()
+    np.load(tmp_path / "comparison.npz", allow_pickle=False)
+    data = (tmp_path / "comparison.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(data[:-30])
+    with pytest.raises(ValueError, match=r"path: expected a whole file .*short\.npz"):
+        eomdl.Comparison.load(tmp_path / "short.npz")
+
+
+def test_notes_survive_saving(tmp_path):
+    real = eomdl.descend(lambda y, args: y**4 / 4, jnp.array(4.0), optax.sgd(0.2), 40)
+    comparison = eomdl.compare(real, {"itself": real})
+    comparison.save(tmp_path / "c.npz")
+    assert eomdl.Comparison.load(tmp_path / "c.npz").notes == comparison.notes != ()
+
+
+# -------------------------------------------------------------------- validity
+
+
+def test_warns_where_the_series_has_no_limit():
+    params, args = jnp.ones(2), (jnp.diag(jnp.array([4.0, 1.0])), jnp.zeros(2))
+    for product, expected in ((1.2, True), (0.9, False)):
+        eta = product / 4
+        real = eomdl.descend(quadratic_loss, params, optax.sgd(eta), 5, args=args)
+        models = {
+            flow.name: eomdl.solve(flow.make(quadratic_loss, eta), params, 5, args=args) for flow in up_to(1)
+        }
+        if expected:
+            with pytest.warns(
+                UserWarning, match=r"^EoM 1: eta\*lambda_max reached 1\.20 .*lower the learning"
+            ):
+                comparison = eomdl.compare(real, models)
+            assert len(comparison.notes) == 1  # gradient flow is no series
+            assert comparison.notes[0] in comparison.table()
+        else:
+            assert eomdl.compare(real, models).notes == ()
+
+
+# ---------------------------------------------------------------------- orders
+
+
+@pytest.mark.parametrize("flow", up_to(4), ids=lambda f: f.name)
+def test_one_step_defect_has_order_n_plus_2(flow):
+    # The defect along the real path, from a point that all learning rates share: its start.
+    rates = [0.025, 0.0125]
+    defects = []
+    for eta in rates:
+        real = eomdl.descend(valley_loss, VALLEY, optax.sgd(eta), 2)
+        steps, d = eomdl.defect(flow.make(valley_loss, eta), real, steps=[0])
+        np.testing.assert_array_equal(steps, [0])
+        defects.append(d[0])
+    assert eomdl.observed_order(rates, defects) == pytest.approx(flow.terms + 2, abs=0.1)
+
+
+@pytest.mark.parametrize("flow", up_to(4), ids=lambda f: f.name)
+def test_error_at_fixed_time_has_order_n_plus_1(flow):
+    result = eomdl.convergence(
+        lambda eta: flow.make(valley_loss, eta), valley_loss, VALLEY, [0.1, 0.05, 0.025], time=0.6
+    )
+    np.testing.assert_array_equal(result.num_steps, [6, 12, 24])
+    assert result.order == pytest.approx(flow.terms + 1, abs=0.1)
+    assert np.all(result.ode_errors < 0.1 * result.errors)
+
+
+def test_convergence_without_a_time_is_the_first_step():
+    def flow(eta):
+        return eomdl.EquationOfMotion(valley_loss, eta, 1)
+
+    result = eomdl.convergence(flow, valley_loss, VALLEY, [0.1, 0.05])
+    np.testing.assert_array_equal(result.num_steps, [1, 1])
+    for eta, error in zip((0.1, 0.05), result.errors, strict=True):
+        real = eomdl.descend(valley_loss, VALLEY, optax.sgd(eta), 1)
+        np.testing.assert_allclose(eomdl.defect(flow(eta), real)[1], [error], rtol=1e-2)
+
+
+def test_convergence_sees_an_optimizer_that_the_flow_does_not_model():
+    # Gradient flow at twice the speed: the error does not vanish with the learning rate.
+    result = eomdl.convergence(
+        lambda eta: eomdl.GradientFlow(valley_loss, eta),
+        valley_loss,
+        VALLEY,
+        [0.1, 0.05],
+        time=0.6,
+        optimizer=lambda eta: optax.sgd(2 * eta),
+    )
+    assert abs(result.order) < 0.2
+
+
+def test_observed_order():
+    rates = np.array([0.1, 0.05, 0.02])
+    assert eomdl.observed_order(rates, 3 * rates**2.5) == pytest.approx(2.5, abs=1e-12)
+
+
+def test_defect_by_hand():
+    # Exact flow of the quadratic over one step against the exact step, on a path of minibatches.
+    flow = eomdl.GradientFlow(net_loss, 0.1)
+    real = eomdl.descend(net_loss, NET, SGD, 12, batches=NET_BATCHES)
+    steps, defects = eomdl.defect(flow, real, batches=NET_BATCHES, steps=[0, 7])
+    for k, defect in zip(steps, defects, strict=True):
+        batch = jax.tree.map(lambda leaf, k=k: leaf[k], NET_BATCHES)
+        end = eomdl.solve(flow, real.at(k), 1, args=batch, rtol=1e-12, atol=1e-12).at(1)
+        by_hand = np.linalg.norm(flat(end) - flat(real.at(k + 1)))
+        np.testing.assert_allclose(defect, by_hand, rtol=0.01)
+
+
+def test_defect_spreads_over_the_path():
+    real = eomdl.descend(valley_loss, VALLEY, SGD, 100)
+    steps, defects = eomdl.defect(eomdl.GradientFlow(valley_loss, 0.1), real)
+    assert len(steps) == len(defects) == 16
+    assert (steps[0], steps[-1]) == (0, 99)
+    assert np.all(defects > 0)
