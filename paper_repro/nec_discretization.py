@@ -128,7 +128,7 @@ REPRODUCTION = Reproduction(
         "images. Against steps: learning rate 0.1, 200 steps. Against the learning rate: 0.05 down to 0.00625, at time "
         "0.5 and after one step; slopes by least squares of log error on log learning rate."
     ),
-    seconds=100,
+    seconds=60,
     run=run,
     plot=plot,
 )

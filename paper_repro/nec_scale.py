@@ -67,7 +67,7 @@ def _rates(starts, inputs, steps, grid, names) -> pd.DataFrame:
             observe = {
                 "norm": eomdl.block_norm(hidden),
                 "gradient": grad_norm,
-                "sharpness": eomdl.sharpness(loss),
+                "sharpness": eomdl.sharpness(loss, 8),
             }
             params = jax.tree.map(lambda leaf: leaf[seed], stacked)
             return eomdl.descend(
@@ -285,7 +285,7 @@ REPRODUCTION = Reproduction(
         f"batches of {LONG_BATCH} of 512 images, batch norm, eta = {LONG_RATE}, lambda = {LONG_DECAY}, 600 steps, the "
         "flows on the same batches (ODE tolerances 1e-6)."
     ),
-    seconds=90,
+    seconds=120,
     run=run,
     plot=plot,
 )

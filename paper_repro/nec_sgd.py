@@ -94,7 +94,7 @@ REPRODUCTION = Reproduction(
         "A tanh network with 16 hidden units, cross entropy + L2 weight decay 1e-3, SGD with learning rate 0.1 on "
         "batches of 64 drawn from 1,024 images, 200 steps; the loss is that of all images."
     ),
-    seconds=45,
+    seconds=25,
     run=run,
     plot=plot,
 )
