@@ -66,8 +66,7 @@ class Batches:
     def __init__(self, batches: Any, num_steps: int, args: Args, resume: Trajectory | None):
         self._stacked = self._iterator = None
         self.example = args  # what the loss sees first
-        self.given = batches is not None
-        if not self.given:
+        if batches is None:
             return
         start = 0 if resume is None else int(resume.final_step)
         if isinstance(batches, list) or (isinstance(batches, Iterable) and not _is_stacked(batches)):
@@ -84,6 +83,7 @@ class Batches:
                 raise ValueError("batches: expected at least one batch, got an empty iterable")
             self.example = head[0]
             self._iterator = itertools.chain(head, self._iterator)
+            self._last = head[0]
             return
         lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
         if lengths != {(num_steps,)}:
@@ -100,9 +100,9 @@ class Batches:
         if self._iterator is None:
             return self._stacked, 0, count
         taken = list(itertools.islice(self._iterator, count))
-        if not taken:
-            return None, start, 0
-        padded = taken + [taken[-1]] * (length - len(taken))
+        # Padding is never stepped on; at the very end of the batches it is all there is.
+        self._last = taken[-1] if taken else self._last
+        padded = taken + [self._last] * (length - len(taken))
         try:
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded), start, len(taken)
         except ValueError as error:
@@ -185,7 +185,7 @@ def march(
     start = 0
     if resume is not None:
         start, state = _resumed(resume, state, num_steps)
-        saved = saved[saved > resume.steps[-1]]
+        saved = saved[saved > max(resume.steps, default=-1)]
     traced = _tree.is_traced(state, step_size, args, source.example)
     # Rows between saved ones bound the work between two looks at the clock; they are dropped.
     rows = saved if traced else np.union1d(saved, np.arange(start, num_steps, _MAX_STEPS))

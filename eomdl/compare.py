@@ -85,9 +85,10 @@ class Comparison:
                 difference = self.differences[model].get(name)
                 cells.append("-" if difference is None else f"{np.abs(difference).max():.2e}")
             table.add_row(model, *cells)
-        console = Console(file=io.StringIO(), width=30 + 22 * len(table.columns), legacy_windows=False)
+        text = io.StringIO()
+        console = Console(file=text, width=30 + 22 * len(table.columns), legacy_windows=False)
         console.print(table)
-        return console.file.getvalue() + "".join(f"! {note}\n" for note in self.notes)  # type: ignore[attr-defined]
+        return text.getvalue() + "".join(f"! {note}\n" for note in self.notes)
 
     def to_frame(self) -> Any:
         """A pandas DataFrame, a row for each model and step. Needs `pandas`."""

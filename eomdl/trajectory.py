@@ -72,7 +72,8 @@ class Trajectory(eqx.Module):
             return cast(Any, RESULTS)[self.result]
         if bool(self.result == RESULTS.successful):
             return ""
-        return f"Stopped after step {self.steps[-1]}. {cast(Any, RESULTS)[self.result]}"
+        last = max([*self.steps, self.final_step])
+        return f"Stopped after step {last}. {cast(Any, RESULTS)[self.result]}"
 
     def at(self, step: int) -> Params:
         """The parameters at a saved step. Raises `ValueError` if it was not saved."""

@@ -272,3 +272,25 @@ def test_progress_bar(capfd):
     assert "100" in capfd.readouterr().err
     eomdl.descend(valley_loss, VALLEY, SGD, 25)
     assert capfd.readouterr().err == ""
+
+
+def test_batches_that_end_with_a_chunk_keep_the_run():
+    """256 rows are one chunk: the iterator then has nothing at all for the next one."""
+
+    def loss(params, batch):
+        return jnp.sum((params - batch) ** 2)
+
+    batches = (jnp.ones(2) * k for k in range(256))
+    run = eomdl.descend(loss, jnp.zeros(2), optax.sgd(0.1), 400, batches=batches)
+    assert run.steps[-1] == run.final_step == 256
+    assert "`batches` ended" in run.message
+    flow = eomdl.GradientFlow(loss, 0.1)
+    batches = (jnp.ones(2) * k for k in range(256))
+    run = eomdl.solve(flow, jnp.zeros(2), 400, batches=batches)
+    assert run.steps[-1] == run.final_step == 256
+
+
+def test_run_that_fails_before_its_first_saved_step_says_so():
+    run = eomdl.descend(lambda p, args: -jnp.sum(p**4), jnp.ones(2), optax.sgd(0.5), 100, save_steps=[100])
+    assert len(run.steps) == 0
+    assert "Stopped after step 0" in run.message

@@ -52,12 +52,12 @@ def modified_field_series(f: VectorField, x: Params, order: int) -> tuple[Params
     The modified equation of $x \\mapsto x + \\eta f(x)$ by the power-series logarithm of
     the map. Same value as the rooted trees; used as the oracle in the tests.
     """
-    zeros = jax.tree.map(jnp.zeros_like, x)
+    zeros = _tree.zeros_like(x)
     points = order + 1
     iterate = [x]
     fields = []  # fields[j][k]: coefficient of eta^k in f(x_j)
     for j in range(points):
-        # A curve of degree j is still exact: x_j is a polynomial in eta only up to truncation.
+        # Of x_j as a power series in eta, the terms up to eta^order: all that can reach the result.
         coefficients = _taylor_coefficients(f, iterate, order)
         fields.append(coefficients)
         if j + 1 < points:
