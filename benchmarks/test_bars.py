@@ -73,8 +73,8 @@ class Counted(eomdl.AbstractFlow):
         jax.debug.callback(self.calls.add, t)
         return self.flow(t, state, args)
 
-    def step(self, state, args):
-        return self.flow.step(state, args)
+    def step(self, t, state, args):
+        return self.flow.step(t, state, args)
 
 
 def _all_evaluations(order: int, estimate: bool) -> int:

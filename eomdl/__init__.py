@@ -10,11 +10,17 @@ from eomdl.convergence import (
 from eomdl.counterterms import counterterms as counterterms
 from eomdl.flows import (
     AbstractFlow as AbstractFlow,
+    AdamFlow as AdamFlow,
     EquationOfMotion as EquationOfMotion,
     GradientFlow as GradientFlow,
+    InterpolatingFlow as InterpolatingFlow,
+    MomentumFlow as MomentumFlow,
+    ReshufflingFlow as ReshufflingFlow,
+    rmsprop_flow as rmsprop_flow,
 )
 from eomdl.integrate import solve as solve
-from eomdl.losses import WeightDecay as WeightDecay
+from eomdl.logarithm import minimax_weights as minimax_weights, taylor_weights as taylor_weights
+from eomdl.losses import GradientPenalty as GradientPenalty, WeightDecay as WeightDecay
 from eomdl.observables.curvature import sharpness as sharpness
 from eomdl.observables.norms import (
     angle_per_step as angle_per_step,
@@ -33,5 +39,11 @@ from eomdl.observables.symmetry import (
     scale_norm_rate as scale_norm_rate,
     translation_decay_rate as translation_decay_rate,
 )
-from eomdl.optimizers import descend as descend
+from eomdl.optimizers import descend as descend, iterate as iterate
+from eomdl.points import (
+    Points as Points,
+    choose_points as choose_points,
+    departure_from_identity as departure_from_identity,
+)
+from eomdl.step_maps import StepMap as StepMap, optimizer_step as optimizer_step
 from eomdl.trajectory import RESULTS as RESULTS, Trajectory as Trajectory

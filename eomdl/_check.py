@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _tree
-from eomdl._types import Args, Loss, Observable, Params
+from eomdl._types import Args, Loss, Observable, Params, StateObservable
 
 
 def _wrong(name: str, expected: str, got: Any) -> ValueError:
@@ -27,6 +27,11 @@ def positive_scalar(name: str, value: Any) -> jax.Array:
 def nonnegative_scalar(name: str, value: Any) -> jax.Array:
     """A finite scalar >= 0 as a floating-point array."""
     return _scalar(name, value, "a finite number >= 0", lambda x: x >= 0)
+
+
+def fraction(name: str, value: Any) -> jax.Array:
+    """A scalar in [0, 1)."""
+    return _scalar(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def _scalar(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> jax.Array:
@@ -76,12 +81,12 @@ def params(name: str, value: Params) -> Params:
     return jax.tree.map(jnp.asarray, value)
 
 
-def _shape_of(name: str, expected: str, function: Callable, params: Params, args: Args) -> Any:
+def shape_of(name: str, expected: str, function: Callable, *inputs: Any) -> Any:
     """Shape and dtype of the function's output, without evaluating it."""
     try:
-        return jax.eval_shape(function, params, args)
+        return jax.eval_shape(function, *inputs)
     except Exception as error:
-        hint = " (args is None: was the data not passed?)" if args is None else ""
+        hint = " (args is None: was the data not passed?)" if any(x is None for x in inputs) else ""
         got = f"a function that raised {type(error).__name__}: {error}{hint}"
         raise _wrong(name, expected, got) from error
 
@@ -91,7 +96,7 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args) -> None:
     expected = "a function (params, args) -> real scalar"
     if not callable(loss):
         raise _wrong("loss", expected, repr(loss))
-    out = _shape_of("loss", expected, loss, params, args)
+    out = shape_of("loss", expected, loss, params, args)
     if not hasattr(out, "shape") or out.shape != ():
         raise _wrong("loss", expected, f"output {out}")
     if not jnp.issubdtype(out.dtype, jnp.floating):
@@ -100,6 +105,12 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args) -> None:
         value = loss(params, args)
         if not _tree.is_traced(value) and not np.isfinite(value):
             raise _wrong("loss", "a finite value at the initial params", float(value))
+
+
+def optimizer(value: Any) -> None:
+    """An optax optimizer."""
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise _wrong("optimizer", "an optax.GradientTransformation", repr(value))
 
 
 def observables(
@@ -113,10 +124,27 @@ def observables(
     for name, function in observe.items():
         if not callable(function):
             raise _wrong(f"observe[{name!r}]", "a function (params, args) -> array", repr(function))
-        out = _shape_of(f"observe[{name!r}]", "a function (params, args) -> array", function, params, args)
+        out = shape_of(f"observe[{name!r}]", "a function (params, args) -> array", function, params, args)
         if not hasattr(out, "shape"):
             raise _wrong(f"observe[{name!r}]", "one array", f"{out}")
     return dict(observe)
+
+
+def state_observables(
+    observe: Mapping[str, StateObservable] | None, state: Any, args: Args
+) -> dict[str, StateObservable]:
+    """Named functions `(t, state, args) -> array`, tried once on shapes alone."""
+    expected = "a dict {name: function (t, state, args) -> array}"
+    if observe is not None and not isinstance(observe, Mapping):
+        raise _wrong("observe_state", expected, repr(observe))
+    for name, function in (observe or {}).items():
+        if not callable(function):
+            raise _wrong(f"observe_state[{name!r}]", expected, repr(function))
+        t = jnp.zeros((), jnp.result_type(float))
+        out = shape_of(f"observe_state[{name!r}]", expected, function, t, state, args)
+        if not hasattr(out, "shape"):
+            raise _wrong(f"observe_state[{name!r}]", "one array", f"{out}")
+    return dict(observe or {})
 
 
 def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:

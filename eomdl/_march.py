@@ -6,8 +6,7 @@ steps), shows progress, and can stop: at a non-finite state, at the end of the b
 at Ctrl-C. Inside `jit`, `vmap` or `grad` the whole run is one chunk.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import diffrax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _check, _tree
+from eomdl._batches import Batches
 from eomdl._types import Args, Observable, Params, State
 from eomdl.trajectory import RESULTS, Trajectory, result_where
 
@@ -33,6 +33,7 @@ class Chunk(NamedTuple):
     params: Params  # leaves with leading axis R
     ode_error: jax.Array | None  # (R,)
     result: Any  # an item of RESULTS
+    observables: dict[str, jax.Array]  # of the whole state, (R, ...)
     counts: dict[str, jax.Array]  # summed over chunks
     diagnostics: dict[str, jax.Array]  # one value a chunk
 
@@ -60,81 +61,15 @@ def saved_steps(num_steps: int, save_steps: int | Sequence[int]) -> np.ndarray:
     return np.unique(steps)
 
 
-class Batches:
-    """One interface to no batches, batches stacked in arrays, and batches one by one."""
-
-    def __init__(self, batches: Any, num_steps: int, args: Args, resume: Trajectory | None):
-        self._stacked = self._iterator = None
-        self.example = args  # what the loss sees first
-        if batches is None:
-            return
-        start = 0 if resume is None else int(resume.final_step)
-        if isinstance(batches, list) or (isinstance(batches, Iterable) and not _is_stacked(batches)):
-            if isinstance(batches, Sized):
-                if len(batches) != num_steps:
-                    raise ValueError(
-                        f"batches: expected one batch for each of num_steps = {num_steps} steps, "
-                        f"got {len(batches)}"
-                    )
-                batches = itertools.islice(batches, start, None)
-            self._iterator = iter(batches)
-            head = list(itertools.islice(self._iterator, 1))
-            if not head:
-                raise ValueError("batches: expected at least one batch, got an empty iterable")
-            self.example = head[0]
-            self._iterator = itertools.chain(head, self._iterator)
-            self._last = head[0]
-            return
-        lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
-        if lengths != {(num_steps,)}:
-            raise ValueError(
-                f"batches: expected arrays with leading axis num_steps = {num_steps}, got leading axes "
-                f"{sorted(lengths)}; a list or an iterator is taken as one batch a step"
-            )
-        self._stacked = jax.tree.map(jnp.asarray, batches)
-        self.example = jax.tree.map(lambda leaf: leaf[0], self._stacked)
-
-    def take(self, start: int, count: int, length: int) -> tuple[Any, int, int]:
-        """Batches for steps `start .. start + count`, padded to `length`; the number of the
-        first one; and how many there were."""
-        if self._iterator is None:
-            return self._stacked, 0, count
-        taken = list(itertools.islice(self._iterator, count))
-        # Padding is never stepped on; at the very end of the batches it is all there is.
-        self._last = taken[-1] if taken else self._last
-        padded = taken + [self._last] * (length - len(taken))
-        try:
-            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded), start, len(taken)
-        except ValueError as error:
-            raise ValueError(
-                f"batches: expected batches of one structure and shape, got steps {start} to "
-                f"{start + len(taken) - 1} that differ ({error})"
-            ) from error
-
-
-def _is_stacked(batches: Any) -> bool:
-    def is_leaf(x: Any) -> bool:  # a generator is no pytree, and JAX warns of it unless told
-        return isinstance(x, Iterable) and not isinstance(x, list | tuple | Mapping)
-
-    return all(eqx.is_array(leaf) for leaf in jax.tree.leaves(batches, is_leaf=is_leaf))
-
-
-def batch_at(batches: Any, index: Any, args: Args) -> Args:
-    """The batch of a step, or `args` where there are no batches."""
-    if batches is None:
-        return args
-    return jax.tree.map(lambda leaf: leaf[index], batches)
-
-
 def scan_rows(
     step: Callable[[jax.Array, Any], Any],
     state: Any,
-    read: Callable[[Any], Any],
+    read: Callable[[jax.Array, Any], Any],
     start: Any,
     gaps: jax.Array,
     every: bool,
 ) -> tuple[Any, Any]:
-    """For every gap: record `read(state)`, then apply `step(k, state)` gap times.
+    """For every gap: record `read(k, state)`, then apply `step(k, state)` gap times.
 
     With `every` the gaps are 0 or 1, and the loop is one that `jax.grad` can reverse.
     """
@@ -145,7 +80,7 @@ def scan_rows(
             new = jax.lax.cond(gap > 0, step, lambda k, state: state, k, state)
         else:
             new = jax.lax.fori_loop(k, k + gap, step, state)
-        return (k + gap, new), read(state)
+        return (k + gap, new), read(k, state)
 
     first = (jnp.asarray(start, gaps.dtype), state)
     records: Any
@@ -215,6 +150,7 @@ def march(
             # Observables may be dear: not for the rows of the padding.
             params_rows = jax.tree.map(lambda leaf, chunk=chunk: leaf[: len(chunk)], out.params)
             observed, finite = _record(observe, params_rows, args)
+            observed |= jax.tree.map(lambda leaf, chunk=chunk: leaf[: len(chunk)], out.observables)
             record = {"step": chunk, "observables": observed, "ode_error": out.ode_error}
             if save_params:
                 record["params"] = params_rows
@@ -332,11 +268,9 @@ def _joined(first: Trajectory, second: Trajectory) -> Trajectory:
             "resume: expected a run with the same save_params and observe, got "
             f"save_params={first.params is not None}, observe={sorted(first.observables)}"
         )
-    stats = {
-        k: join(first.stats[k], v) if np.ndim(v) else first.stats[k] + v
-        for k, v in second.stats.items()
-        if k in first.stats
-    }
+    stats = dict(second.stats)
+    for k in set(stats) & set(first.stats):
+        stats[k] = join(first.stats[k], stats[k]) if np.ndim(stats[k]) else first.stats[k] + stats[k]
     return Trajectory(
         steps=join(first.steps, second.steps),
         times=join(first.times, second.times),

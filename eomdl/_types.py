@@ -13,3 +13,4 @@ State: TypeAlias = Any  # what a flow or an optimizer carries; holds the paramet
 Loss: TypeAlias = Callable[[Params, Args], jax.Array]  # -> real scalar
 Observable: TypeAlias = Callable[[Params, Args], jax.Array]  # -> array of fixed shape
 VectorField: TypeAlias = Callable[[Params], Params]
+StateObservable: TypeAlias = Callable[[Any, State, Args], jax.Array]  # (t, state, args) -> array

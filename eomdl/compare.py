@@ -56,6 +56,18 @@ class Comparison:
         moved = np.where(self.travelled > 0, self.travelled, np.nan)
         return {model: d / moved for model, d in self.distance.items()}
 
+    def at_multiples_of(self, stride: int) -> "Comparison":
+        """The comparison at the steps that are multiples of `stride`: what a strided flow predicts itself.
+
+        **Raises:** `ValueError` if there are none.
+        """
+        stride = _check.integer("stride", stride, 1)
+        keep = self.steps % stride == 0
+        if not keep.any():
+            raise ValueError(f"stride: expected a divisor of a saved step, got {stride} with {self.steps}")
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "notes"}
+        return dataclasses.replace(self, **jax.tree.map(lambda x: x[keep], arrays))
+
     def table(self) -> str:
         """The comparison as text: a row a model, then the notes."""
         at = np.unique(np.linspace(0, len(self.steps) - 1, 4).round().astype(int))[1:]
@@ -169,10 +181,31 @@ def _flat_groups(c: Comparison) -> dict[str, dict[tuple[str, str], np.ndarray]]:
     }
 
 
-def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> Comparison:
+# Diagnostics of flows that `solve` records: (limit, what it means).
+_LIMITS = {
+    "eta_lambda_max": (
+        "eta*lambda_max",
+        "From 1 on the series in the learning rate has no limit, and more counter terms make it worse: lower the "
+        "learning rate, or take InterpolatingFlow(..., stride=2).",
+    ),
+    "last_difference": (
+        "the last difference over the first",
+        "From 1 on the series of the logarithm has stopped converging, and more points make it worse: "
+        "see eomdl.choose_points, try stride=2, or start after a few real steps.",
+    ),
+}
+
+
+def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, smooth: int = 1) -> Comparison:
     """Errors of `trajectories` (models, usually flows) against the `reference` run.
 
-    Everything is taken at the steps that all runs saved.
+    Everything is taken at the steps that all runs saved. A flow of stride m predicts every m-th
+    step by itself, and those between through steps of its map; the notes say so, and
+    `Comparison.at_multiples_of` picks the ones it predicts by itself.
+
+    **Arguments:** `smooth`: compare means over that many consecutive steps
+    (`Trajectory.smoothed`), of the reference and of the models: past the edge of stability
+    `smooth=2` compares the middle of the oscillation.
 
     **Returns:** `eomdl.Comparison`: distances over all parameters and per top-level block,
     relative to the distance travelled; differences of every observable that both have;
@@ -180,13 +213,15 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> Co
 
     **Raises:** `ValueError` if the runs have no saved step in common, or parameters that
     differ in structure or shape. **Warns** where a flow that is a series in the learning
-    rate met $\\eta \\lambda_{max} \\ge 1$ on its path (estimated by `solve` at the end of
-    every stretch): there the series has no limit.
+    rate met $\\eta \\lambda_{max} \\ge 1$ on its path, or an `InterpolatingFlow` a last difference as large
+    as the first (both measured by `solve` at the start and at the end of every stretch): there the
+    series has no limit.
     """
     if not isinstance(reference, Trajectory):
         raise ValueError(f"reference: expected an eomdl.Trajectory, got {type(reference).__name__}")
     if not isinstance(trajectories, Mapping) or not trajectories:
         raise ValueError(f"trajectories: expected a dict {{name: eomdl.Trajectory}}, got {trajectories!r}")
+    smooth = _check.integer("smooth", smooth, 1)
     runs = {"reference": reference, **{f"trajectories[{k!r}]": t for k, t in trajectories.items()}}
     steps = np.asarray(reference.steps)
     for name, run in runs.items():
@@ -197,6 +232,11 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> Co
                 f"{name}.params", _first(run.params), "reference.params", _first(reference.params)
             )
         steps = np.intersect1d(steps, run.steps)
+    if smooth > 1:
+        reference = reference.smoothed(smooth)
+        trajectories = {name: run.smoothed(smooth) for name, run in trajectories.items()}
+        for run in (reference, *trajectories.values()):
+            steps = np.intersect1d(steps, run.steps)
     if len(steps) == 0:
         raise ValueError(
             "trajectories: expected a saved step in common, got "
@@ -238,14 +278,18 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> Co
             times = rows(run, run.times)
         if run.message:
             notes.append(f"{name}: {run.message}")
-        reach = np.max(run.stats.get("eta_lambda_max", 0.0))
-        if reach >= 1:
-            note = (
-                f"{name}: eta*lambda_max reached {reach:.2f} along the path. From 1 on the series in the "
-                "learning rate has no limit, and more counter terms make it worse: lower the learning rate."
+        stride = int(run.stats.get("stride", 1))
+        if stride > 1:
+            notes.append(
+                f"{name}: a flow of stride {stride} predicts the multiples of {stride}; the steps between are "
+                "those moved on by its map."
             )
-            notes.append(note)
-            warnings.warn(note, stacklevel=2)
+        for key, (what, meaning) in _LIMITS.items():
+            reach = np.max(run.stats.get(key, 0.0))
+            if reach >= 1:
+                note = f"{name}: {what} reached {reach:.2f} along the path. {meaning}"
+                notes.append(note)
+                warnings.warn(note, stacklevel=2)
     return Comparison(
         steps=steps,
         times=times,

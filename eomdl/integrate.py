@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _check, _tree
-from eomdl._march import Batches, Chunk, batch_at, march, scan_rows
-from eomdl._types import Args, Observable, Params, State
+from eomdl._batches import Batches, batch_at, batch_of
+from eomdl._march import Chunk, march, scan_rows
+from eomdl._types import Args, Observable, Params, State, StateObservable
 from eomdl.flows.base import AbstractFlow
 from eomdl.trajectory import RESULTS, Trajectory, result_where
 
@@ -29,6 +30,7 @@ def solve(
     args: Args = None,
     batches: Any | Iterable[Any] = None,
     observe: Mapping[str, Observable] | None = None,
+    observe_state: Mapping[str, StateObservable] | None = None,
     save_params: bool = True,
     save_steps: int | Sequence[int] = 1,
     rtol: float | None = None,
@@ -48,11 +50,18 @@ def solve(
     The clock inside is in steps, $dx/ds = h F$, so the learning rate may be traced.
 
     **Arguments:** `params`, `num_steps`, `args`, `batches`, `observe`, `save_params`,
-    `save_steps`, `progress`, `resume` and `throw` as in `eomdl.descend`. With `batches`
+    `save_steps`, `progress` and `throw` as in `eomdl.descend`. With `batches`
     the flow follows the equation of motion of step k's own batch for the time of that step.
 
-    - `flow`: an `eomdl.AbstractFlow`.
-    - `rtol`, `atol`: tolerances of one ODE step (root mean square over the parameters).
+    - `flow`: an `eomdl.AbstractFlow`. One of stride m passes through every m-th iterate; at
+        the steps between, the rows are those iterates moved on by the map itself.
+    - `observe_state`: `{name: function (t, state, args) -> array}`, functions of the flow's
+        whole state recorded at every saved step, such as `flow.last_difference`.
+    - `resume`: a trajectory to go on from: one of this flow, or a real run (`descend`,
+        `iterate`), at whose end the flow then begins, with the optimizer's state where the
+        flow carries it. The rows of that run come first, with an ODE error of 0.
+    - `rtol`, `atol`: tolerances of one ODE step (root mean square over the state; the state
+        of an optimizer counts by the relative change it makes in a step of the parameters).
         By default they are measured: 1/2000 of the flow's own one-step error at the
         start, so that the error of the ODE solver stays under about 1 % of the error of
         the model, and no digit is paid for that the model does not have.
@@ -88,37 +97,50 @@ def solve(
     max_steps = _check.integer("max_steps", max_steps, 1)
     params = _check.params("params", params)
     observe = _check.observables(observe, params, args)
-    source = Batches(batches, num_steps, args, resume)
+    source = Batches(batches, num_steps, args, resume, flow.stride)
     flow.validate(params, source.example)
     state = flow.init(params, source.example)
+    observe_state = _check.state_observables(observe_state, state, source.example)
     dtype = _tree.dtype(state)
     traced = _tree.is_traced(flow, state, args, source.example)
     solver = diffrax.Tsit5() if solver is None else solver
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
     estimate_error = estimate_error and not traced and stepsize_controller is None
+    copies = 2 if estimate_error else 1
+    if resume is not None:
+        resume = _taken_over(resume, (state,) * copies, flow.step_size, flow.stride)
 
     first = _check.positive_scalar("dt0", dt0)
-
-    def integrate(controller: Any, dt0: jax.Array, *chunk: Any) -> Any:
-        return _integrate(flow, solver, controller, adjoint, max_steps, dt0, args, *chunk)
-
-    default = _default_tolerances(params) if traced else None
     given = [
         None if tol is None else _check.positive_scalar(name, tol)
         for name, tol in (("rtol", rtol), ("atol", atol))
     ]
+    default = _default_tolerances(params) if traced else None
     used: list[Any] = [None, None]
+    units = None
+
+    def integrate(controller: Any, dt0: jax.Array, *chunk: Any) -> Any:
+        settings = (solver, controller, adjoint, max_steps, dt0)
+        return _integrate(flow, settings, units, observe_state, args, *chunk)
 
     def advance(state, start, gaps, batches, offset, every):
-        nonlocal default
+        nonlocal default, units
         every = every and batches is not None  # else it changes nothing but the compiled program's key
+        here = start - start % flow.stride
+        data = batch_at(batches, here - offset, args, flow.stride)
+        if units is None and not traced:
+            units = _units(flow, here * flow.step_size, state[0], data)
         if stepsize_controller is not None:
             controllers = [stepsize_controller]
         else:
             if default is None and None in given:
-                rest = (start, jnp.zeros_like(gaps).at[0].set(1), batches, offset, every)
+                one_stride = jnp.zeros_like(gaps).at[0].set(flow.stride)
                 default = _measured_tolerances(
-                    flow, state[0], source.example, lambda c: integrate(c, first, state[0], *rest)
+                    flow,
+                    here * flow.step_size,
+                    state[0],
+                    data,
+                    lambda c: integrate(c, first, state[0], here, one_stride, batches, offset, every),
                 )
             used[:] = [d if g is None else g for g, d in zip(given, default or given, strict=True)]
             rtol, atol = used
@@ -133,23 +155,27 @@ def solve(
             for i, (controller, x) in enumerate(zip(controllers, state, strict=True))
         ]
         states, rows, results, counts = zip(*runs, strict=True)
-        error = _distances(*rows) if estimate_error else None
+        (params_rows, observed), *looser = rows
+        error = _distances(params_rows, looser[0][0]) if estimate_error else None
         points = []
         if not traced:
-            last = batch_at(batches, start - offset + jnp.sum(gaps) - 1, args)
-            points = [(state[0], source.example)] * int(start == 0) + [(states[0], last)]
+            end = start + jnp.sum(gaps)
+            end = end - end % flow.stride
+            last = batch_at(batches, end - flow.stride - offset, args, flow.stride)
+            points = [(here, state[0], data)] * int(start == 0) + [(end, states[0], last)]
         return Chunk(
             state=states,
-            params=rows[0],
+            params=params_rows,
             ode_error=error,
             result=results[0],
+            observables=observed,
             counts=jax.tree.map(lambda *n: sum(n), *counts),
             diagnostics=_diagnose(flow, points),
         )
 
     trajectory = march(
         advance,
-        (state, state) if estimate_error else (state,),
+        (state,) * copies,
         num_steps,
         params=params,
         step_size=flow.step_size,
@@ -162,10 +188,33 @@ def solve(
         resume=resume,
         throw=throw,
     )
-    stats = dict(trajectory.stats)
+    stats = dict(trajectory.stats) | {"stride": flow.stride}
     if stepsize_controller is None:
         stats |= {"rtol": used[0], "atol": used[1]}
     return eqx.tree_at(lambda t: t.stats, trajectory, stats, is_leaf=lambda x: x is trajectory.stats)
+
+
+def _taken_over(resume: Trajectory, state: tuple, step_size: Any, stride: int) -> Trajectory:
+    """`resume`, or, if it is a real run, a run of the flow that ends where the real one does."""
+    if "stride" in resume.stats:
+        return resume
+    if resume.final_step % stride:
+        raise ValueError(
+            f"resume: expected a real run of a multiple of the flow's stride {stride}, got {resume.final_step} steps"
+        )
+    # A real run carries (params, optimizer state), maybe with counters: the flow carries what it needs.
+    old = [x for x in jax.tree.leaves(resume.final) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact)]
+    final = tuple(old[: len(jax.tree.leaves(one))] for one in state)
+    steps = np.asarray(resume.steps)
+    error = np.zeros(len(steps)) if len(state) > 1 else None
+    stats: dict[str, Any] = {}
+    new = (steps * np.asarray(step_size), error, stats, final)
+    return eqx.tree_at(
+        lambda t: (t.times, t.ode_error, t.stats, t.final),
+        resume,
+        new,
+        is_leaf=lambda x: any(x is y for y in (None, resume.stats, resume.final)),
+    )
 
 
 def _default_tolerances(params: Params) -> tuple[float, float]:
@@ -173,17 +222,65 @@ def _default_tolerances(params: Params) -> tuple[float, float]:
     return tol, tol
 
 
+_HORIZON = 32  # discrete steps over which the units of an optimizer's state are measured
+
+
+def _units(flow: AbstractFlow, t: Any, state: State, args: Args) -> State | None:
+    """One number a leaf, by which the solver's errors in it are weighed; None for 1 everywhere.
+
+    An optimizer's momenta and averages live on scales of their own. A relative error in
+    them makes the same relative error in the step of the parameters, so their unit is
+    (size of a step of the parameters) / (their own size), over the first few discrete steps.
+    """
+    params = flow.params(state)
+    if jax.tree.structure(params) == jax.tree.structure(state) or _stepped(flow, t, state, args) is None:
+        return None
+    shape = jax.tree.structure(params)
+    groups, outer = jax.tree.flatten(state, is_leaf=lambda x: jax.tree.structure(x) == shape)
+    moved, sizes = _sizes(flow, t, state, args)
+    # Powers of two, so that going back and forth does not round.
+    units = [2.0 ** round(float(np.log2(moved / s))) if s > 0 and moved > 0 else 1.0 for s in sizes]
+    is_params = [jax.tree.structure(g) == shape and _same(g, params) for g in groups]
+    trees = [
+        jax.tree.map(lambda leaf, u=u: jnp.asarray(u, leaf.dtype), g)
+        for g, u in zip(groups, [1.0 if p else u for p, u in zip(is_params, units, strict=True)], strict=True)
+    ]
+    return jax.tree.unflatten(outer, trees)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return all(x is y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@eqx.filter_jit
+def _sizes(flow: AbstractFlow, t: Any, state: State, args: Args) -> tuple[jax.Array, list[jax.Array]]:
+    """Largest root mean squares: of a step of the parameters, and of every group of the state."""
+    shape = jax.tree.structure(flow.params(state))
+
+    def rms(tree: Any) -> jax.Array:
+        return _tree.norm(tree) / np.sqrt(_tree.size(tree))
+
+    def one(x: State, n: jax.Array) -> tuple[State, Any]:
+        new = flow.step(t + n * flow.step_size, x, batch_of(args, n))
+        groups = jax.tree.leaves(new, is_leaf=lambda y: jax.tree.structure(y) == shape)
+        return new, (rms(_tree.sub(flow.params(new), flow.params(x))), [rms(g) for g in groups])
+
+    _, sizes = jax.lax.scan(one, state, jnp.arange(_HORIZON))
+    return jax.tree.map(jnp.max, sizes)
+
+
 def _measured_tolerances(
-    flow: AbstractFlow, state: State, args: Args, one_step: Callable[[Any], Any]
+    flow: AbstractFlow, t: Any, state: State, args: Args, one_step: Callable[[Any], Any]
 ) -> tuple[float, float]:
     """Tolerances from the flow's defect: its distance after one step to the discrete step.
 
     The tolerance is lowered until the defect stands clear of the error of the ODE solver,
-    so it costs a few ODE steps; `one_step(controller)` integrates over one step.
+    so it costs a few ODE steps; `one_step(controller)` integrates over one step (one stride).
     """
-    target = flow.step(state, args)
+    target = _stepped(flow, t, state, args)
     if target is None:
         return _default_tolerances(state)
+    target, state = flow.params(target), flow.params(state)
     dtype = _tree.dtype(state)
     eps = float(jnp.finfo(dtype).eps)
     root = np.sqrt(_tree.size(state))
@@ -193,7 +290,7 @@ def _measured_tolerances(
     tol = max(1e-2 * float(_distance_of(target, state)) / root, floor)
     while True:
         controller = diffrax.PIDController(jnp.asarray(rtol, dtype), jnp.asarray(tol, dtype))
-        defect = float(_distance_of(one_step(controller)[0], target))
+        defect = float(_distance_of(flow.params(one_step(controller)[0]), target))
         if not np.isfinite(defect):
             return _default_tolerances(state)
         if defect / root > 20 * tol or tol == floor:
@@ -210,13 +307,21 @@ def _measured_tolerances(
 
 
 @eqx.filter_jit
+def _stepped(flow: AbstractFlow, t: Any, state: State, args: Args) -> State | None:
+    """The discrete map of the flow, over one stride."""
+    for n in range(flow.stride):
+        state = flow.step(t + n * flow.step_size, state, batch_of(args, n))
+        if state is None:
+            break
+    return state
+
+
+@eqx.filter_jit
 def _integrate(
     flow: AbstractFlow,
-    solver: diffrax.AbstractSolver,
-    controller: diffrax.AbstractStepSizeController,
-    adjoint: diffrax.AbstractAdjoint,
-    max_steps: int,
-    dt0: jax.Array,
+    settings: tuple,
+    units: State | None,
+    observe_state: dict[str, StateObservable],
     args: Args,
     state: State,
     start: Any,
@@ -224,13 +329,20 @@ def _integrate(
     batches: Any,
     offset: Any,
     every: bool,
-) -> tuple[State, Params, Any, dict[str, jax.Array]]:
-    """Record, then integrate over the gap, for every gap: final state, R records, result."""
-    time = _tree.dtype(state)
-    h = flow.step_size
+) -> tuple[State, tuple, Any, dict[str, jax.Array]]:
+    """Record, then integrate over the gap, for every gap: final state, R records, result.
 
-    def field(s: Any, x: State, args: Args) -> State:
-        return _tree.scale(h, flow((start + s) * h, x, args))
+    A flow of stride m is carried from one multiple of m to the next: `state` is that at
+    the last multiple of m up to `start`.
+    """
+    solver, controller, adjoint, max_steps, dt0 = settings
+    time = _tree.dtype(state)
+    h, m = flow.step_size, flow.stride
+    base = start - start % m
+
+    def field(s: Any, y: State, args: Args) -> State:
+        velocity = flow((base + s) * h, _out_of(units, y), args)
+        return _tree.scale(h, _into(units, velocity))
 
     def segment(x: State, s0: Any, s1: Any, args: Args, **saveat: Any) -> diffrax.Solution:
         return diffrax.diffeqsolve(
@@ -239,7 +351,7 @@ def _integrate(
             jnp.asarray(s0, time),
             jnp.asarray(s1, time),
             dt0.astype(time),
-            x,
+            _into(units, x),
             args,
             saveat=diffrax.SaveAt(**saveat),
             stepsize_controller=controller,
@@ -248,27 +360,64 @@ def _integrate(
             throw=False,
         )
 
+    def record(k: Any, x: State, args: Args) -> tuple[Params, dict[str, jax.Array]]:
+        """The prediction of iterate k from the state at the multiple of m before it."""
+        for n in range(m - 1):
+            t, batch = (k - k % m + n) * h, batch_of(args, n)
+            # By cond, so that steps not taken cost nothing.
+            x = jax.lax.cond(n < k % m, lambda x, t=t, b=batch: flow.step(t, x, b), lambda x: x, x)
+        return flow.params(x), {name: f(k * h, x, args) for name, f in observe_state.items()}
+
+    records: Any
     if batches is None:
-        ends = jnp.cumsum(gaps).astype(time)
-        begins = ends - gaps.astype(time)
-        rows = diffrax.SubSaveAt(ts=begins, fn=lambda s, x, args: flow.params(x))
-        sol = segment(state, 0, ends[-1], args, subs=(rows, diffrax.SubSaveAt(t1=True)))
+        steps = start + jnp.cumsum(gaps) - gaps
+        end = start + jnp.sum(gaps)
+        ts = (steps - steps % m - base).astype(time)
+        plain = m == 1 and not observe_state
+
+        def save(s: Any, y: State, args: Args) -> Any:
+            return flow.params(_out_of(units, y)) if plain else y
+
+        rows = diffrax.SubSaveAt(ts=ts, fn=save)
+        sol = segment(state, 0, end - end % m - base, args, subs=(rows, diffrax.SubSaveAt(t1=True)))
         rows, last = cast(tuple, sol.ys)
-        return jax.tree.map(lambda x: x[0], last), rows, _result(sol), _counts(sol)
+        if plain:
+            records = (rows, {})
+        else:
+            records = jax.lax.map(lambda row: record(row[0], _out_of(units, row[1]), args), (steps, rows))
+        return _out_of(units, jax.tree.map(lambda x: x[0], last)), records, _result(sol), _counts(sol)
+
+    def batch(k: jax.Array) -> Args:
+        """The data of the stride that step k is in."""
+        return batch_at(batches, k - k % m - offset, args, m)
 
     def step(k: jax.Array, carry: tuple) -> tuple:
         x, result, counts = carry
-        sol = segment(x, k - start, k - start + 1, batch_at(batches, k - offset, args), t1=True)
+        sol = segment(x, k - k % m - base, k - k % m - base + m, batch(k), t1=True)
         # Once failed, non-finite from there on: the rows after it must not pass for a path.
         failed = sol.result != diffrax.RESULTS.successful
-        x = jax.tree.map(lambda new: jnp.where(failed, jnp.nan, new[0]), sol.ys)
+        new = _out_of(units, jax.tree.map(lambda leaf: leaf[0], sol.ys))
+        x = jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), new)
         result = result_where(result == RESULTS.successful, _result(sol), result)
         return x, result, jax.tree.map(jnp.add, counts, _counts(sol))
 
+    def stride(k: jax.Array, carry: tuple) -> tuple:
+        return step(k, carry) if m == 1 else jax.lax.cond(k % m == m - 1, step, lambda k, c: c, k, carry)
+
     zero = jnp.zeros((), jnp.asarray(0).dtype)
     carry = (state, jax.tree.map(jnp.asarray, RESULTS.successful), dict.fromkeys(_COUNTS, zero))
-    (state, result, counts), rows = scan_rows(step, carry, lambda c: flow.params(c[0]), start, gaps, every)
-    return state, rows, result, counts
+    (state, result, counts), records = scan_rows(
+        stride, carry, lambda k, c: record(k, c[0], batch(k)), start, gaps, every
+    )
+    return state, records, result, counts
+
+
+def _into(units: State | None, x: State) -> State:
+    return x if units is None else jax.tree.map(jnp.multiply, units, x)
+
+
+def _out_of(units: State | None, y: State) -> State:
+    return y if units is None else jax.tree.map(jnp.divide, y, units)
 
 
 _COUNTS = ("num_steps", "num_accepted_steps", "num_rejected_steps")
@@ -284,12 +433,12 @@ def _result(sol: diffrax.Solution) -> Any:
 
 
 @eqx.filter_jit
-def _diagnose_at(flow: AbstractFlow, state: State, args: Args) -> dict[str, jax.Array]:
-    return flow.diagnostics(state, args)
+def _diagnose_at(flow: AbstractFlow, step: Any, state: State, args: Args) -> dict[str, jax.Array]:
+    return flow.diagnostics(step * flow.step_size, state, args)
 
 
-def _diagnose(flow: AbstractFlow, points: list[tuple[State, Args]]) -> dict[str, Any]:
-    values = [_diagnose_at(flow, state, args) for state, args in points]
+def _diagnose(flow: AbstractFlow, points: list[tuple[Any, State, Args]]) -> dict[str, Any]:
+    values = [_diagnose_at(flow, jnp.asarray(step), state, args) for step, state, args in points]
     return jax.tree.map(lambda *v: np.stack(v), *values) if values else {}
 
 

@@ -1,4 +1,4 @@
-"""Real runs: any optax optimizer, step by step."""
+"""Real runs: any optax optimizer, or any step map, step by step."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,8 +11,10 @@ import optax
 from jax.typing import ArrayLike
 
 from eomdl import _check
-from eomdl._march import Batches, Chunk, batch_at, march, scan_rows
+from eomdl._batches import Batches, batch_at
+from eomdl._march import Chunk, march, scan_rows
 from eomdl._types import Args, Loss, Observable, Params, State
+from eomdl.step_maps import ExtraArgs, StepMap, as_step_map, check_step, gradient_update
 from eomdl.trajectory import RESULTS, Trajectory
 
 
@@ -28,6 +30,7 @@ def descend(
     save_params: bool = True,
     save_steps: int | Sequence[int] = 1,
     step_size: ArrayLike | None = None,
+    extra_args: ExtraArgs | None = None,
     progress: bool | diffrax.AbstractProgressMeter = False,
     resume: Trajectory | None = None,
     throw: bool = False,
@@ -51,6 +54,8 @@ def descend(
         these step numbers. (Reverse-mode `jax.grad` through the run needs n = 1.)
     - `step_size`: time per step, for `Trajectory.times`; nan if not given, since optax
         does not tell an optimizer's learning rate. `compare` works on steps.
+    - `extra_args`: as in `eomdl.optimizer_step`, for optimizers whose update needs more
+        than the gradient.
     - `progress`: True for a tqdm bar, or a diffrax progress meter.
     - `resume`: a trajectory to go on from, to `num_steps` in all; its rows come first.
         An iterator in `batches` must then begin at the first step still to do.
@@ -66,39 +71,128 @@ def descend(
     """
     num_steps = _check.integer("num_steps", num_steps, 1)
     params = _check.params("params", params)
-    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        raise ValueError(f"optimizer: expected an optax.GradientTransformation, got {optimizer!r}")
+    _check.optimizer(optimizer)
     observe = _check.observables(observe, params, args)
     source = Batches(batches, num_steps, args, resume)
     _check.loss_is_scalar(loss, params, source.example)
-    state = (params, optimizer.init(params))
-    time = jnp.nan if step_size is None else _check.positive_scalar("step_size", step_size)
-
-    def advance(state, start, gaps, batches, offset, every):
-        state, rows = _descend_chunk(loss, optimizer, state, start, gaps, batches, offset, args, every)
-        return Chunk(state, rows, None, RESULTS.successful, {"gradient_evaluations": jnp.sum(gaps)}, {})
-
-    return march(
-        advance,
-        state,
+    return _run(
+        _Descent(loss, optimizer, extra_args),
+        params,
         num_steps,
-        params=params,
-        step_size=time,
-        save_steps=save_steps,
+        step_size,
+        args,
+        source,
+        gradients=1,
         observe=observe,
-        args=args,
-        source=source,
         save_params=save_params,
+        save_steps=save_steps,
         progress=progress,
         resume=resume,
         throw=throw,
     )
 
 
+def iterate(
+    step_map: StepMap,
+    params: Params,
+    num_steps: int,
+    *,
+    args: Args = None,
+    batches: Any | Iterable[Any] = None,
+    observe: Mapping[str, Observable] | None = None,
+    save_params: bool = True,
+    save_steps: int | Sequence[int] = 1,
+    step_size: ArrayLike | None = None,
+    progress: bool | diffrax.AbstractProgressMeter = False,
+    resume: Trajectory | None = None,
+    throw: bool = False,
+) -> Trajectory:
+    """Run any step map, $x_{k+1} = \\Psi(x_k, k)$: `eomdl.descend` for maps of your own.
+
+    **Arguments:** `step_map`, an `eomdl.StepMap` or a function `(state, args, k) -> state` whose state
+    is the parameters; the rest as in `eomdl.descend`.
+
+    **Returns:** `eomdl.Trajectory`; its `final` is the state of the map.
+
+    **Cost:** one evaluation of the map a step, and the observables.
+
+    **Raises:** `ValueError` for a wrong argument, and for a map that changes the structure,
+    shapes or dtypes of its state.
+    """
+    num_steps = _check.integer("num_steps", num_steps, 1)
+    params = _check.params("params", params)
+    step_map = as_step_map(step_map)
+    observe = _check.observables(observe, params, args)
+    source = Batches(batches, num_steps, args, resume)
+    check_step(step_map, params, source.example)
+    return _run(
+        step_map,
+        params,
+        num_steps,
+        step_size,
+        args,
+        source,
+        gradients=None,
+        observe=observe,
+        save_params=save_params,
+        save_steps=save_steps,
+        progress=progress,
+        resume=resume,
+        throw=throw,
+    )
+
+
+class _Descent(StepMap):
+    """The optimizer as optax has it: the counters in its state are integers, k is not looked at."""
+
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    extra_args: ExtraArgs | None = None
+
+    def init(self, params: Params) -> State:
+        return params, self.optimizer.init(params)
+
+    def params(self, state: State) -> Params:
+        return state[0]
+
+    def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
+        update = gradient_update(self.loss, self.optimizer, self.extra_args)
+        params, optimizer_state = state
+        updates, optimizer_state = update(params, optimizer_state, args)
+        return optax.apply_updates(params, updates), optimizer_state
+
+
+def _run(
+    step_map: StepMap,
+    params: Params,
+    num_steps: int,
+    step_size: ArrayLike | None,
+    args: Args,
+    source: Batches,
+    *,
+    gradients: int | None,
+    **options: Any,
+) -> Trajectory:
+    def advance(state, start, gaps, batches, offset, every):
+        state, rows = _iterate_chunk(step_map, state, start, gaps, batches, offset, args, every)
+        counts = {} if gradients is None else {"gradient_evaluations": gradients * jnp.sum(gaps)}
+        return Chunk(state, rows, None, RESULTS.successful, {}, counts, {})
+
+    return march(
+        advance,
+        step_map.init(params),
+        num_steps,
+        params=params,
+        step_size=jnp.nan if step_size is None else _check.positive_scalar("step_size", step_size),
+        args=args,
+        source=source,
+        **options,
+    )
+
+
 @eqx.filter_jit
-def _descend_chunk(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
+def _iterate_chunk(
+    step_map: StepMap,
     state: State,
     start: ArrayLike,
     gaps: jax.Array,
@@ -110,9 +204,6 @@ def _descend_chunk(
     """Record, then advance by the gap, for every gap: the final state and the R records."""
 
     def step(k: jax.Array, state: State) -> State:
-        params, optimizer_state = state
-        gradient = jax.grad(loss)(params, batch_at(batches, k - offset, args))
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-        return optax.apply_updates(params, updates), optimizer_state
+        return step_map(state, batch_at(batches, k - offset, args), k.astype(jnp.result_type(float)))
 
-    return scan_rows(step, state, lambda state: state[0], start, gaps, every)
+    return scan_rows(step, state, lambda k, state: step_map.params(state), start, gaps, every)

@@ -1,6 +1,7 @@
 """A path through weight space: the one type for real runs and for flows."""
 
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,8 @@ class RESULTS(eqx.Enumeration):
     )
     max_steps_reached = (
         "The ODE solver used up its step limit, so the run stopped there. Raise `max_steps`, loosen `rtol` "
-        "and `atol`, or lower the order: past eta*lambda_max = 1 the terms grow without bound."
+        "and `atol`, or lower the order: past eta*lambda_max = 1 the terms grow without bound. An optimizer's "
+        "first steps may be too rough for any flow: start after them (`resume=` a real run)."
     )
     interrupted = "Interrupted from the keyboard. Continue with `resume=` this trajectory."
     batches_exhausted = (
@@ -83,6 +85,42 @@ class Trajectory(eqx.Module):
         if len(index) == 0:
             raise ValueError(f"step: expected a saved step, {_summary(self.steps)}, got {step}")
         return jax.tree.map(lambda leaf: leaf[index[0]], self.params)
+
+    def smoothed(self, window: int = 2) -> "Trajectory":
+        """Means over w = `window` consecutive steps: row k is the mean of $\\theta_k, \\dots, \\theta_{k+w-1}$.
+
+        What oscillates with a period of w steps drops out: at the edge of stability w = 2 leaves the
+        path in the middle of the valley. Observables are averaged too, `ode_error` kept (the largest
+        of the window); the last w - 1 steps drop out.
+
+        **Raises:** `ValueError` if the saved steps have gaps or are fewer than w.
+        """
+        window = operator.index(window)
+        steps = np.asarray(self.steps)
+        if window < 1 or len(steps) < window or np.any(np.diff(steps) != 1):
+            raise ValueError(
+                f"window: expected an integer from 1 to the number of saved steps, all consecutive, got {window} "
+                f"with saved {_summary(steps)}"
+            )
+
+        def windows(x: Any) -> np.ndarray:
+            return np.lib.stride_tricks.sliding_window_view(np.asarray(x), window, axis=0)
+
+        def mean(x: Any) -> np.ndarray:
+            return np.mean(windows(x), axis=-1, dtype=np.asarray(x).dtype)
+
+        rows = len(steps) - window + 1
+        return Trajectory(
+            steps=steps[:rows],
+            times=np.asarray(self.times)[:rows],
+            params=jax.tree.map(mean, self.params),
+            observables=jax.tree.map(mean, self.observables),
+            ode_error=None if self.ode_error is None else np.max(windows(self.ode_error), axis=-1),
+            result=self.result,
+            stats=self.stats,
+            final=self.final,
+            final_step=self.final_step,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write one `.npz` file (NumPy arrays and JSON, no pickle), replacing it as a whole."""

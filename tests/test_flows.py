@@ -39,7 +39,7 @@ def test_step_is_gradient_descent(problem, flow):
     gradient = jax.grad(problem.loss)(problem.params, problem.args)
     expected = jax.tree.map(lambda p, g: p - 0.3 * g, problem.params, gradient)
     state = made.init(problem.params, problem.args)
-    assert_close(made.params(made.step(state, problem.args)), expected, rtol=1e-15)
+    assert_close(made.params(made.step(0.0, state, problem.args)), expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("order", range(4))
@@ -76,7 +76,7 @@ def test_default_order_is_one():
 def test_diagnostics_measure_eta_lambda_max():
     eta, largest = 0.3, np.linalg.eigvalsh(QUADRATIC.args[0])[-1]
     for flow in FLOWS:
-        diagnostics = flow.make(quadratic_loss, eta).diagnostics(QUADRATIC.params, QUADRATIC.args)
+        diagnostics = flow.make(quadratic_loss, eta).diagnostics(0.0, QUADRATIC.params, QUADRATIC.args)
         if flow.terms == 0:
             assert diagnostics == {}
         else:

@@ -20,6 +20,11 @@ class AbstractFlow(eqx.Module):
 
     step_size: eqx.AbstractVar[jax.Array]
 
+    @property
+    def stride(self) -> int:
+        """The flow passes through every m-th iterate; m = 1 but for strided flows."""
+        return 1
+
     @abc.abstractmethod
     def __call__(self, t: ArrayLike, state: State, args: Args) -> State:
         """$F(t, x)$: the state's velocity per unit of time (not per step)."""
@@ -33,19 +38,19 @@ class AbstractFlow(eqx.Module):
         """The parameters held in the state."""
         return state
 
-    def step(self, state: State, args: Args) -> State | None:
+    def step(self, t: ArrayLike, state: State, args: Args) -> State | None:
         """One step of the discrete map that this flow models; `None` if there is none.
 
         `solve` measures the flow's own defect against it to choose its tolerances.
         """
-        del state, args
+        del t, state, args
         return None
 
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the flow cannot start from `params`."""
         del params, args
 
-    def diagnostics(self, state: State, args: Args) -> dict[str, jax.Array]:
+    def diagnostics(self, t: ArrayLike, state: State, args: Args) -> dict[str, jax.Array]:
         """Named scalars that tell whether the model is valid here; recorded by `solve`."""
-        del state, args
+        del t, state, args
         return {}

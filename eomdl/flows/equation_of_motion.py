@@ -51,14 +51,16 @@ class EquationOfMotion(AbstractFlow):
         del t
         return modified_field(descent_field(self.loss, args), state, self.learning_rate, self.order)
 
-    def step(self, state: Params, args: Args) -> Params:
+    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        del t
         return gradient_descent_step(self.loss, self.learning_rate, state, args)
 
     def validate(self, params: Params, args: Args) -> None:
         _check.loss_is_scalar(self.loss, params, args)
 
-    def diagnostics(self, state: Params, args: Args) -> dict[str, jax.Array]:
+    def diagnostics(self, t: ArrayLike, state: Params, args: Args) -> dict[str, jax.Array]:
         """`eta_lambda_max`: the series in the learning rate needs it below 1."""
+        del t
         if self.order == 0:
             return {}
         return {"eta_lambda_max": self.learning_rate * sharpness(self.loss)(state, args)}

@@ -32,7 +32,8 @@ class GradientFlow(AbstractFlow):
         del t
         return descent_field(self.loss, args)(state)
 
-    def step(self, state: Params, args: Args) -> Params:
+    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        del t
         return gradient_descent_step(self.loss, self.learning_rate, state, args)
 
     def validate(self, params: Params, args: Args) -> None:

@@ -1,0 +1,143 @@
+"""The flow of any step map: the interpolating vector field."""
+
+import warnings
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from eomdl import _check, _tree
+from eomdl._batches import batch_of
+from eomdl._types import Args, Params, State
+from eomdl.flows.base import AbstractFlow
+from eomdl.logarithm import difference_weights, taylor_weights
+from eomdl.step_maps import StepMap, as_step_map, check_step
+
+
+class InterpolatingFlow(AbstractFlow):
+    """The logarithm of a step map, from its own iterates.
+
+    $$F_K(t, x) = \\frac{1}{m h} \\sum_{j=1}^{K} \\frac{(-1)^{j+1}}{j} \\Delta^j x
+    = \\frac{1}{m h} \\sum_{i<K} b_i d_i,$$
+
+    with $\\Delta^j$ the forward differences of the iterates $x, \\Psi(x), \\Psi^2(x), \\dots$ of the map
+    $\\Psi$ of m optimizer steps, and $d_i$ their increments. No derivatives are taken, so it is the
+    equation of motion of any optimizer. Flow and map differ by $O(h^{K+1})$ in one step where the map
+    is near the identity; the series needs multipliers (eigenvalues of $D\\Psi$) within 1 of 1: for
+    gradient descent $\\eta \\lambda_{max} < 1$ with m = 1, and with m = 2
+    $\\eta \\lambda_{max} < 1 + \\sqrt 2$, past the edge of stability at 2.
+
+    **Arguments:**
+
+    - `step_map`: an `eomdl.StepMap`, such as `eomdl.optimizer_step(loss, optimizer)`, or a function
+        `(state, args, k) -> state` whose state is the parameters.
+    - `step_size`: h, time per optimizer step; a leaf. It sets the clock alone.
+    - `points`: K, the number of iterates, which is the formal order. More is not always better:
+        `eomdl.choose_points` looks at the path.
+    - `stride`: m. The flow passes through every m-th iterate; `solve` returns those between as one
+        (two, ...) step of the map from there.
+    - `weights`: $b_0, \\dots, b_{K-1}$, e.g. `eomdl.minimax_weights(...)`; by default
+        `eomdl.taylor_weights(points)`, the equation above.
+
+    **State:** the step map's, so parameters and optimizer state. Time in steps is t / h, which
+    is what schedules and bias corrections see.
+
+    **Cost:** K m evaluations of the step, so K m gradients; memory for three copies of the state,
+    whatever K and m.
+
+    **Raises:** `ValueError` for a wrong argument, and in `solve` for a map that changes the
+    structure, shapes or dtypes of its state. **Warns** in `solve` where the map is not near
+    the identity at the start: $|\\Delta^2 x| \\ge |\\Delta x|$.
+
+    Source: Gelfreich & Vieiro 2018 (Nonlinearity 31).
+    """
+
+    step_map: StepMap = eqx.field(converter=as_step_map)
+    step_size: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("step_size", x))
+    points: int = eqx.field(static=True, converter=lambda n: _check.integer("points", n, 1))
+    stride: int = eqx.field(default=1, static=True, converter=lambda n: _check.integer("stride", n, 1))
+    weights: jax.Array | None = eqx.field(
+        default=None, converter=lambda b: None if b is None else jnp.asarray(b)
+    )
+
+    def __check_init__(self):
+        if self.weights is not None and np.shape(self.weights) != (self.points,):
+            raise ValueError(
+                f"weights: expected shape ({self.points},), one for each point, got {np.shape(self.weights)}"
+            )
+
+    def init(self, params: Params, args: Args) -> State:
+        del args
+        return self.step_map.init(params)
+
+    def params(self, state: State) -> Params:
+        return self.step_map.params(state)
+
+    def __call__(self, t: ArrayLike, state: State, args: Args) -> State:
+        weights = taylor_weights(self.points) if self.weights is None else self.weights
+        (total,) = self._combine(t, state, args, weights)
+        return _tree.scale(1 / (self.stride * self.step_size), total)
+
+    def step(self, t: ArrayLike, state: State, args: Args) -> State:
+        return self.step_map(state, args, t / self.step_size)
+
+    def validate(self, params: Params, args: Args) -> None:
+        check_step(self.step_map, params, batch_of(args, 0))
+        if _tree.is_traced(self, params, args):
+            return
+        ratio = float(_start_ratio(self, params, args))
+        if ratio >= 1:
+            warnings.warn(
+                f"step_map: expected a map near the identity, got second differences {ratio:.2f} times the "
+                f"first at the start (stride {self.stride}), where the series of the logarithm does not "
+                "converge. Lower the learning rate, try stride=2, or start after a few real steps "
+                "(resume=eomdl.iterate(...)); an update by signs has no flow.",
+                stacklevel=3,
+            )
+
+    def diagnostics(self, t: ArrayLike, state: State, args: Args) -> dict[str, jax.Array]:
+        """`last_difference`: the construction converges where it is below 1."""
+        return {"last_difference": self.last_difference(t, state, args)}
+
+    def last_difference(self, t: ArrayLike, state: State, args: Args) -> jax.Array:
+        """$|\\Delta^K \\theta| / |\\Delta \\theta|$ (K at least 2), the last difference against the first.
+
+        About $(m \\eta \\lambda)^{K-1}$ for the fastest mode alive. Near 1 and above, the series has
+        stopped converging. For `solve(..., observe_state={"last difference": flow.last_difference})`.
+        Cost: that of the field.
+        """
+        return self._difference_ratio(t, state, args, max(self.points, 2))
+
+    def _difference_ratio(self, t: ArrayLike, state: State, args: Args, order: int) -> jax.Array:
+        first = np.eye(1, order)[0]
+        low, high = self._combine(t, state, args, first, difference_weights(order))
+        low, high = (_tree.norm(self.step_map.params(d)) for d in (low, high))
+        return jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 0)
+
+    def _combine(self, t: ArrayLike, state: State, args: Args, *weights: Any) -> list[State]:
+        """$\\sum_i b_i d_i$ for every set of weights, with $d_i$ the increments of the strided map.
+
+        One loop: its program and its memory do not grow with the points.
+        """
+        start = jnp.asarray(t / self.step_size)
+
+        def one(carry: tuple, at: tuple) -> tuple:
+            x, totals = carry
+            n, b = at
+            d = self.step_map.increment(x, batch_of(args, n), start + n)
+            totals = [_tree.add(total, _tree.scale(w, d)) for total, w in zip(totals, b, strict=True)]
+            return (_tree.add(x, d), totals), None
+
+        b = jnp.repeat(jnp.stack([jnp.asarray(w) for w in weights], axis=1), self.stride, axis=0)
+        zeros = [_tree.zeros_like(state)] * len(weights)
+        (_, totals), _ = jax.lax.scan(one, (state, zeros), (jnp.arange(len(b)), b))
+        return totals
+
+
+@eqx.filter_jit
+def _start_ratio(flow: InterpolatingFlow, params: Params, args: Args) -> jax.Array:
+    state = flow.init(params, args)
+    return flow._difference_ratio(jnp.zeros(()), state, args, 2)
