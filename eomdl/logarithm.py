@@ -66,24 +66,16 @@ def minimax_weights(points: int, bound: float, order: int | None = None) -> np.n
     if free:
         size = float(np.abs(rest).max())
         matrix, ones = np.stack(basis, axis=1), np.ones((len(y), 1))
-        target = rest / size  # type: ignore[operator]
+        target = rest / size
         fit = linprog(
             np.append(np.zeros(free), 1.0),
             A_ub=np.block([[matrix, -ones], [-matrix, -ones]]),
             b_ub=np.concatenate([target, -target]),
             bounds=[(None, None)] * free + [(0, None)],
         )
-        series = np.polynomial.Polynomial([0.0])
-        for j, c in enumerate(fit.x[:free]):
-            series += (
-                c
-                * size
-                * np.polynomial.chebyshev.Chebyshev.basis(j, domain=[0, 1]).convert(
-                    kind=np.polynomial.Polynomial
-                )
-            )
-        coefficients = np.pad(series.coef, (0, free - len(series.coef)))[:free]
-        taylor[order:] = coefficients / bound ** np.arange(order, points)
+        fitted = np.polynomial.chebyshev.Chebyshev(size * fit.x[:free], domain=[0, 1])
+        series = np.asarray(fitted.convert(kind=np.polynomial.Polynomial).coef, float)
+        taylor[order : order + len(series)] = series / bound ** np.arange(order, order + len(series))
     # (1 - z)^j = sum_i C(j, i) (-z)^i
     return np.array(
         [sum(taylor[j] * math.comb(j, i) * (-1.0) ** i for j in range(i, points)) for i in range(points)]

@@ -78,7 +78,9 @@ class OptimizerStep(StepMap):
         counters = jax.tree.map(lambda c: c + time, eqx.filter(start, real, inverse=True))
         update = gradient_update(self.loss, self.optimizer, self.extra_args)
         updates, new = update(params, eqx.combine(floats, counters), args)
-        return updates, eqx.filter(new, real)
+        # A schedule of a real counter may give another dtype than one of an integer.
+        same = jax.tree.map(lambda x, old: x.astype(old.dtype), eqx.filter(new, real), floats)
+        return updates, same
 
 
 def optimizer_step(

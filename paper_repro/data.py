@@ -37,11 +37,11 @@ def read_idx(path: str | Path, magic: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def load(folder: str | Path | None, subset: int, seed: int = 0) -> tuple[jnp.ndarray, jnp.ndarray]:
+def load(folder: str | Path | None, subset: int, seed: int | None = 0) -> tuple[jnp.ndarray, jnp.ndarray]:
     """`subset` images and labels: features in [0, 1] with shape (subset, pixels), integer labels.
 
     From scikit-learn's digits, or from the training IDX files in `folder`. Which ones is
-    a random choice fixed by `seed`.
+    a random choice fixed by `seed`, or the first ones if it is None.
     """
     if folder is None:
         from sklearn.datasets import load_digits
@@ -56,7 +56,8 @@ def load(folder: str | Path | None, subset: int, seed: int = 0) -> tuple[jnp.nda
             raise ValueError(f"{folder}: expected as many labels as images, {len(images)}, got {len(labels)}")
     if not 1 <= subset <= len(images):
         raise ValueError(f"subset: expected 1 to {len(images)} images, got {subset}")
-    chosen = np.random.default_rng(seed).permutation(len(images))[:subset]
+    order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
+    chosen = order[:subset]
     dtype = jnp.result_type(float)
     return jnp.asarray(images[chosen], dtype), jnp.asarray(labels[chosen].astype(np.int32))
 

@@ -1,10 +1,12 @@
 """The networks and losses of the reproductions: functions of `(params, (inputs, labels))`."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -67,3 +69,49 @@ def _normalized_loss(axis: int) -> Callable:
 
 layer_norm_loss = _normalized_loss(axis=1)  # over the features of one input
 batch_norm_loss = _normalized_loss(axis=0)  # over the batch, in training mode
+
+
+def two_parameter_loss(params, data) -> jax.Array:
+    """$\\frac12 (y - a b x)^2$: the smallest model whose flat minima differ in sharpness."""
+    x, y = data
+    return 0.5 * (y - params["a"] * params["b"] * x) ** 2
+
+
+def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Half the squared distance to one-hot labels, mean over images."""
+    return 0.5 * jnp.mean(jnp.sum((outputs - jax.nn.one_hot(labels, outputs.shape[1])) ** 2, axis=1))
+
+
+def small_mlp_init(pixels: int) -> list[dict[str, jax.Array]]:
+    """64-32-32-10 at 0.577 of the usual scale, so that the sharpness has far to rise."""
+    rng = np.random.default_rng(0)
+    sizes = pairwise((pixels, 32, 32, 10))
+    return [_small_layer(rng, fan_in, fan_out) for fan_in, fan_out in sizes]
+
+
+def small_cnn_init(pixels: int, channels: int = 6) -> dict[str, dict[str, jax.Array]]:
+    """A 3 x 3 convolution, 2 x 2 average pooling, a hidden layer of 32 and a head; same scale."""
+    rng = np.random.default_rng(0)
+    return {
+        "conv": _small_layer(rng, 9, channels),
+        "hidden": _small_layer(rng, pixels // 4 * channels, 32),
+        "head": _small_layer(rng, 32, 10),
+    }
+
+
+def _small_layer(rng: np.random.Generator, fan_in: int, fan_out: int) -> dict[str, jax.Array]:
+    weights = 0.577 * rng.normal(size=(fan_in, fan_out)) / np.sqrt(fan_in)
+    return {"w": jnp.asarray(weights, jnp.result_type(float)), "b": jnp.zeros(fan_out)}
+
+
+def cnn(params, inputs: jax.Array) -> jax.Array:
+    """Outputs of the convolutional network, shape (batch, classes)."""
+    side = math.isqrt(inputs.shape[1])
+    images = jnp.pad(inputs.reshape(-1, side, side), ((0, 0), (1, 1), (1, 1)))
+    # The convolution as a product with the 9 shifted images: XLA's own is slow inside loops on CPU.
+    patches = [images[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
+    features = jnp.tanh(jnp.stack(patches, axis=-1) @ params["conv"]["w"] + params["conv"]["b"])
+    half = side // 2
+    pooled = features.reshape(-1, half, 2, half, 2, features.shape[-1]).mean((2, 4))
+    hidden = jnp.tanh(pooled.reshape(len(pooled), -1) @ params["hidden"]["w"] + params["hidden"]["b"])
+    return hidden @ params["head"]["w"] + params["head"]["b"]

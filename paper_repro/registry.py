@@ -1,6 +1,16 @@
 """All reproductions, by name."""
 
-from paper_repro import nec_discretization, nec_scale, nec_sgd, nec_translation
+from paper_repro import (
+    adam,
+    edge_of_stability,
+    implicit_regularization,
+    momentum,
+    nec_discretization,
+    nec_scale,
+    nec_sgd,
+    nec_translation,
+    random_reshuffling,
+)
 from paper_repro.reproduction import Reproduction
 
 
@@ -11,5 +21,10 @@ REPRODUCTIONS: dict[str, Reproduction] = {
         nec_scale.REPRODUCTION,
         nec_discretization.REPRODUCTION,
         nec_sgd.REPRODUCTION,
+        implicit_regularization.REPRODUCTION,
+        random_reshuffling.REPRODUCTION,
+        momentum.REPRODUCTION,
+        adam.REPRODUCTION,
+        edge_of_stability.REPRODUCTION,
     )
 }

@@ -1,0 +1,276 @@
+"""First-order modified flows in closed form: momentum, Adam, RMSProp, reshuffling, gradient penalty."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    NET,
+    NET_ARGS,
+    QUADRATIC,
+    VALLEY,
+    assert_close,
+    flat,
+    net_loss,
+    quadratic_loss,
+    valley_loss,
+)
+
+import eomdl
+
+
+# --------------------------------------------------------- gradient penalty
+
+
+def test_penalty_adds_the_squared_gradient():
+    c = 0.3
+    penalized = eomdl.GradientPenalty(quadratic_loss, c)
+    hessian, b = QUADRATIC.args
+    x = flat(QUADRATIC.params)
+    g = hessian @ x - b
+    value = penalized(QUADRATIC.params, QUADRATIC.args)
+    np.testing.assert_allclose(
+        value, quadratic_loss(QUADRATIC.params, QUADRATIC.args) + c * g @ g, rtol=1e-13
+    )
+    gradient = jax.grad(penalized)(QUADRATIC.params, QUADRATIC.args)
+    np.testing.assert_allclose(flat(gradient), g + 2 * c * hessian @ g, rtol=1e-12)
+
+
+def test_penalty_keeps_the_dtype_and_its_coefficient_is_a_leaf():
+    penalized = eomdl.GradientPenalty(lambda p, args: jnp.sum(p**2), 0.1)
+    params = jnp.ones(2, jnp.float32)
+    assert penalized(params, None).dtype == jax.grad(penalized)(params, None).dtype == jnp.float32
+    slope = jax.grad(lambda c: eomdl.GradientPenalty(valley_loss, c)(VALLEY, None))(0.1)
+    gradient = flat(jax.grad(valley_loss)(VALLEY, None))
+    np.testing.assert_allclose(slope, gradient @ gradient, rtol=1e-12)
+
+
+def test_zero_penalty_changes_nothing():
+    assert float(eomdl.GradientPenalty(valley_loss, 0)(VALLEY, None)) == float(valley_loss(VALLEY, None))
+
+
+# ----------------------------------------------------------------- momentum
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_without_momentum_it_is_the_equation_of_motion(nesterov):
+    eta = 0.4
+    flow = eomdl.MomentumFlow(net_loss, eta, 0.0, nesterov)
+    field = flow(0.0, NET, NET_ARGS)
+    assert float(flow.step_size) == eta
+    assert_close(field, eomdl.EquationOfMotion(net_loss, eta, 1)(0.0, NET, NET_ARGS), rtol=1e-12)
+    penalized = eomdl.GradientFlow(eomdl.GradientPenalty(net_loss, eta / 4), eta)
+    assert_close(field, penalized(0.0, NET, NET_ARGS), rtol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov, factor", [(False, 9.0), (True, 1 + 2 * 0.64 / 0.2)])
+def test_momentum_is_gradient_flow_on_its_modified_loss(nesterov, factor):
+    flow = eomdl.MomentumFlow(valley_loss, 0.01, 0.8, nesterov)
+    h = 0.01 / (1 - 0.8)
+    np.testing.assert_allclose(flow.step_size, h, rtol=1e-15)
+    penalized = eomdl.GradientFlow(eomdl.GradientPenalty(valley_loss, h / 4 * factor), h)
+    assert_close(flow(0.0, VALLEY, None), penalized(0.0, VALLEY, None), rtol=1e-12)
+
+
+RATES = [0.004, 0.002, 0.001]
+FLOWS = {
+    "heavy ball": (
+        lambda e: eomdl.MomentumFlow(valley_loss, e, 0.5),
+        lambda e: optax.sgd(e, momentum=0.5),
+        3,
+    ),
+    "nesterov": (
+        lambda e: eomdl.MomentumFlow(valley_loss, e, 0.5, nesterov=True),
+        lambda e: optax.sgd(e, momentum=0.5, nesterov=True),
+        3,
+    ),
+    "adam": (
+        lambda e: eomdl.AdamFlow(valley_loss, e, 0.4, 0.5, 0.1, 0.05),
+        lambda e: optax.adam(e, 0.4, 0.5, 0.1, 0.05),
+        3,
+    ),
+    "adam, eps outside": (
+        lambda e: eomdl.AdamFlow(valley_loss, e, 0.4, 0.5, 0.1),
+        lambda e: optax.adam(e, 0.4, 0.5, 0.1),
+        3,
+    ),
+    "adam, order 0": (
+        lambda e: eomdl.AdamFlow(valley_loss, e, 0.4, 0.5, 0.1, 0.05, order=0),
+        lambda e: optax.adam(e, 0.4, 0.5, 0.1, 0.05),
+        2,
+    ),
+    "rmsprop": (
+        lambda e: eomdl.rmsprop_flow(valley_loss, e, 0.5, 0.05),
+        lambda e: optax.rmsprop(e, 0.5, 0.05),
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_defect_after_the_transient(name):
+    flow, optimizer, order = FLOWS[name]
+    result = eomdl.convergence(flow, valley_loss, VALLEY, RATES, optimizer=optimizer, warmup=0.24)
+    assert abs(result.order - order) < 0.1
+    assert np.all(result.ode_errors < 0.02 * result.errors)
+
+
+# --------------------------------------------------------------------- Adam
+
+
+def adam_field(g, hessian, h, b1, b2, eps, eps_root):
+    """The equation in the docstring, componentwise in NumPy."""
+    r = np.sqrt(g**2 + eps_root)
+    d = r + eps
+    now, memory = (1 + b1) / (1 - b1), (1 + b2) / (1 - b2)
+    return -g / d - h / (2 * d) * (now - memory * g**2 / (r * d)) * (hessian @ (g / d))
+
+
+@pytest.mark.parametrize("eps, eps_root", [(0.1, 0.05), (0.1, 0.0), (0.0, 0.05), (0.0, 0.0)])
+def test_adam_on_a_quadratic(eps, eps_root):
+    hessian, b = (np.asarray(a) for a in QUADRATIC.args)
+    g = hessian @ flat(QUADRATIC.params) - b
+    for order, h in ((1, 0.02), (0, 0.0)):
+        flow = eomdl.AdamFlow(quadratic_loss, 0.02, 0.8, 0.9, eps, eps_root, order=order)
+        field = flow(0.0, QUADRATIC.params, QUADRATIC.args)
+        np.testing.assert_allclose(
+            flat(field), adam_field(g, hessian, h, 0.8, 0.9, eps, eps_root), rtol=1e-11
+        )
+
+
+def test_adam_is_the_equation_of_cattaneo():
+    # eps inside the root: the correction is a gradient of the smoothed 1-norm of the gradient
+    h, b1, b2, eps = 0.02, 0.8, 0.9, 0.05
+    gradient = jax.grad(valley_loss)
+    now, memory = (1 + b1) / (1 - b1), (1 + b2) / (1 - b2)
+
+    def one_norm(params):
+        return sum(jnp.sqrt(g**2 + eps) for g in jax.tree.leaves(gradient(params, None)))
+
+    def component(g, n):
+        c = h / 2 * (now - memory + memory * eps / (g**2 + eps)) * n
+        return -(g + c) / jnp.sqrt(g**2 + eps)
+
+    expected = jax.tree.map(component, gradient(VALLEY, None), jax.grad(one_norm)(VALLEY))
+    assert_close(eomdl.AdamFlow(valley_loss, h, b1, b2, 0.0, eps)(0.0, VALLEY, None), expected, rtol=1e-12)
+
+
+def test_rmsprop_is_adam_without_momentum():
+    rmsprop = eomdl.rmsprop_flow(valley_loss, 0.02, 0.8, 0.05)
+    adam = eomdl.AdamFlow(valley_loss, 0.02, 0.0, 0.8, 0.0, 0.05)
+    assert_close(rmsprop(0.0, VALLEY, None), adam(0.0, VALLEY, None), atol=0.0)
+
+
+def test_adam_rests_where_the_gradient_is_zero():
+    for eps, eps_root in ((0.0, 0.0), (1e-8, 0.0), (0.0, 1e-8)):
+        flow = eomdl.AdamFlow(quadratic_loss, 0.1, eps=eps, eps_root=eps_root)
+        field = flow(0.0, jnp.zeros(2), (jnp.eye(2), jnp.zeros(2)))
+        np.testing.assert_array_equal(field, np.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["heavy ball", "adam", "rmsprop"])
+def test_fields_keep_float32_and_hyperparameters_are_leaves(name):
+    made = FLOWS[name][0](0.1)
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), VALLEY)
+    assert {x.dtype for x in jax.tree.leaves(made(0.0, params, None))} == {np.dtype("float32")}
+    assert len(jax.tree.leaves(eqx.filter(made, eqx.is_array))) == (2 if name == "heavy ball" else 5)
+
+
+# -------------------------------------------------------------- reshuffling
+
+
+def pulled_loss(params, pull):
+    return valley_loss(params, None) + pull * params["x"] * params["y"]
+
+
+def mean_loss(params, pulls):
+    return jnp.mean(jax.vmap(pulled_loss, (None, 0))(params, pulls))
+
+
+PULLS = jnp.array([0.9, -0.5, 0.2])
+ORDERS = jnp.array(list(itertools.permutations(PULLS)))
+
+
+@jax.jit
+def mean_epoch(eta):
+    """The mean over all orders of the parameters after an epoch."""
+
+    def epoch(pulls):
+        params = VALLEY
+        for pull in pulls:
+            params = jax.tree.map(lambda x, g: x - eta * g, params, jax.grad(pulled_loss)(params, pull))
+        return params
+
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.vmap(epoch)(ORDERS))
+
+
+@pytest.mark.parametrize(
+    "make, order",
+    [
+        (lambda eta: eomdl.ReshufflingFlow(pulled_loss, eta), 3),
+        (lambda eta: eomdl.GradientFlow(mean_loss, eta), 2),
+    ],
+    ids=["reshuffling flow", "gradient flow"],
+)
+def test_mean_epoch_of_reshuffling(make, order):
+    rates, errors = [0.01, 0.005, 0.0025], []
+    for eta in rates:
+        run = eomdl.solve(make(eta), VALLEY, 3, args=PULLS, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(run.times[-1], 3 * eta)
+        errors.append(np.linalg.norm(flat(run.at(3)) - flat(mean_epoch(eta))))
+    assert abs(eomdl.observed_order(rates, errors) - order) < 0.1
+
+
+def test_reshuffling_is_the_mean_of_the_penalized_minibatches():
+    eta = 0.3
+    penalized = eomdl.GradientPenalty(pulled_loss, eta / 4)
+    gradient = jax.grad(lambda p: jnp.mean(jax.vmap(penalized, (None, 0))(p, PULLS)))(VALLEY)
+    field = eomdl.ReshufflingFlow(pulled_loss, eta)(0.0, VALLEY, PULLS)
+    assert_close(field, jax.tree.map(jnp.negative, gradient), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "args", [None, jnp.array(1.0), (jnp.ones(3), jnp.ones(2))], ids=["none", "scalar", "two"]
+)
+def test_minibatches_must_be_stacked(args):
+    with pytest.raises(ValueError, match=r"^args: expected the minibatches of an epoch stacked"):
+        eomdl.solve(eomdl.ReshufflingFlow(pulled_loss, 0.1), VALLEY, 3, args=args)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("coefficient", lambda: eomdl.GradientPenalty(valley_loss, -0.1)),
+        ("coefficient", lambda: eomdl.GradientPenalty(valley_loss, np.inf)),
+        ("learning_rate", lambda: eomdl.MomentumFlow(valley_loss, 0.0)),
+        ("momentum", lambda: eomdl.MomentumFlow(valley_loss, 0.1, 1.0)),
+        ("momentum", lambda: eomdl.MomentumFlow(valley_loss, 0.1, -0.1)),
+        ("learning_rate", lambda: eomdl.AdamFlow(valley_loss, -0.1)),
+        ("b1", lambda: eomdl.AdamFlow(valley_loss, 0.1, b1=1.0)),
+        ("b2", lambda: eomdl.AdamFlow(valley_loss, 0.1, b2=-0.5)),
+        ("eps", lambda: eomdl.AdamFlow(valley_loss, 0.1, eps=-1e-8)),
+        ("eps_root", lambda: eomdl.AdamFlow(valley_loss, 0.1, eps_root=np.nan)),
+        ("order", lambda: eomdl.AdamFlow(valley_loss, 0.1, order=2)),
+        ("order", lambda: eomdl.AdamFlow(valley_loss, 0.1, order=-1)),
+        ("learning_rate", lambda: eomdl.rmsprop_flow(valley_loss, 0.0)),
+        ("decay", lambda: eomdl.rmsprop_flow(valley_loss, 0.1, 1.0)),
+        ("eps", lambda: eomdl.rmsprop_flow(valley_loss, 0.1, eps=-1.0)),
+        ("learning_rate", lambda: eomdl.ReshufflingFlow(valley_loss, 0.0)),
+    ],
+)
+def test_wrong_arguments_are_named(name, make):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        make()
+
+
+@pytest.mark.parametrize("make", [eomdl.MomentumFlow, eomdl.AdamFlow])
+def test_loss_must_be_scalar(make):
+    with pytest.raises(ValueError, match=r"^loss: expected a function \(params, args\) -> real scalar"):
+        eomdl.solve(make(lambda p, args: p, 0.1), jnp.ones(2), 3)
