@@ -22,6 +22,8 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
         ("field", ("field",), field),
         ("scripts", ("script", "euler"), scripts),
         ("solvers", ("solver",), solvers),
+        ("points", ("points",), points),
+        ("edge", ("edge",), edge),
     ):
         if all(tables.get(table) for table in needs):
             path = out / f"{name}.png"
@@ -155,4 +157,52 @@ def solvers(tables: dict[str, Any]) -> Any:
         ax.axhline(0.01, color="gray", ls=":")
         ax.set(title=f"order {order}, small problem", xlabel=COST, ylabel="ODE error / model error")
         ax.legend()
+    return figure
+
+
+def points(tables: dict[str, Any]) -> Any:
+    """Distance to gradient descent against the points of the interpolating flow."""
+    inits = sorted({row["init"] for row in tables["points"]})
+    figure, axes = _axes(len(inits))
+    for ax, init in zip(axes, inits, strict=True):
+        rows = [row for row in tables["points"] if row["init"] == init]
+        for weights in ("Taylor", "minimax"):
+            some = [row for row in rows if row["weights"] == weights]
+            ax.semilogy(
+                [r["points"] for r in some], [r["distance"] for r in some], "o-", label=f"{weights} weights"
+            )
+            ax.semilogy([r["points"] for r in some], [r["limit"] for r in some], "k_", ms=14)
+        (flow,) = [row["distance"] for row in rows if row["weights"] == "gradient flow"]
+        ax.axhline(flow, color="0.6", label="gradient flow")
+        ax.plot([], [], "k_", ms=14, label="figure to reach")
+        ax.set(
+            xlabel="points", ylabel="largest distance to GD over 200 steps", title=f"initialization {init}"
+        )
+        ax.legend()
+    return figure
+
+
+def edge(tables: dict[str, Any]) -> Any:
+    """Distance after 1,000 steps past the edge against cost, a line a network; squares: the points chosen."""
+    figure, (ax,) = _axes()
+    networks = list(dict.fromkeys(row["network"] for row in tables["edge"]))
+    for color, network in enumerate(networks):
+        rows = [row for row in tables["edge"] if row["network"] == network and row["at_1000"] is not None]
+        flow, *some = rows
+        ax.loglog(
+            [r["gradients_per_step"] for r in some],
+            [r["at_1000"] for r in some],
+            f"C{color}o-",
+            label=network,
+        )
+        ax.loglog(flow["gradients_per_step"], flow["at_1000"], f"C{color}x", ms=9)
+        for r in some:
+            if r["chosen"]:
+                ax.loglog(r["gradients_per_step"], r["at_1000"], f"C{color}s", ms=10, mfc="none")
+    ax.set(
+        xlabel=COST,
+        ylabel="distance to GD / distance travelled, step 1000",
+        title="stride 2 (x: gradient flow)",
+    )
+    ax.legend(fontsize=8)
     return figure

@@ -51,6 +51,42 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "gradients_per_step_with_estimate": "with estimate_error",
         },
     ),
+    "points": (
+        "The flow of the step map on 200 steps of gradient descent, eta = 0.1",
+        {
+            "init": "initialization",
+            "eta_lambda_max": "eta lambda_max",
+            "weights": "weights",
+            "points": "points",
+            "distance": "distance to GD",
+            "limit": "bar",
+            "passed": "passed",
+        },
+    ),
+    "edge": (
+        "Past the edge: distance to GD over distance travelled, stride 2 (0 points: gradient flow)",
+        {
+            "network": "network",
+            "points": "points",
+            "eta_sharpness": "largest eta * sharpness",
+            "at_200": "step 200",
+            "at_400": "step 400",
+            "at_1000": "step 1000",
+            "gradients_per_step": "gradients per GD step",
+            "chosen": "chosen",
+        },
+    ),
+    "optimizer": (
+        "Other optimizers, 50 steps after the transient (0 points: the flow without correction)",
+        {
+            "optimizer": "optimizer",
+            "points": "points",
+            "distance": "distance",
+            "ode_error": "ODE error",
+            "times_nearer": "times nearer",
+            "observed_order": "order of the one-step defect",
+        },
+    ),
     "script": (
         "Fixed-step scripts against solve at the script's ODE error (gradients: per GD step)",
         {

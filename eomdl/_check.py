@@ -107,6 +107,13 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args) -> None:
             raise _wrong("loss", "a finite value at the initial params", float(value))
 
 
+def function(name: str, value: Any) -> Loss:
+    """Something to call as a loss."""
+    if not callable(value):
+        raise _wrong(name, "a function (params, args) -> real scalar", repr(value))
+    return value
+
+
 def optimizer(value: Any) -> None:
     """An optax optimizer."""
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):

@@ -2,30 +2,39 @@
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Loss, Params
 
 
 class WeightDecay(eqx.Module):
-    """$L(\\theta) = f(\\theta) + \\frac{\\lambda}{2} |\\theta|^2$: L2 weight decay as part of the loss.
+    """L2 weight decay as part of the loss: $L(\\theta) = f(\\theta) + \\frac{\\lambda}{2} |\\theta|^2$.
 
-    All of the theory that eomdl computes is about the gradient of the whole loss, so decay
-    belongs here and not in the optimizer. The decay $\\lambda$ is a leaf of the pytree.
+    Gradient descent on it is `optax.sgd` with weight decay $\\lambda$ (coupled, not that
+    of AdamW). Written into the loss, decay is seen by every derivative, so the counter
+    terms are those of the decayed run.
 
-    **Arguments:** `loss` f; `weight_decay` $\\lambda \\ge 0$.
+    **Arguments:**
 
-    **Raises:** `ValueError` if the decay is not a finite number >= 0.
+    - `loss`: function `(params, args) -> scalar`.
+    - `weight_decay`: $\\lambda$, a finite number >= 0, in units of 1/time. A leaf of the
+        pytree: another value does not recompile.
+
+    **Raises:** `ValueError` if `weight_decay` is negative or not finite.
     """
 
     loss: Loss
-    weight_decay: jax.Array = eqx.field(converter=lambda x: _check.nonnegative_scalar("weight_decay", x))
+    weight_decay: jax.Array
+
+    def __init__(self, loss: Loss, weight_decay: ArrayLike):
+        self.loss = _check.function("loss", loss)
+        self.weight_decay = _check.nonnegative_scalar("weight_decay", weight_decay)
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
         value = self.loss(params, args)
-        square = sum(jnp.vdot(x, x) for x in jax.tree.leaves(params))
-        return value + (0.5 * self.weight_decay * square).astype(value.dtype)
+        penalty = _tree.vdot(params, params)
+        return value + (0.5 * self.weight_decay * penalty).astype(value.dtype)
 
 
 class GradientPenalty(eqx.Module):
@@ -43,7 +52,11 @@ class GradientPenalty(eqx.Module):
     """
 
     loss: Loss
-    coefficient: jax.Array = eqx.field(converter=lambda x: _check.nonnegative_scalar("coefficient", x))
+    coefficient: jax.Array
+
+    def __init__(self, loss: Loss, coefficient: ArrayLike):
+        self.loss = _check.function("loss", loss)
+        self.coefficient = _check.nonnegative_scalar("coefficient", coefficient)
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
         value, gradient = jax.value_and_grad(self.loss)(params, args)

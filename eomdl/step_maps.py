@@ -112,8 +112,7 @@ def optimizer_step(
     **Cost** of a step: one gradient. **Raises:** `ValueError` for a wrong argument; from
     `.init` if the optimizer has integer state that is not a counter.
     """
-    if not callable(loss):
-        raise ValueError(f"loss: expected a function (params, args) -> real scalar, got {loss!r}")
+    _check.function("loss", loss)
     _check.optimizer(optimizer)
     if extra_args is not None and not callable(extra_args):
         raise ValueError(f"extra_args: expected a function (params, args) -> dict, got {extra_args!r}")

@@ -29,7 +29,8 @@ class Case(NamedTuple):
     learning_rate: float
     standardized: bool
     subset: int
-    asserted: bool  # whether claims are made: not where GD itself cannot be predicted
+    asserted: bool = True  # whether claims are made: not where GD itself cannot be predicted
+    slow: bool = False  # left to the benchmarks
 
 
 def _loss(network: Callable, criterion: Callable) -> Callable:
@@ -45,18 +46,21 @@ _MLP_ENTROPY = _loss(models.mlp, models.cross_entropy)
 _CNN_ENTROPY = _loss(models.cnn, models.cross_entropy)
 _CNN_SQUARED = _loss(models.cnn, models.squared_error)
 CASES = [
-    Case("MLP, squared error", models.small_mlp_init, _MLP_SQUARED, 0.162, True, 500, True),
-    Case("MLP, cross entropy", models.small_mlp_init, _MLP_ENTROPY, 0.4, False, 500, True),
-    Case("CNN, cross entropy", models.small_cnn_init, _CNN_ENTROPY, 0.7, True, 300, True),
-    Case("CNN, squared error", models.small_cnn_init, _CNN_SQUARED, 0.237, True, 300, True),
-    Case("MLP, squared error, violent", models.small_mlp_init, _MLP_SQUARED, 0.14, False, 500, False),
+    Case("MLP, squared error", models.small_mlp_init, _MLP_SQUARED, 0.162, True, 500),
+    Case("MLP, cross entropy", models.small_mlp_init, _MLP_ENTROPY, 0.4, False, 500),
+    Case("CNN, cross entropy", models.small_cnn_init, _CNN_ENTROPY, 0.7, True, 300),
+    Case("CNN, squared error", models.small_cnn_init, _CNN_SQUARED, 0.237, True, 300, slow=True),
+    Case(
+        "MLP, squared error, violent", models.small_mlp_init, _MLP_SQUARED, 0.14, False, 500, asserted=False
+    ),
 ]
 
 
 def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
     """Real GD from where eta * sharpness passes 1.9, and its models."""
     paths, rows = [], []
-    for case in tqdm(CASES[:1] if config.smoke else CASES, desc="networks"):
+    cases = [case for case in CASES if not case.slow]
+    for case in tqdm(cases[:1] if config.smoke else cases, desc="networks"):
         path, some = _follow(case, config)
         paths.append(path)
         rows += some
@@ -64,25 +68,29 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
     return {"summary": table, "paths": pd.concat(paths)}, _claims(table)
 
 
-def _follow(case: Case, config: Config) -> tuple[pd.DataFrame, list[dict]]:
-    images, labels = data.load(config.data, config.subset or case.subset, seed=None)
+def setting(case: Case, folder: str | None = None, subset: int | None = None, search: int = 600):
+    """`(params, args)` where eta * sharpness first exceeds 1.9."""
+    images, labels = data.load(folder, subset or case.subset, seed=None)
     if case.standardized:
         images = (images - jnp.mean(images)) / jnp.std(images)
-    args, loss, eta = (images, labels), case.loss, case.learning_rate
-    steps, search = (120, 100) if config.smoke else (1000, 600)
-    optimizer = optax.sgd(eta)
-    sharpness = eomdl.sharpness(loss, 12)
+    args, optimizer = (images, labels), optax.sgd(case.learning_rate)
+    observe = {"sharpness": eomdl.sharpness(case.loss, 12)}
     params = case.init(images.shape[1])
-    before = eomdl.descend(
-        loss, params, optimizer, search, args=args, observe={"sharpness": sharpness}, save_steps=4
-    )
-    beyond = np.flatnonzero(eta * before.observables["sharpness"] > 1.9)
+    before = eomdl.descend(case.loss, params, optimizer, search, args=args, observe=observe, save_steps=4)
+    beyond = np.flatnonzero(case.learning_rate * before.observables["sharpness"] > 1.9)
     if len(beyond) == 0:
         raise ValueError(
             f"{case.name}: expected eta * sharpness to pass 1.9 in {search} steps; use the default data"
         )
-    start = before.at(before.steps[beyond[0]])
+    return before.at(before.steps[beyond[0]]), args
 
+
+def _follow(case: Case, config: Config) -> tuple[pd.DataFrame, list[dict]]:
+    loss, eta = case.loss, case.learning_rate
+    steps, search = (120, 100) if config.smoke else (1000, 600)
+    start, args = setting(case, config.data, config.subset, search)
+    optimizer = optax.sgd(eta)
+    sharpness = eomdl.sharpness(loss, 12)
     observe = {"loss": loss, "sharpness": sharpness}
     save = list(range(0, steps + 1, 5)) + list(range(1, steps + 1, 5))  # even and odd ones, for smoothing
     real = eomdl.descend(loss, start, optimizer, steps, args=args, observe=observe, save_steps=save)
@@ -192,11 +200,11 @@ REPRODUCTION = Reproduction(
     source="Our own; central flows (Cohen et al. 2025) and edge of stability (Cohen et al. 2021) are what it goes through.",
     setting=(
         "1,000 steps of full-batch GD from where eta * sharpness first exceeds 1.9, on 500 (MLP 64-32-32-10, tanh) or 300 (CNN, "
-        "tanh) digits. The flow of stride 2, with 4 points and with the number it chooses from the path, against even iterates, "
+        "tanh) digits (the CNN with squared error, a minute more, is in the benchmarks). The flow of stride 2, with 4 points and with the number it chooses from the path, against even iterates, "
         "relative to the distance travelled; tolerance 1e-7. Beside it GD from a start moved by 1e-12: where that too "
         "departs, no model can follow."
     ),
-    seconds=150,
+    seconds=90,
     run=run,
     plot=plot,
 )
