@@ -92,7 +92,7 @@ def _claims(orders: pd.DataFrame, table: pd.DataFrame) -> list[Claim]:
         gain = distance[sampling, wrong] / distance[sampling, right]
         claims.append(
             Claim(
-                f"SGD with {sampling}: the mean after an epoch follows the loss {right}, to third order in the "
+                f"SGD, {sampling}: the mean after an epoch follows the loss {right}, to third order in the "
                 "learning rate; the two others only to second.",
                 f"Observed orders {some[0]:.2f}, {some[1]:.2f} and {some[2]:.2f} (gradient flow); at the smallest "
                 f"learning rate the right one is {gain:.0f} times nearer than the wrong one.",

@@ -1,4 +1,4 @@
-"""Pictures. matplotlib is imported inside: it comes with `pip install eomdl[plot]`."""
+"""Distances of models to a reference run."""
 
 from typing import Any
 

@@ -1,0 +1,1 @@
+"""The geometry of training paths, one theme a file."""

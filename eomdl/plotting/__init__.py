@@ -1,0 +1,6 @@
+"""Pictures, one theme a file. matplotlib is imported inside: it comes with `pip install eomdl[plot]`.
+
+Every function returns a `matplotlib.figure.Figure`; nothing is shown or written.
+"""
+
+from eomdl.plotting.comparison import plot_comparison as plot_comparison
