@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from eomdl._types import Args
+from eomdl._types import Args, Observable, Params
 from eomdl.trajectory import Trajectory
 
 
@@ -39,12 +39,34 @@ def batch_at(batches: Any, index: Any, args: Args, stride: int = 1) -> Args:
     return Cycle(jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, stride), batches))
 
 
+class OnBatch(eqx.Module):
+    """What `on_batch` makes."""
+
+    function: Observable
+
+    def __call__(self, params: Params, batch: Args) -> jax.Array:
+        return self.function(params, batch)
+
+
+def on_batch(function: Observable) -> OnBatch:
+    """An observable of the step's own minibatch: at step k it sees the batch that step k is taken with.
+
+    `observe={"gamma": on_batch(f)}` records $f(\\theta_k, B_k)$, where other observables see `args`. In a run
+    without `batches` it sees `args`. In the last row, where no step follows, it sees the last batch.
+
+    **Raises:** `ValueError` if `function` is not callable.
+    """
+    if not callable(function):
+        raise ValueError(f"function: expected a function (params, args) -> array, got {function!r}")
+    return OnBatch(function)
+
+
 class Batches:
     """One interface to no batches, batches stacked in arrays, and batches one by one."""
 
     def __init__(self, batches: Any, num_steps: int, args: Args, resume: Trajectory | None, stride: int = 1):
         self._stacked = self._iterator = None
-        self.example = args  # what the loss sees first
+        self.example = self._args = args  # what the loss sees first, and what observables see
         if batches is None:
             return
         start = 0 if resume is None else int(resume.final_step)
@@ -84,6 +106,14 @@ class Batches:
             )
         self._stacked = jax.tree.map(jnp.asarray, batches)
         self.example = jax.tree.map(lambda leaf: leaf[0], self._stacked)
+
+    def seen_by(self, observable: Observable) -> Args:
+        """What an observable sees: `args`, or a batch."""
+        return self.example if isinstance(observable, OnBatch) else self._args
+
+    def length(self, available: int) -> int:
+        """How many batches are in what `take` gave, of which `available` were new."""
+        return available if self._stacked is None else jax.tree.leaves(self._stacked)[0].shape[0]
 
     def take(self, start: int, count: int, length: int) -> tuple[Any, int, int]:
         """Batches for steps `start .. start + count`, padded to `length`; the number of the

@@ -121,9 +121,9 @@ def optimizer(value: Any) -> None:
 
 
 def observables(
-    observe: Mapping[str, Observable] | None, params: Params, args: Args
+    observe: Mapping[str, Observable] | None, params: Params, seen_by: Callable[[Observable], Args]
 ) -> dict[str, Observable]:
-    """Named functions `(params, args) -> array`, tried once on shapes alone."""
+    """Named functions `(params, args) -> array`, tried once on shapes alone with what each sees."""
     if observe is None:
         return {}
     if not isinstance(observe, Mapping):
@@ -131,7 +131,8 @@ def observables(
     for name, function in observe.items():
         if not callable(function):
             raise _wrong(f"observe[{name!r}]", "a function (params, args) -> array", repr(function))
-        out = shape_of(f"observe[{name!r}]", "a function (params, args) -> array", function, params, args)
+        expected = "a function (params, args) -> array"
+        out = shape_of(f"observe[{name!r}]", expected, function, params, seen_by(function))
         if not hasattr(out, "shape"):
             raise _wrong(f"observe[{name!r}]", "one array", f"{out}")
     return dict(observe)

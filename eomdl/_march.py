@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _check, _tree
-from eomdl._batches import Batches
+from eomdl._batches import Batches, OnBatch, batch_at
 from eomdl._types import Args, Observable, Params, State
+from eomdl.checkpoints import Checkpoints, saved_steps
 from eomdl.trajectory import RESULTS, Trajectory, result_where
 
 
@@ -39,26 +40,6 @@ class Chunk(NamedTuple):
 
 
 Advance = Callable[[State, jax.Array, jax.Array, Any, jax.Array, bool], Chunk]
-
-
-def saved_steps(num_steps: int, save_steps: int | Sequence[int]) -> np.ndarray:
-    """The step numbers to save; see `descend`."""
-    if np.ndim(save_steps) == 0:
-        every = _check.integer("save_steps", save_steps, 1)
-        return np.unique(np.append(np.arange(0, num_steps + 1, every), num_steps))
-    steps = np.asarray(save_steps)
-    if (
-        steps.ndim != 1
-        or steps.size == 0
-        or not np.issubdtype(steps.dtype, np.integer)
-        or steps.min() < 0
-        or steps.max() > num_steps
-    ):
-        raise ValueError(
-            "save_steps: expected a positive integer n (every n-th step) or step numbers from 0 to "
-            f"num_steps = {num_steps}, got {save_steps!r}"
-        )
-    return np.unique(steps)
 
 
 def scan_rows(
@@ -89,14 +70,21 @@ def scan_rows(
 
 
 @eqx.filter_jit
-def _record(observe: dict[str, Observable], params: Params, args: Args) -> tuple[dict, jax.Array]:
+def _record(
+    observe: dict[str, Observable], params: Params, args: Args, batches: Any, index: jax.Array
+) -> tuple[dict, jax.Array]:
     """Observables of every row, and whether its parameters are finite."""
 
-    def row(params: Params) -> tuple[dict, jax.Array]:
+    def row(at: tuple[Params, jax.Array]) -> tuple[dict, jax.Array]:
+        params, i = at
         finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
-        return {name: f(params, args) for name, f in observe.items()}, jnp.all(jnp.stack(finite))
+        values = {
+            name: f(params, batch_at(batches, i, args) if isinstance(f, OnBatch) else args)
+            for name, f in observe.items()
+        }
+        return values, jnp.all(jnp.stack(finite))
 
-    return jax.lax.map(row, params)
+    return jax.lax.map(row, (params, index))
 
 
 def march(
@@ -113,20 +101,38 @@ def march(
     save_params: bool,
     progress: bool | diffrax.AbstractProgressMeter,
     resume: Trajectory | None,
+    checkpoints: Checkpoints | None,
     throw: bool,
+    stats: Callable[[], dict[str, Any]] = dict,
 ) -> Trajectory:
-    """Run `advance` from `state` to `num_steps` and collect the saved steps."""
-    saved = saved_steps(num_steps, save_steps)
+    """Run `advance` from `state` to `num_steps` and collect the saved steps.
+
+    `stats` gives what else is to be kept with the run, asked for when it is kept.
+    """
+    saved = saved_steps("save_steps", num_steps, save_steps)
     start = 0
+    counts: dict[str, Any] = {}
     if resume is not None:
         start, state = _resumed(resume, state, num_steps)
-        saved = saved[saved > max(resume.steps, default=-1)]
+        if list(resume.steps) == [start]:
+            # A checkpoint: its row is recorded again, with the observables of this run.
+            counts, resume = dict(resume.stats), None
+        else:
+            saved = saved[saved > max(resume.steps, default=-1)]
+    saved = saved[saved >= start]
     traced = _tree.is_traced(state, step_size, args, source.example)
+    kept = np.array([], int)
+    if checkpoints is not None:
+        if not isinstance(checkpoints, Checkpoints):
+            raise ValueError(f"checkpoints: expected an eomdl.Checkpoints, got {checkpoints!r}")
+        if traced:
+            raise ValueError("checkpoints: expected a run outside jit, vmap and grad, got traced values")
+        kept = checkpoints.begin(num_steps, start, state, observe)
     # Rows between saved ones bound the work between two looks at the clock; they are dropped.
     rows = saved if traced else np.union1d(saved, np.arange(start, num_steps, _MAX_STEPS))
-    rows = np.union1d(rows, [start, num_steps])
+    rows = np.union1d(np.union1d(rows, kept), [start, num_steps])
     per_chunk = len(rows) if traced else _rows_a_chunk(rows, _tree.size(params))
-    chunks = [rows[i : i + per_chunk] for i in range(0, len(rows), per_chunk)]
+    chunks = _chunks(rows, kept, per_chunk)
     gaps = [np.diff(np.append(c, n[0] if n is not None else c[-1])) for c, n in _with_next(chunks)]
     longest = max(int(gap.sum()) for gap in gaps)
     every = bool(np.all(np.concatenate(gaps) <= 1))
@@ -134,28 +140,38 @@ def march(
     meter = _meter(False if traced else progress)
     bar = meter.init()
     records: list[dict[str, Any]] = []
-    counts: dict[str, Any] = {}
     diagnostics: list[dict[str, Any]] = []
     result: Any = RESULTS.successful
     step = start
+    end: Params = None  # the parameters of `state`, where a row holds them
+    read = None  # ... and how to get them where none does
     try:
         for chunk, gap in zip(chunks, gaps, strict=True):
             stack, offset, available = source.take(step, int(gap.sum()), longest)
             if available < gap.sum():
                 gap = np.minimum(gap, np.maximum(available - np.cumsum(gap) + gap, 0))
                 result = RESULTS.batches_exhausted
-            padded = np.pad(gap, (0, per_chunk - len(gap)))
-            # Arrays, since a Python number would be a constant of the program: one compilation a chunk.
-            out = advance(state, jnp.asarray(step), jnp.asarray(padded), stack, jnp.asarray(offset), every)
+
+            def run(gap, state=state, step=step, stack=stack, offset=offset):
+                padded = np.pad(gap, (0, per_chunk - len(gap)))
+                # Arrays, since a Python number would be a constant of the program: one compilation a chunk.
+                return advance(
+                    state, jnp.asarray(step), jnp.asarray(padded), stack, jnp.asarray(offset), every
+                )
+
+            out = run(gap)
             # Observables may be dear: not for the rows of the padding.
             params_rows = jax.tree.map(lambda leaf, chunk=chunk: leaf[: len(chunk)], out.params)
-            observed, finite = _record(observe, params_rows, args)
+            # Where no step follows, the last batch stands for the next.
+            index = np.clip(chunk - offset, 0, max(source.length(available) - 1, 0))
+            observed, finite = _record(observe, params_rows, args, stack, jnp.asarray(index))
             observed |= jax.tree.map(lambda leaf, chunk=chunk: leaf[: len(chunk)], out.observables)
             record = {"step": chunk, "observables": observed, "ode_error": out.ode_error}
-            if save_params:
+            if save_params or checkpoints is not None:
                 record["params"] = params_rows
             if _tree.is_traced(out.params, finite, observed):
                 keep = np.isin(chunk, saved)
+                end = jax.tree.map(lambda leaf: leaf[-1], params_rows)
                 records.append(_rows(record, np.flatnonzero(keep)))
                 failed = result_where(jnp.all(finite), RESULTS.successful, RESULTS.nonfinite)
                 result = result_where(out.result == RESULTS.successful, failed, out.result)
@@ -164,14 +180,34 @@ def march(
                 continue
             reached = chunk <= step + gap.sum()
             good = np.cumprod(np.asarray(finite) & reached).astype(bool)
-            records.append(_rows(jax.device_get(record), np.flatnonzero(good & np.isin(chunk, saved))))
-            counts = {k: counts.get(k, 0) + np.asarray(v) for k, v in out.counts.items()}
+            record = jax.device_get(record)
             ended = bool(out.result != RESULTS.successful)
-            if ended or not np.all(good | ~reached) or not _finite(out.state):
+            broken = ended or not np.all(good | ~reached) or not _finite(out.state)
+            before = {name: counts.get(name, 0) for name in out.counts}
+            if checkpoints is not None:
+                known = {step + int(gap.sum()): (out.state, _sum(before, out.counts)), step: (state, before)}
+                for i, events in checkpoints.due(record["step"], record["observables"], good):
+                    at = int(chunk[i])
+                    if at not in known:
+                        part = run(np.clip(at - chunk, 0, gap))
+                        known[at] = (part.state, _sum(before, part.counts))
+                    row = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], record)
+                    there, so_far = known[at]
+                    kept_row = _trajectory(row, step_size, so_far | stats(), there, at, RESULTS.successful)
+                    checkpoints.write(kept_row, events)
+            if not save_params:
+                record.pop("params", None)
+            records.append(_rows(record, np.flatnonzero(good & np.isin(chunk, saved))))
+            counts = _sum(before, out.counts)
+            if broken:
                 result = out.result if ended else RESULTS.nonfinite
+                end = jax.tree.map(lambda leaf: leaf[0], params_rows)
                 break
             diagnostics.append(jax.device_get(out.diagnostics))
             state, step = out.state, step + int(gap.sum())
+            end, read = None, run
+            if chunk[-1] == step:
+                end = jax.tree.map(lambda leaf: leaf[-1], params_rows)
             bar = meter.step(bar, jnp.asarray((step - start) / max(num_steps - start, 1)))
             if bool(result != RESULTS.successful):
                 break
@@ -180,25 +216,51 @@ def march(
             raise
         result = RESULTS.interrupted
     meter.close(bar)
+    if end is None and read is not None:
+        end = jax.tree.map(lambda leaf: leaf[0], read(np.zeros(1, int), state, step).params)
 
     table = _concatenate(records)
-    stats = counts | _concatenate([jax.tree.map(np.atleast_1d, d) for d in diagnostics])
-    trajectory = Trajectory(
+    measured = _concatenate([jax.tree.map(np.atleast_1d, d) for d in diagnostics])
+    trajectory = _trajectory(table, step_size, counts | measured | stats(), state, step, result, end)
+    if resume is not None:
+        trajectory = _joined(resume, trajectory)
+    if throw and not _tree.is_traced(result._value) and trajectory.message:
+        raise RuntimeError(trajectory.message)
+    return trajectory
+
+
+def _trajectory(
+    table: dict[str, Any],
+    step_size: Any,
+    stats: dict[str, Any],
+    state: State,
+    step: int,
+    result: Any,
+    end: Params = None,
+) -> Trajectory:
+    params = table.get("params")
+    return Trajectory(
         steps=table["step"],
         times=_times(table["step"], step_size),
-        params=table.get("params"),
+        params=params,
         observables=table["observables"],
         ode_error=table["ode_error"],
         result=result,
         stats=stats,
         final=state,
         final_step=step,
+        final_params=jax.tree.map(lambda leaf: leaf[-1], params) if end is None else end,
     )
-    if resume is not None:
-        trajectory = _joined(resume, trajectory)
-    if throw and not _tree.is_traced(result._value) and trajectory.message:
-        raise RuntimeError(trajectory.message)
-    return trajectory
+
+
+def _chunks(rows: np.ndarray, cuts: np.ndarray, per_chunk: int) -> list[np.ndarray]:
+    """Rows in groups of at most `per_chunk`, a new one at every cut: there the state is at hand."""
+    groups = np.split(rows, np.searchsorted(rows, cuts[cuts > rows[0]]))
+    return [group[i : i + per_chunk] for group in groups for i in range(0, len(group), per_chunk)]
+
+
+def _sum(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {k: v + np.asarray(b[k]) for k, v in a.items()}
 
 
 def _times(steps: np.ndarray, step_size: Any) -> Any:
@@ -241,17 +303,28 @@ def _concatenate(records: list[dict[str, Any]]) -> Any:
     return jax.tree.map(lambda *leaves: xp.concatenate(leaves), *records)
 
 
+def starting_params(params: Params, resume: Trajectory | None) -> Params:
+    """Where the state begins: at `params`, or at those of a run that keeps no state."""
+    if resume is None or resume.final is not None:
+        return params
+    _check.same_structure("resume.final_params", resume.final_params, "params", params)
+    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), resume.final_params, params)
+
+
 def _resumed(resume: Trajectory, state: State, num_steps: int) -> tuple[int, State]:
     """The step and the state to go on from; `state` shows the structure to restore."""
     start = int(resume.final_step)
     if start > num_steps:
         raise ValueError(f"resume: expected a run of at most num_steps = {num_steps} steps, got {start}")
+    if resume.final is None:
+        return start, state
     leaves, structure = jax.tree.flatten(state)
     old = jax.tree.leaves(resume.final)
     if [np.shape(x) for x in old] != [np.shape(x) for x in leaves]:
         raise ValueError(
             "resume: expected a run of the same params and optimizer or flow, with a state of shapes "
-            f"{[np.shape(x) for x in leaves]}, got {[np.shape(x) for x in old]}"
+            f"{[np.shape(x) for x in leaves]}, got {[np.shape(x) for x in old]}; another optimizer begins anew "
+            "with `resume.without_state()`"
         )
     old = [jnp.asarray(x, y.dtype) for x, y in zip(old, leaves, strict=True)]
     return start, jax.tree.unflatten(structure, old)
@@ -281,4 +354,5 @@ def _joined(first: Trajectory, second: Trajectory) -> Trajectory:
         stats=stats,
         final=second.final,
         final_step=second.final_step,
+        final_params=second.final_params,
     )

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from optax.tree import add, norm, size, sub, vdot, zeros_like
 
 
-__all__ = ["add", "dtype", "is_traced", "norm", "scale", "size", "sub", "vdot", "zeros_like"]
+__all__ = ["add", "dtype", "is_traced", "norm", "random_normal", "scale", "size", "sub", "vdot", "zeros_like"]
 
 
 def scale(a: ArrayLike, x: Any) -> Any:
@@ -27,3 +27,12 @@ def dtype(x: Any) -> jnp.dtype:
 def is_traced(*trees: Any) -> bool:
     """Whether a leaf is a tracer: under `jit`, `vmap` or `grad`, values are not known."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def random_normal(key: jax.Array, like: Any) -> Any:
+    """Independent standard normal numbers in the shapes of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten(
+        [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )

@@ -71,6 +71,7 @@ def defect(
             stats={},
             final=state,
             final_step=int(k),
+            final_params=here,
         )
         data = batch_at(batches, int(k), args, stride)
         ends = [int(k + stride)]

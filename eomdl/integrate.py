@@ -11,9 +11,10 @@ import numpy as np
 
 from eomdl import _check, _tree
 from eomdl._batches import Batches, batch_at, batch_of
-from eomdl._march import Chunk, march, scan_rows
+from eomdl._march import Chunk, march, scan_rows, starting_params
 from eomdl._tolerances import default_tolerances, distance_of, measured_tolerances, units as state_units
 from eomdl._types import Args, Observable, Params, State, StateObservable
+from eomdl.checkpoints import Checkpoints
 from eomdl.flows.base import AbstractFlow
 from eomdl.trajectory import RESULTS, Trajectory, result_where
 
@@ -42,6 +43,7 @@ def solve(
     estimate_error: bool = True,
     progress: bool | diffrax.AbstractProgressMeter = False,
     resume: Trajectory | None = None,
+    checkpoints: Checkpoints | None = None,
     throw: bool = False,
 ) -> Trajectory:
     """Integrate $\\dot x = F(t, x)$ from $t = 0$ to `num_steps` * step_size.
@@ -49,7 +51,7 @@ def solve(
     The clock inside is in steps, $dx/ds = h F$, so the learning rate may be traced.
 
     **Arguments:** `params`, `num_steps`, `args`, `batches`, `observe`, `save_params`,
-    `save_steps`, `progress` and `throw` as in `eomdl.descend`. With `batches`
+    `save_steps`, `checkpoints`, `progress` and `throw` as in `eomdl.descend`. With `batches`
     the flow follows the equation of motion of step k's own batch for the time of that step.
 
     - `flow`: an `eomdl.AbstractFlow`. One of stride m passes through every m-th iterate; at
@@ -95,10 +97,10 @@ def solve(
     num_steps = _check.integer("num_steps", num_steps, 1)
     max_steps = _check.integer("max_steps", max_steps, 1)
     params = _check.params("params", params)
-    observe = _check.observables(observe, params, args)
     source = Batches(batches, num_steps, args, resume, flow.stride)
+    observe = _check.observables(observe, params, source.seen_by)
     flow.validate(params, source.example)
-    state = flow.init(params, source.example)
+    state = flow.init(starting_params(params, resume), source.example)
     observe_state = _check.state_observables(observe_state, state, source.example)
     dtype = _tree.dtype(state)
     traced = _tree.is_traced(flow, state, args, source.example)
@@ -110,6 +112,12 @@ def solve(
         resume = _taken_over(resume, (state,) * copies, flow.step_size, flow.stride)
 
     first = _check.positive_scalar("dt0", dt0)
+    if resume is not None:
+        # A run goes on with the tolerances it has.
+        rtol, atol = (
+            resume.stats.get("rtol") if rtol is None else rtol,
+            resume.stats.get("atol") if atol is None else atol,
+        )
     given = [
         None if tol is None else _check.positive_scalar(name, tol)
         for name, tol in (("rtol", rtol), ("atol", atol))
@@ -172,7 +180,11 @@ def solve(
             diagnostics=_diagnose(flow, points),
         )
 
-    trajectory = march(
+    def stats() -> dict[str, Any]:
+        tolerances = {} if stepsize_controller is not None else {"rtol": used[0], "atol": used[1]}
+        return {"stride": flow.stride} | tolerances
+
+    return march(
         advance,
         (state,) * copies,
         num_steps,
@@ -185,17 +197,15 @@ def solve(
         save_params=save_params,
         progress=progress,
         resume=resume,
+        checkpoints=checkpoints,
         throw=throw,
+        stats=stats,
     )
-    stats = dict(trajectory.stats) | {"stride": flow.stride}
-    if stepsize_controller is None:
-        stats |= {"rtol": used[0], "atol": used[1]}
-    return eqx.tree_at(lambda t: t.stats, trajectory, stats, is_leaf=lambda x: x is trajectory.stats)
 
 
 def _taken_over(resume: Trajectory, state: tuple, step_size: Any, stride: int) -> Trajectory:
     """`resume`, or, if it is a real run, a run of the flow that ends where the real one does."""
-    if "stride" in resume.stats:
+    if "stride" in resume.stats or resume.final is None:
         return resume
     if resume.final_step % stride:
         raise ValueError(

@@ -12,8 +12,9 @@ from jax.typing import ArrayLike
 
 from eomdl import _check
 from eomdl._batches import Batches, batch_at
-from eomdl._march import Chunk, march, scan_rows
+from eomdl._march import Chunk, march, scan_rows, starting_params
 from eomdl._types import Args, Loss, Observable, Params, State
+from eomdl.checkpoints import Checkpoints
 from eomdl.step_maps import ExtraArgs, StepMap, as_step_map, check_step, gradient_update
 from eomdl.trajectory import RESULTS, Trajectory
 
@@ -33,6 +34,7 @@ def descend(
     extra_args: ExtraArgs | None = None,
     progress: bool | diffrax.AbstractProgressMeter = False,
     resume: Trajectory | None = None,
+    checkpoints: Checkpoints | None = None,
     throw: bool = False,
 ) -> Trajectory:
     """Train: `num_steps` steps of an optax optimizer, $\\theta_{k+1} = \\theta_k + u(\\nabla L(\\theta_k))$.
@@ -47,7 +49,8 @@ def descend(
     - `batches`: data for `loss`, a batch a step: a pytree of arrays with leading axis
         `num_steps`, or a list or iterator that yields one batch a step.
     - `observe`: `{name: function (params, args) -> array}`, recorded at every saved step.
-        With `batches` the observables still see `args`: the full data set, say.
+        With `batches` the observables still see `args`, the full data set, say; those made by
+        `eomdl.on_batch` see the step's own batch.
     - `save_params`: False keeps observables alone; memory is then flat in `num_steps` but
         for them.
     - `save_steps`: an integer n saves steps 0, n, 2n, ... and the last; a sequence saves
@@ -57,8 +60,11 @@ def descend(
     - `extra_args`: as in `eomdl.optimizer_step`, for optimizers whose update needs more
         than the gradient.
     - `progress`: True for a tqdm bar, or a diffrax progress meter.
-    - `resume`: a trajectory to go on from, to `num_steps` in all; its rows come first.
-        An iterator in `batches` must then begin at the first step still to do.
+    - `resume`: a trajectory to go on from, to `num_steps` in all; its rows come first (of a checkpoint,
+        which has one row, that row is recorded anew). What is changed in the call makes a branch: the
+        learning rate, `batches`, the loss; with `resume.without_state()` another optimizer.
+        An iterator in `batches` must begin at the first step still to do.
+    - `checkpoints`: an `eomdl.Checkpoints`, which writes the whole state to disk on its schedule.
     - `throw`: raise `RuntimeError` where the run fails instead of returning what it has.
 
     **Returns:** `eomdl.Trajectory`. A run that becomes non-finite, runs out of batches or
@@ -72,8 +78,8 @@ def descend(
     num_steps = _check.integer("num_steps", num_steps, 1)
     params = _check.params("params", params)
     _check.optimizer(optimizer)
-    observe = _check.observables(observe, params, args)
     source = Batches(batches, num_steps, args, resume)
+    observe = _check.observables(observe, params, source.seen_by)
     _check.loss_is_scalar(loss, params, source.example)
     return _run(
         _Descent(loss, optimizer, extra_args),
@@ -88,6 +94,7 @@ def descend(
         save_steps=save_steps,
         progress=progress,
         resume=resume,
+        checkpoints=checkpoints,
         throw=throw,
     )
 
@@ -105,6 +112,7 @@ def iterate(
     step_size: ArrayLike | None = None,
     progress: bool | diffrax.AbstractProgressMeter = False,
     resume: Trajectory | None = None,
+    checkpoints: Checkpoints | None = None,
     throw: bool = False,
 ) -> Trajectory:
     """Run any step map, $x_{k+1} = \\Psi(x_k, k)$: `eomdl.descend` for maps of your own.
@@ -122,8 +130,8 @@ def iterate(
     num_steps = _check.integer("num_steps", num_steps, 1)
     params = _check.params("params", params)
     step_map = as_step_map(step_map)
-    observe = _check.observables(observe, params, args)
     source = Batches(batches, num_steps, args, resume)
+    observe = _check.observables(observe, params, source.seen_by)
     check_step(step_map, params, source.example)
     return _run(
         step_map,
@@ -138,6 +146,7 @@ def iterate(
         save_steps=save_steps,
         progress=progress,
         resume=resume,
+        checkpoints=checkpoints,
         throw=throw,
     )
 
@@ -180,7 +189,7 @@ def _run(
 
     return march(
         advance,
-        step_map.init(params),
+        step_map.init(starting_params(params, options["resume"])),
         num_steps,
         params=params,
         step_size=jnp.nan if step_size is None else _check.positive_scalar("step_size", step_size),

@@ -169,8 +169,6 @@ def _hessenberg(
             total = _tree.add(total, step_map.increment(_tree.add(x, total), args, k + n))
         return total
 
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    start = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    start = _tree.random_normal(jax.random.key(0), state)
     arnoldi = decomp.hessenberg(depth, reortho="full", reortho_vjp="full", custom_vjp=False)
-    return arnoldi(lambda v: jax.jvp(increment, (state,), (v,))[1], structure.unflatten(start)).J_small
+    return arnoldi(lambda v: jax.jvp(increment, (state,), (v,))[1], start).J_small

@@ -1,5 +1,6 @@
 """A path through weight space: the one type for real runs and for flows."""
 
+import dataclasses
 import json
 import operator
 from collections.abc import Mapping
@@ -53,6 +54,7 @@ class Trajectory(eqx.Module):
     - `final`: the last state reached (parameters and what else the run carries), from
         which `resume=` continues.
     - `final_step`: its step number.
+    - `final_params`: the parameters in it, saved steps or not.
 
     A pytree: `jax.vmap` over `solve` gives a batch of them.
     """
@@ -66,6 +68,7 @@ class Trajectory(eqx.Module):
     stats: dict[str, Any]
     final: State
     final_step: Any
+    final_params: Params
 
     @property
     def message(self) -> str:
@@ -120,7 +123,16 @@ class Trajectory(eqx.Module):
             stats=self.stats,
             final=self.final,
             final_step=self.final_step,
+            final_params=self.final_params,
         )
+
+    def without_state(self) -> "Trajectory":
+        """This run with what it carries beside the parameters dropped.
+
+        `resume=` then begins at its last step and parameters with the state that a new run has there: with
+        another optimizer, say.
+        """
+        return dataclasses.replace(self, final=None)
 
     def save(self, path: str | Path) -> None:
         """Write one `.npz` file (NumPy arrays and JSON, no pickle), replacing it as a whole."""
@@ -130,13 +142,14 @@ class Trajectory(eqx.Module):
             "result": int(self.result._value),
             "final_step": int(self.final_step),
             "params": None if self.params is None else _describe(self.params),
-            "final": len(jax.tree.leaves(self.final)),
+            "final": None if self.final is None else len(jax.tree.leaves(self.final)),
+            "final_params": _describe(self.final_params),
         }
         if self.params is not None:
             arrays |= _numbered("params", self.params)
         if self.ode_error is not None:
             arrays["ode_error"] = self.ode_error
-        arrays |= _numbered("final", self.final)
+        arrays |= _numbered("final", self.final) | _numbered("final_params", self.final_params)
         arrays |= {f"observable:{name}": value for name, value in self.observables.items()}
         arrays |= {f"stat:{name}": value for name, value in self.stats.items()}
         write_npz(path, arrays, meta)
@@ -155,7 +168,8 @@ class Trajectory(eqx.Module):
         params = None
         if meta["params"] is not None:
             leaves = [arrays[f"params:{i}"] for i in range(len(meta["params"]))]
-            params = _rebuild(meta["params"], leaves, like, path)
+            params = _rebuild(meta["params"], leaves, like, path, rows=1)
+        end = [arrays[f"final_params:{i}"] for i in range(len(meta["final_params"]))]
         return Trajectory(
             steps=arrays["steps"],
             times=arrays["times"],
@@ -164,12 +178,13 @@ class Trajectory(eqx.Module):
             ode_error=arrays.get("ode_error"),
             result=_result_from_index(meta["result"]),
             stats=_with_prefix(arrays, "stat:"),
-            final=[arrays[f"final:{i}"] for i in range(meta["final"])],
+            final=None if meta["final"] is None else [arrays[f"final:{i}"] for i in range(meta["final"])],
             final_step=meta["final_step"],
+            final_params=_rebuild(meta["final_params"], end, like, path, rows=0),
         )
 
 
-_FORMAT = "eomdl.Trajectory 1"
+_FORMAT = "eomdl.Trajectory 2"
 
 
 def _summary(steps: Any) -> str:
@@ -197,6 +212,12 @@ def write_npz(path: str | Path, arrays: Mapping[str, Any], meta: dict[str, Any])
         whole: Any = {name: np.asarray(a) for name, a in arrays.items()}
         np.savez(file, meta=np.array(json.dumps(meta)), **whole)
     aside.replace(path)
+
+
+def names_in_npz(path: str | Path) -> list[str]:
+    """Names of the arrays in a file, none of them read."""
+    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        return list(file.files)
 
 
 def read_npz(path: str | Path, format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -247,10 +268,11 @@ def _describe_path(node: Any, path: Any) -> list[list[Any]]:
     return described
 
 
-def _rebuild(paths: list, leaves: list, like: Params | None, path: str | Path) -> Params:
+def _rebuild(paths: list, leaves: list, like: Params | None, path: str | Path, rows: int) -> Params:
+    """The tree of the leaves, whose shapes are those of `like` after `rows` leading axes."""
     if like is not None:
         structure = jax.tree.structure(like)
-        shapes = [leaf.shape[1:] for leaf in leaves]
+        shapes = [leaf.shape[rows:] for leaf in leaves]
         if [np.shape(leaf) for leaf in jax.tree.leaves(like)] != shapes:
             raise ValueError(f"like: expected leaves of shapes {shapes} as in {path}, got {structure}")
         return structure.unflatten(leaves)

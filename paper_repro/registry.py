@@ -9,6 +9,7 @@ from paper_repro import (
     nec_scale,
     nec_sgd,
     nec_translation,
+    no_wrong_turns,
     random_reshuffling,
 )
 from paper_repro.reproduction import Reproduction
@@ -26,5 +27,6 @@ REPRODUCTIONS: dict[str, Reproduction] = {
         momentum.REPRODUCTION,
         adam.REPRODUCTION,
         edge_of_stability.REPRODUCTION,
+        no_wrong_turns.REPRODUCTION,
     )
 }

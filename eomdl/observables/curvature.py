@@ -25,11 +25,7 @@ def sharpness(loss: Loss, num_matvecs: int = 16) -> Observable:
     def largest_eigenvalue(params: Params, args: Args) -> jax.Array:
         depth = min(num_matvecs, _tree.size(params))
         eigh = eig.eigh_partial(decomp.tridiag_sym(depth, custom_vjp=False))
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        start = structure.unflatten(
-            [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-        )
+        start = _tree.random_normal(jax.random.key(0), params)
 
         def matvec(v: Params) -> Params:
             return hessian_vector_product(loss, params, args, v)

@@ -4,3 +4,4 @@ Every function returns a `matplotlib.figure.Figure`; nothing is shown or written
 """
 
 from eomdl.plotting.comparison import plot_comparison as plot_comparison
+from eomdl.plotting.secant import plot_secants as plot_secants

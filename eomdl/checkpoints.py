@@ -1,0 +1,270 @@
+"""Checkpoints of a run on disk: on a schedule, at events, to go on or branch off from."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from eomdl import _check
+from eomdl._types import Args, Observable, Params, State
+from eomdl.trajectory import RESULTS, Trajectory, names_in_npz
+
+
+def saved_steps(name: str, num_steps: int, steps: int | Sequence[int]) -> np.ndarray:
+    """The step numbers that an integer (every n-th, and the last) or a sequence stands for."""
+    if np.ndim(steps) == 0:
+        every = _check.integer(name, steps, 1)
+        return np.unique(np.append(np.arange(0, num_steps + 1, every), num_steps))
+    array = np.asarray(steps)
+    if (
+        array.ndim != 1
+        or array.size == 0
+        or not np.issubdtype(array.dtype, np.integer)
+        or array.min() < 0
+        or array.max() > num_steps
+    ):
+        raise ValueError(
+            f"{name}: expected a positive integer n (every n-th step) or step numbers from 0 to "
+            f"num_steps = {num_steps}, got {steps!r}"
+        )
+    return np.unique(array)
+
+
+def logarithmic_steps(num_steps: int, per_decade: int = 8) -> np.ndarray:
+    """Step numbers 0, 1, ... `num_steps`, evenly spaced in their logarithm, `per_decade` to a factor of 10.
+
+    For `save_steps` and for the `schedule` of `Checkpoints`: most of what happens, happens early.
+
+    **Raises:** `ValueError` if an argument is not an integer >= 1.
+    """
+    num_steps = _check.integer("num_steps", num_steps, 1)
+    per_decade = _check.integer("per_decade", per_decade, 1)
+    count = int(np.ceil(np.log10(num_steps) * per_decade)) + 1
+    spread = np.geomspace(1, num_steps, count).round().astype(int)
+    return np.unique(np.concatenate([[0], spread, [num_steps]]))
+
+
+class Crossing:
+    """An event: a recorded scalar observable passes a level between two saved steps.
+
+    At the first saved step k with $o_{k-1} < c \\le o_k$ (`rising`), or $o_{k-1} > c \\ge o_k$; every time. A
+    run that begins on the far side has no event until it has come back.
+
+    **Arguments:** `observable`, its name in `observe`; `level` c, such as $2/\\eta$ for the sharpness; `rising`.
+
+    **Raises:** `ValueError` for a wrong argument.
+    """
+
+    def __init__(self, observable: str, level: float, rising: bool = True):
+        if not isinstance(observable, str):
+            raise ValueError(f"observable: expected the name of an observable, got {observable!r}")
+        if not np.ndim(level) == 0 or not np.isfinite(level):
+            raise ValueError(f"level: expected a finite number, got {level!r}")
+        self.observable, self.level, self.rising = observable, float(level), rising
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Whether the event is at each of the values, shape (n,) -> (n - 1,): not known of the first."""
+        sign = 1.0 if self.rising else -1.0
+        above = sign * values >= sign * self.level
+        return above[1:] & ~above[:-1]
+
+
+class Checkpoints:
+    """A folder of checkpoints, each the whole state of a run at one step.
+
+    Pass it to `descend`, `iterate` or `solve` as `checkpoints=`; the run writes the steps of the schedule
+    and of the events. A checkpoint is a `Trajectory` of one row, in a file of its own that is written
+    aside and moved into place: a killed process leaves the earlier ones readable.
+
+    - `store.at(k)` reads one; `resume=store.at(k)` goes on from it, and with something changed in the call
+        makes a branch. With nothing changed a real run is reproduced bit for bit; a flow to
+        within its ODE error, bit for bit if its checkpoints are at the same steps.
+    - `store.latest` is the last one or None, so that
+        `descend(..., resume=store.latest, checkpoints=store)` begins a run and continues a killed one.
+    - `store.steps`, `len(store)`, iteration (one in memory at a time), `store.events`.
+
+    **Arguments:**
+
+    - `folder`: made if it does not exist.
+    - `schedule`: an integer n for steps 0, n, 2n, ... and the last; or step numbers, such as
+        `eomdl.logarithmic_steps(num_steps)`.
+    - `events`: `{name: eomdl.Crossing}`, looked for at the saved steps.
+    - `like`: parameters of the structure to read, where it is not of dicts, lists and tuples.
+
+    **Cost:** of a checkpoint, writing the state; of an event, at most one more stretch of the run (up to 256 saved
+    steps), which is repeated to have the state there.
+
+    **Raises:** `ValueError` for a wrong argument. A run raises it before its first step, and nothing is
+    overwritten, where the folder holds checkpoints later than its start, or of other parameters.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        schedule: int | Sequence[int] | np.ndarray = 100,
+        *,
+        events: Mapping[str, Crossing] | None = None,
+        like: Params | None = None,
+    ):
+        self.folder = Path(folder)
+        if np.ndim(schedule) == 0:
+            _check.integer("schedule", schedule, 1)
+        if events is not None and not (
+            isinstance(events, Mapping) and all(isinstance(e, Crossing) for e in events.values())
+        ):
+            raise ValueError(f"events: expected a dict {{name: eomdl.Crossing}}, got {events!r}")
+        self._schedule, self._events, self._like = schedule, dict(events or {}), like
+        self._before: dict[str, float] = {}  # the last value of each event's observable
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Step numbers of the checkpoints there are, increasing."""
+        found = (re.fullmatch(r"step-(\d+)\.npz", path.name) for path in self.folder.glob("step-*.npz"))
+        return np.array(sorted(int(m[1]) for m in found if m), int)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return (self.at(int(step)) for step in self.steps)
+
+    @property
+    def latest(self) -> Trajectory | None:
+        """The last checkpoint, or None where there is none yet."""
+        steps = self.steps
+        return self.at(int(steps[-1])) if len(steps) else None
+
+    @property
+    def events(self) -> dict[str, np.ndarray]:
+        """`{event: step numbers}` of the checkpoints that are there for an event."""
+        found: dict[str, list[int]] = {}
+        for step in self.steps:
+            for name in names_in_npz(self._path(step)):
+                if name.startswith(_EVENT):
+                    found.setdefault(name.removeprefix(_EVENT), []).append(int(step))
+        return {name: np.array(steps) for name, steps in found.items()}
+
+    def at(self, step: int) -> Trajectory:
+        """The checkpoint of a step.
+
+        **Raises:** `ValueError` if there is none, or its file is damaged or does not fit `like`.
+        """
+        path = self._path(step)
+        if not path.exists():
+            raise ValueError(
+                f"step: expected one of the checkpoints {_few(self.steps)} in {self.folder}, got {step}"
+            )
+        return Trajectory.load(path, self._like)
+
+    def observe(
+        self, observe: Mapping[str, Observable], args: Args = None, *, progress: bool = False
+    ) -> Trajectory:
+        """Observables at every checkpoint, read one at a time: memory is flat in their number.
+
+        **Returns:** a `Trajectory` without parameters. **Cost:** the observables, once a checkpoint.
+        """
+        steps = self.steps
+        if len(steps) == 0:
+            raise ValueError(f"folder: expected checkpoints, got none in {self.folder}")
+        first = self.at(steps[0])
+        functions = _check.observables(observe, first.at(steps[0]), lambda f: args)
+        rows = []
+        for step in tqdm(steps, desc="checkpoints", disable=not progress):
+            last = self.at(step)
+            rows.append(jax.device_get(_observed(functions, last.at(step), args)))
+        size = np.asarray(first.times)
+        return Trajectory(
+            steps=steps,
+            times=np.concatenate([self.at(int(k)).times for k in steps]) if len(size) else steps * np.nan,
+            params=None,
+            observables=jax.tree.map(lambda *values: np.stack(values), *rows),
+            ode_error=None,
+            result=RESULTS.successful,
+            stats={},
+            final=last.final,
+            final_step=last.final_step,
+            final_params=last.final_params,
+        )
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:010d}.npz"
+
+    # ------------------------------------------------- what a run calls (`_march.py`)
+
+    def begin(
+        self, num_steps: int, start: int, state: State, observe: Mapping[str, Observable]
+    ) -> np.ndarray:
+        """Raise if the run must not write here; the steps of its schedule."""
+        for event in self._events.values():
+            if event.observable not in observe:
+                raise ValueError(
+                    f"events: expected the name of an observable in observe, {sorted(observe)}, got "
+                    f"{event.observable!r}"
+                )
+        old = self.steps
+        if len(old) and old[-1] > start:
+            raise ValueError(
+                f"checkpoints: expected a folder without checkpoints after step {start}, where the run begins, got "
+                f"{_few(old)} in {self.folder}; nothing was overwritten: go on with resume=store.latest, or give a "
+                "branch a folder of its own"
+            )
+        if len(old):
+            shapes = [np.shape(x) for x in jax.tree.leaves(state)]
+            got = [np.shape(x) for x in jax.tree.leaves(self.at(int(old[-1])).final)]
+            if shapes != got:
+                raise ValueError(
+                    f"checkpoints: expected checkpoints of a state with shapes {shapes} in {self.folder}, got "
+                    f"{got}, of other parameters or another optimizer; nothing was overwritten"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._before = {}
+        steps = saved_steps("schedule", num_steps, self._schedule)
+        self._fixed = steps[(steps >= start) & ~np.isin(steps, old)]
+        return self._fixed
+
+    def due(
+        self, steps: np.ndarray, observables: Mapping[str, np.ndarray], good: np.ndarray
+    ) -> list[tuple[int, list[str]]]:
+        """(row, events there) of the rows to write."""
+        rows: dict[int, list[str]] = {int(i): [] for i in np.flatnonzero(good & np.isin(steps, self._fixed))}
+        for name, event in self._events.items():
+            values = np.asarray(observables[event.observable], float)
+            if values.ndim != 1:
+                raise ValueError(
+                    f"events[{name!r}]: expected a scalar observable, got shape {values.shape[1:]} a step"
+                )
+            known = np.append(self._before.get(name, np.nan), values)
+            # Where nothing is known of the step before, nothing has been crossed.
+            crossed = event(np.where(np.isnan(known), np.inf if event.rising else -np.inf, known))
+            for i in np.flatnonzero(crossed & good):
+                rows.setdefault(int(i), []).append(name)
+            self._before[name] = float(values[-1])
+        return sorted(rows.items())
+
+    def write(self, checkpoint: Trajectory, events: list[str]) -> None:
+        """Write one row, unless it is there."""
+        stats = {f"event:{name}": np.asarray(checkpoint.final_step) for name in events}
+        path = self._path(int(checkpoint.final_step))
+        if not path.exists():
+            eqx.tree_at(
+                lambda t: t.stats,
+                checkpoint,
+                checkpoint.stats | stats,
+                is_leaf=lambda x: x is checkpoint.stats,
+            ).save(path)
+
+
+_EVENT = "stat:event:"
+
+
+@eqx.filter_jit
+def _observed(observe: dict[str, Observable], params: Params, args: Args) -> dict[str, jax.Array]:
+    return {name: f(params, args) for name, f in observe.items()}
+
+
+def _few(steps: np.ndarray) -> str:
+    return np.array2string(steps, threshold=8, edgeitems=3)

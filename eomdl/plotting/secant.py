@@ -1,0 +1,43 @@
+"""RSI, EB and gamma along paths."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from eomdl.geometry.secant import Secants
+
+
+def plot_secants(runs: Mapping[str, Secants]) -> Any:
+    """$\\gamma$, RSI and EB, and the locally best learning rate against steps, runs overlaid.
+
+    Dotted in `gamma`'s panel, same colour: the random directions (root mean square of their cosines).
+    The first run is drawn solid, the others dashed.
+
+    **Returns:** a `matplotlib.figure.Figure`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    cosines, bounds, rates = figure.subplots(1, 3)
+    for i, (name, run) in enumerate(runs.items()):
+        style: dict[str, Any] = {"color": f"C{i}", "ls": "-" if i == 0 else "--"}
+        cosines.plot(run.steps, run.gamma, label=name, **style)
+        baseline = np.sqrt(np.mean(run.random_gamma**2, axis=1))
+        cosines.plot(run.steps, baseline, color=f"C{i}", ls=":", lw=1)
+        bounds.plot(run.steps, _positive(run.eb), label=f"EB, {name}", **style)
+        bounds.plot(run.steps, _positive(run.rsi), label=f"RSI, {name}", alpha=0.5, **style)
+        rates.plot(run.steps, _positive(run.learning_rate), label=name, **style)
+    cosines.plot([], [], "k:", label="random directions")
+    cosines.set(ylabel="gamma = RSI / EB (cosine)")
+    bounds.set(ylabel="RSI, EB [1/time]", yscale="log")
+    rates.set(ylabel="locally best learning rate RSI / EB^2 [time]", yscale="log")
+    for axes in (cosines, bounds, rates):
+        axes.set(xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return figure
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    return np.where(values > 0, values, np.nan)
