@@ -1,5 +1,11 @@
 """eomdl: the learning dynamics of neural networks as differential equations."""
 
+from eomdl._batches import on_batch as on_batch
+from eomdl.checkpoints import (
+    Checkpoints as Checkpoints,
+    Crossing as Crossing,
+    logarithmic_steps as logarithmic_steps,
+)
 from eomdl.compare import Comparison as Comparison, compare as compare
 from eomdl.convergence import (
     Convergence as Convergence,
@@ -18,6 +24,7 @@ from eomdl.flows import (
     ReshufflingFlow as ReshufflingFlow,
     rmsprop_flow as rmsprop_flow,
 )
+from eomdl.geometry.secant import Secants as Secants, secant as secant, secants as secants
 from eomdl.integrate import solve as solve
 from eomdl.logarithm import minimax_weights as minimax_weights, taylor_weights as taylor_weights
 from eomdl.losses import GradientPenalty as GradientPenalty, WeightDecay as WeightDecay
