@@ -36,16 +36,6 @@ from eomdl.observables.norms import (
     rate as rate,
     shift_component as shift_component,
 )
-from eomdl.observables.symmetry import (
-    SymmetryCheck as SymmetryCheck,
-    check_scale as check_scale,
-    check_translation as check_translation,
-    equilibrium_angle as equilibrium_angle,
-    equilibrium_norm as equilibrium_norm,
-    scale_norm_after_step as scale_norm_after_step,
-    scale_norm_rate as scale_norm_rate,
-    translation_decay_rate as translation_decay_rate,
-)
 from eomdl.optimizers import descend as descend, iterate as iterate
 from eomdl.points import (
     Points as Points,
@@ -53,4 +43,19 @@ from eomdl.points import (
     departure_from_identity as departure_from_identity,
 )
 from eomdl.step_maps import StepMap as StepMap, optimizer_step as optimizer_step
+from eomdl.symmetry.checks import (
+    SymmetryCheck as SymmetryCheck,
+    check_symmetry as check_symmetry,
+    propose_symmetries as propose_symmetries,
+)
+from eomdl.symmetry.conservation import Conservation as Conservation, conservation as conservation
+from eomdl.symmetry.groups import Scaling as Scaling, Translation as Translation
+from eomdl.symmetry.laws import (
+    effective_learning_rate as effective_learning_rate,
+    equilibrium_angle as equilibrium_angle,
+    equilibrium_norm as equilibrium_norm,
+    scale_norm_after_step as scale_norm_after_step,
+    scale_norm_rate as scale_norm_rate,
+    translation_decay_rate as translation_decay_rate,
+)
 from eomdl.trajectory import RESULTS as RESULTS, Trajectory as Trajectory

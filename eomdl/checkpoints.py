@@ -14,7 +14,7 @@ from eomdl._types import Args, Observable, Params, State
 from eomdl.trajectory import RESULTS, Trajectory, names_in_npz
 
 
-def saved_steps(name: str, num_steps: int, steps: int | Sequence[int]) -> np.ndarray:
+def saved_steps(name: str, num_steps: int, steps: int | Sequence[int] | np.ndarray) -> np.ndarray:
     """The step numbers that an integer (every n-th, and the last) or a sequence stands for."""
     if np.ndim(steps) == 0:
         every = _check.integer(name, steps, 1)

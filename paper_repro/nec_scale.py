@@ -41,7 +41,7 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
     ]
     claims = []
     for name, loss in NETWORKS.items():
-        check = eomdl.check_scale(loss, starts[0], hidden, args=inputs)
+        check = eomdl.check_symmetry(loss, starts[0], eomdl.Scaling(["hidden"]), args=inputs)
         claims.append(
             Claim(f"The weights before the {name} are scale invariant.", check.message + ".", check.holds)
         )

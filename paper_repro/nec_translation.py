@@ -45,7 +45,9 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
     sizes = (inputs[0].shape[1], 16, 10)
     starts = [models.mlp_init(jax.random.key(seed), sizes) for seed in seeds]
 
-    check = eomdl.check_translation(models.mlp_loss, starts[0], lambda p: p[-1]["w"], args=inputs)
+    check = eomdl.check_symmetry(
+        models.mlp_loss, starts[0], eomdl.Translation(lambda p: p[-1]["w"]), args=inputs
+    )
     real = _descend_all(grid, starts, steps, inputs)
     rows = []
     for i, (eta, decay, seed) in enumerate(tqdm(grid, desc="flows")):

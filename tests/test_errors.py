@@ -273,18 +273,6 @@ def test_orders_and_defects():
         eomdl.defect(GF, descend(save_steps=2, num_steps=4))
 
 
-# -------------------------------------------------------------------- symmetry
-
-
-def test_symmetry_checks():
-    with raises("axis", "2"):
-        eomdl.check_translation(net_loss, NET, lambda p: p["layer1"]["w"], axis=2, args=NET_ARGS)
-    with raises("axis", "{"):
-        eomdl.check_translation(net_loss, NET, lambda p: p["layer1"], args=NET_ARGS)
-    with raises("loss", "(6, 2)"):
-        eomdl.check_scale(lambda p, args: args[1] + p["layer1"]["b"][None], NET, lambda p: p, args=NET_ARGS)
-
-
 # ------------------------------------------------------------------ inside jit
 
 

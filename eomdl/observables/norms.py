@@ -1,9 +1,9 @@
 """Norms and components of blocks of the parameters, and how fast they change.
 
-A block is named by a function `where(params) -> subtree`, as in `equinox.tree_at`.
+A block is named by the keys on its path, "hidden.w", or given by a function
+`where(params) -> subtree`, as in `equinox.tree_at`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from eomdl import _check, _tree
+from eomdl import _blocks, _check, _tree
+from eomdl._blocks import Where
 from eomdl._types import Args, Observable, Params
 from eomdl.flows.base import AbstractFlow
-
-
-Where = Callable[[Params], Any]
 
 
 def whole(params: Params) -> Params:
@@ -26,7 +24,7 @@ def whole(params: Params) -> Params:
 
 def block_norm(where: Where = whole) -> Observable:
     """Observable $|\\theta_A|$, the Euclidean norm of a block. Cost: none to speak of."""
-    return lambda params, args: _tree.norm(where(params))
+    return lambda params, args: _tree.norm(_blocks.select(params, where))
 
 
 def shift_component(where: Where, axis: int = -1) -> Observable:
@@ -38,7 +36,7 @@ def shift_component(where: Where, axis: int = -1) -> Observable:
     """
 
     def component(params: Params, args: Args) -> jax.Array:
-        block = where(params)
+        block = _blocks.select(params, where)
         return jnp.sum(block, axis=axis) / np.sqrt(block.shape[axis])
 
     return component

@@ -5,3 +5,4 @@ Every function returns a `matplotlib.figure.Figure`; nothing is shown or written
 
 from eomdl.plotting.comparison import plot_comparison as plot_comparison
 from eomdl.plotting.secant import plot_secants as plot_secants
+from eomdl.plotting.conservation import plot_conservation as plot_conservation

@@ -1,0 +1,1 @@
+"""Symmetries of the loss, their charges, and how discreteness breaks the conservation laws."""

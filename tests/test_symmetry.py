@@ -1,0 +1,480 @@
+"""Symmetries of the loss: checks, proposals, charges and their laws (theory.md, section 5)."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import LABEL_ARGS, NET, NET_ARGS, assert_close, flat, label_loss, net, normal
+
+import eomdl
+from eomdl.plotting import plot_conservation
+
+
+HEAD = "layer1.w"
+
+
+def last_layer(params):
+    return params["layer1"]["w"]
+
+
+# ------------------------------------------------------------ does it hold at all?
+
+
+def scale_invariant_loss(params, args):
+    """The weights act through their direction alone; the gain does not."""
+    x, y = args
+    w = params["w"]
+    return jnp.mean((params["gain"] * jnp.tanh(x @ w / jnp.sqrt(jnp.sum(w**2))) - y) ** 2)
+
+
+SCALE = {"w": normal(20, 3), "gain": jnp.array(1.3)}
+SCALE_ARGS = (normal(21, 6, 3), normal(22, 6))
+
+
+def relu_loss(params, args):
+    """Mean squared error of a ReLU network: every hidden unit can be rescaled."""
+    x, y = args
+    return jnp.mean((net(params, x, jax.nn.relu) - y) ** 2)
+
+
+RESCALE = eomdl.Scaling([("layer0.w", 1), ("layer0.b", 0)], [("layer1.w", 0)])
+
+
+def test_check_translation():
+    holds = eomdl.check_symmetry(label_loss, NET, eomdl.Translation(HEAD), LABEL_ARGS)
+    assert holds.holds
+    assert holds.gradient < 1e-13 and holds.value < 1e-13
+    assert "translation of layer1.w along axis -1: the symmetry holds" in holds.message
+    for symmetry in (eomdl.Translation(last_layer, 0), eomdl.Translation("layer0.w")):
+        broken = eomdl.check_symmetry(label_loss, NET, symmetry, LABEL_ARGS)
+        assert not broken.holds
+        assert broken.gradient > 1e-3 and broken.value > 1e-3
+        assert "does not hold" in broken.message and f"{broken.gradient:.1e}" in broken.message
+
+
+def test_check_scale():
+    holds = eomdl.check_symmetry(scale_invariant_loss, SCALE, eomdl.Scaling(["w"]), SCALE_ARGS)
+    assert holds.holds
+    assert holds.gradient < 1e-13 and holds.value < 1e-13
+    for block in ("gain", lambda p: p):
+        broken = eomdl.check_symmetry(scale_invariant_loss, SCALE, eomdl.Scaling([block]), SCALE_ARGS)
+        assert not broken.holds
+        assert broken.gradient > 1e-3 and broken.value > 1e-3
+
+
+def test_check_rescale():
+    assert eomdl.check_symmetry(relu_loss, NET, RESCALE, NET_ARGS).holds
+    whole = eomdl.Scaling(["layer0"], [last_layer])
+    assert eomdl.check_symmetry(relu_loss, NET, whole, NET_ARGS).holds
+    without_bias = eomdl.Scaling([("layer0.w", 1)], [("layer1.w", 0)])
+    assert not eomdl.check_symmetry(relu_loss, NET, without_bias, NET_ARGS).holds
+
+
+def test_checks_take_weight_decay_off():
+    def decayed(loss):
+        return eomdl.WeightDecay(eomdl.WeightDecay(loss, 0.1), 0.2)
+
+    assert eomdl.check_symmetry(decayed(label_loss), NET, eomdl.Translation(HEAD), LABEL_ARGS).holds
+    assert eomdl.check_symmetry(decayed(scale_invariant_loss), SCALE, eomdl.Scaling(["w"]), SCALE_ARGS).holds
+
+
+def test_checks_see_a_slight_violation():
+    def slightly(params, args):
+        return label_loss(params, args) + 1e-4 * jnp.sum(last_layer(params))
+
+    symmetry = eomdl.Translation(HEAD)
+    assert not eomdl.check_symmetry(slightly, NET, symmetry, LABEL_ARGS).holds
+    assert eomdl.check_symmetry(slightly, NET, symmetry, LABEL_ARGS, tolerance=0.1).holds
+
+
+@pytest.mark.parametrize("symmetry", [eomdl.Translation(HEAD), eomdl.Scaling(["layer0.w"]), RESCALE])
+def test_transformations_form_a_group(symmetry):
+    charge = symmetry.charge(NET)
+    a, b = normal(31, *charge.shape), normal(32, *charge.shape)
+    assert_close(symmetry.transform(NET, jnp.zeros(charge.shape)), NET, rtol=1e-15)
+    assert_close(
+        symmetry.transform(symmetry.transform(NET, a), b), symmetry.transform(NET, a + b), rtol=1e-13
+    )
+
+
+# ----------------------------------------------------------------------- proposals
+
+
+def labels_of(found):
+    return {check.symmetry.label for check in found}
+
+
+def test_proposes_the_softmax_and_the_relu_units():
+    def loss(params, args):
+        x, labels = args
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(net(params, x, jax.nn.relu), labels))
+
+    found = eomdl.propose_symmetries(eomdl.WeightDecay(loss, 0.1), NET, LABEL_ARGS)
+    assert labels_of(found) == {
+        "translation of layer1.b along axis 0",
+        "translation of layer1.w along axis 1",
+        "rescale of layer0.w (axis 1) and layer0.b (axis 0) against layer1.w (axis 0)",
+    }
+    assert all(check.holds for check in found)
+
+
+def normalized_loss(params, args):
+    """Linear, batch norm with gain and shift, ReLU, linear, softmax; the first bias does nothing."""
+    x, labels = args
+    h = x @ params["first"]["w"] + params["first"]["b"][None]
+    h = h - jnp.mean(h, axis=0, keepdims=True)
+    h = h / jnp.sqrt(jnp.mean(h**2, axis=0, keepdims=True))
+    h = jax.nn.relu(h * params["norm"]["gain"][None] + params["norm"]["shift"][None])
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(h @ params["head"], labels))
+
+
+NORMALIZED = {
+    "first": {"w": normal(40, 3, 4), "b": normal(41, 4)},
+    "norm": {"gain": 1 + 0.3 * normal(42, 4), "shift": normal(43, 4)},
+    "head": normal(44, 4, 2),
+}
+
+
+def test_proposes_every_symmetry_of_a_normalized_network():
+    found = eomdl.propose_symmetries(normalized_loss, NORMALIZED, LABEL_ARGS)
+    assert labels_of(found) == {
+        "translation of first.b in every entry",
+        "translation of head along axis 1",
+        "scale of first.w (axis 1)",
+        "rescale of norm.gain (axis 0) and norm.shift (axis 0) against head (axis 0)",
+    }
+
+
+def test_proposes_a_linear_layer_as_a_whole_where_units_do_not_line_up():
+    """A flattened image: no axis of the second array counts the channels, but the layers rescale as wholes."""
+
+    def loss(params, args):
+        x, y = args
+        h = jax.nn.relu(x[:, :, None] * params["conv"][None, None])  # (N, 3, 2)
+        return jnp.mean((h.reshape(len(x), 6) @ params["dense"] - y) ** 2)
+
+    params = {"conv": normal(45, 2), "dense": normal(46, 6, 2)}
+    found = eomdl.propose_symmetries(loss, params, NET_ARGS)
+    assert labels_of(found) == {"rescale of conv against dense"}
+
+
+def test_proposes_nothing_for_a_tanh_network():
+    def loss(params, args):
+        x, y = args
+        return jnp.mean((net(params, x) - y) ** 2)
+
+    assert eomdl.propose_symmetries(loss, NET, NET_ARGS) == []
+
+
+def test_the_loss_is_looked_at_first():
+    with pytest.raises(ValueError, match=r"loss: expected .*\(6, 2\)"):
+        eomdl.check_symmetry(lambda p, args: args[1] + p["layer1"]["b"][None], NET, RESCALE, NET_ARGS)
+
+
+def test_names_of_blocks_that_do_not_exist():
+    for bad in (eomdl.Translation("layer1.v"), eomdl.Scaling([("layer_1.w", 0)])):
+        with pytest.raises(ValueError, match=r"block: expected the name of a block.*layer1\.w"):
+            eomdl.check_symmetry(label_loss, NET, bad, LABEL_ARGS)
+    with pytest.raises(ValueError, match=r"nearest are .*'layer0\.b'"):
+        eomdl.block_norm("nothing like it")(NET, None)
+    np.testing.assert_allclose(
+        eomdl.block_norm("layer1")(NET, None), np.linalg.norm(flat(NET["layer1"])), rtol=1e-14
+    )
+
+
+def test_wrong_symmetries():
+    with pytest.raises(ValueError, match=r"axis: expected an axis of layer1\.w"):
+        eomdl.check_symmetry(label_loss, NET, eomdl.Translation(HEAD, 2), LABEL_ARGS)
+    with pytest.raises(ValueError, match="block: expected one array"):
+        eomdl.check_symmetry(label_loss, NET, eomdl.Translation("layer1"), LABEL_ARGS)
+    with pytest.raises(ValueError, match="expected one number of units"):
+        eomdl.Scaling([("layer0.w", 0)], [("layer1.w", 0)]).charge(NET)
+    with pytest.raises(ValueError, match="for all members or for none"):
+        eomdl.Scaling([("layer0.w", 0), "layer0.b"])
+    with pytest.raises(ValueError, match="incoming: expected a list of blocks"):
+        eomdl.Scaling("layer0.w")
+    with pytest.raises(ValueError, match="incoming: expected at least one block"):
+        eomdl.Scaling([])
+    with pytest.raises(ValueError, match=r"symmetry: expected an eomdl\.Translation"):
+        eomdl.check_symmetry(label_loss, NET, "layer1.w", LABEL_ARGS)
+
+
+# ------------------------------------------------------------ the theory's identities
+
+
+def test_hessian_along_a_scale_invariant_block_is_minus_the_gradient():
+    # H theta_A = -grad f (theory.md, section 5), which the norm's law at order 1 uses
+    w = SCALE["w"]
+
+    def f(w):
+        return scale_invariant_loss({"w": w, "gain": SCALE["gain"]}, SCALE_ARGS)
+
+    np.testing.assert_allclose(jax.hessian(f)(w) @ w, -jax.grad(f)(w), rtol=1e-11)
+
+
+# ----------------------------------------------------------------------- laws
+
+ETA, DECAY = 0.05, 0.4
+
+
+def test_translation_law_of_gradient_descent_is_exact():
+    # p_(k+1) = (1 - eta lambda) p_k: the rate is -log(1 - eta lambda)/eta at every step
+    loss = eomdl.WeightDecay(label_loss, DECAY)
+    observe = {"p": eomdl.shift_component(last_layer)}
+    run = eomdl.descend(loss, NET, optax.sgd(ETA), 10, args=LABEL_ARGS, observe=observe)
+    p = run.observables["p"]
+    np.testing.assert_allclose(p, p[0][None] * (1 - ETA * DECAY) ** np.arange(11)[:, None], rtol=1e-10)
+    exact = eomdl.translation_decay_rate(ETA, DECAY, None)
+    np.testing.assert_allclose(exact, -np.log(1 - ETA * DECAY) / ETA, rtol=1e-14)
+    np.testing.assert_allclose(eomdl.decay_rate(p, ETA), exact, rtol=1e-10)
+
+
+@pytest.mark.parametrize("order", range(4))
+def test_translation_law_of_the_flows(order):
+    loss = eomdl.WeightDecay(label_loss, DECAY)
+    flow = eomdl.EquationOfMotion(loss, ETA, order)
+    observable = eomdl.shift_component(last_layer)
+    series = sum(ETA ** (j - 1) * DECAY**j / j for j in range(1, order + 2))
+    predicted = eomdl.translation_decay_rate(ETA, DECAY, order)
+    np.testing.assert_allclose(predicted, series, rtol=1e-14)
+    velocity = eqx.filter_jit(eomdl.rate(observable, flow))(NET, LABEL_ARGS)
+    np.testing.assert_allclose(velocity, -predicted * observable(NET, None), rtol=1e-10)
+
+
+def test_translation_numbers_of_the_paper():
+    rates = [eomdl.translation_decay_rate(0.01, 0.01, n) for n in (0, 1, 2, None)]
+    np.testing.assert_allclose(rates[:2], [0.01, 0.0100005], rtol=1e-14)
+    np.testing.assert_allclose(rates[2], 0.0100005 + 1e-4 * 1e-6 / 3, rtol=1e-14)
+    np.testing.assert_allclose(rates[3], 0.010000500033, atol=1e-12)
+    assert eomdl.translation_decay_rate(0.1, 0.0, 3) == 0.0
+
+
+def scale_only_loss(w, args):
+    return scale_invariant_loss({"w": w, "gain": 1.3}, args)
+
+
+def test_scale_law_of_gradient_descent_is_exact():
+    loss = eomdl.WeightDecay(scale_only_loss, DECAY)
+    gradient = lambda w, args: jnp.linalg.norm(jax.grad(scale_only_loss)(w, args))
+    observe = {"norm": eomdl.block_norm(), "gradient": gradient}
+    run = eomdl.descend(loss, SCALE["w"], optax.sgd(ETA), 20, args=SCALE_ARGS, observe=observe)
+    norm, gradient = run.observables["norm"], run.observables["gradient"]
+    after = eomdl.scale_norm_after_step(norm[:-1], gradient[:-1], ETA, DECAY)
+    np.testing.assert_allclose(norm[1:], after, rtol=1e-13)
+    np.testing.assert_allclose(
+        norm[1:] ** 2, (1 - ETA * DECAY) ** 2 * norm[:-1] ** 2 + ETA**2 * gradient[:-1] ** 2, rtol=1e-13
+    )
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_scale_law_of_the_flows(order):
+    # d log |w|^2 / dt = 2 <w, F(w)> / |w|^2
+    flow = eomdl.EquationOfMotion(eomdl.WeightDecay(scale_only_loss, DECAY), ETA, order)
+    w = SCALE["w"]
+    norm = jnp.linalg.norm(w)
+    gradient = jnp.linalg.norm(jax.grad(scale_only_loss)(w, SCALE_ARGS))
+    rate = eomdl.rate(lambda w, args: jnp.log(jnp.sum(w**2)), flow)(w, SCALE_ARGS)
+    np.testing.assert_allclose(eomdl.scale_norm_rate(norm, gradient, ETA, DECAY, order), rate, rtol=1e-12)
+    by_hand = [-2 * DECAY, -(2 * DECAY + ETA * DECAY**2) + ETA * gradient**2 / norm**2][order]
+    np.testing.assert_allclose(rate, by_hand, rtol=1e-12)
+
+
+def test_equilibrium_norm_and_angle():
+    # A constant tangential force c/|w| keeps the norm where decay and growth balance, and turns by
+    # arccos(1 - eta lambda) a step: w' = (1 - eta lambda) w - eta (c / r) t, |t| = 1, t _|_ w.
+    eta, decay, c = 0.1, 0.3, 1.7
+    w = np.array([2.0, 0.0])
+    radii, angles = [], []
+    for _ in range(2000):
+        r = np.linalg.norm(w)
+        tangent = np.array([-w[1], w[0]]) / r
+        new = (1 - eta * decay) * w - eta * (c / r) * tangent
+        angles.append(np.arccos(w @ new / (r * np.linalg.norm(new))))
+        radii.append(r)
+        w = new
+    assert radii[0] != pytest.approx(radii[-1], rel=0.1)
+    start = eomdl.equilibrium_norm(radii[0], c / radii[0], eta, decay)
+    end = eomdl.equilibrium_norm(radii[-1], c / radii[-1], eta, decay)
+    np.testing.assert_allclose([start, end], radii[-1], rtol=1e-10)
+    np.testing.assert_allclose(end**4, eta * c**2 / (decay * (2 - eta * decay)), rtol=1e-13)
+    np.testing.assert_allclose(eomdl.equilibrium_angle(eta, decay), angles[-1], rtol=1e-10)
+    np.testing.assert_allclose(eomdl.equilibrium_angle(1e-4, 1e-2), np.sqrt(2e-6), rtol=1e-6)
+
+
+def test_rescaling_law():
+    # f(a u, v/a) = f(u, v): gradient flow conserves |u|^2 - |v|^2; the counter term changes it by
+    # eta (|grad_u f|^2 - |grad_v f|^2), since gradient descent does by eta^2 times that a step
+    def loss(params, args):
+        x, y = args
+        return jnp.mean((jnp.outer(x @ params["u"], params["v"]) - y) ** 2)
+
+    params = {"u": normal(23, 3), "v": normal(24, 2)}
+    balance = lambda p, args: jnp.sum(p["u"] ** 2) - jnp.sum(p["v"] ** 2)
+    conserved = eomdl.rate(balance, eomdl.GradientFlow(loss, ETA))(params, NET_ARGS)
+    np.testing.assert_allclose(conserved, 0, atol=1e-12)
+    broken = eomdl.rate(balance, eomdl.EquationOfMotion(loss, ETA, 1))(params, NET_ARGS)
+    expected = ETA * balance(jax.grad(loss)(params, NET_ARGS), None)
+    np.testing.assert_allclose(broken, expected, rtol=1e-10)
+    assert abs(expected) > 1e-3
+
+
+# ------------------------------------------------------- charges along a run, with momentum
+
+
+def train(
+    beta, decay, steps=12, batches=None, eta=ETA, loss=normalized_loss, start=NORMALIZED, args=LABEL_ARGS
+):
+    optimizer = optax.sgd(eta, momentum=beta or None)
+    return eomdl.descend(eomdl.WeightDecay(loss, decay), start, optimizer, steps, args=args, batches=batches)
+
+
+BATCHES = (normal(47, 12, 6, 3), jnp.asarray(np.random.default_rng(0).integers(0, 2, (12, 6))))
+CHARGES = {
+    "translation": eomdl.Translation("head"),
+    "scale": eomdl.Scaling([("first.w", 1)]),
+    "rescale": eomdl.Scaling([("norm.gain", 0), ("norm.shift", 0)], [("head", 0)]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {(b, d): train(b, d, batches=BATCHES) for b in (0.0, 0.9) for d in (0.0, DECAY)}
+
+
+@pytest.mark.parametrize("name", CHARGES)
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, DECAY])
+def test_exact_laws_hold_to_rounding_on_minibatches(runs, name, beta, decay):
+    settings = {"learning_rate": ETA, "weight_decay": decay, "momentum": beta}
+    found = eomdl.conservation(runs[beta, decay], CHARGES[name], **settings)
+    scale = np.abs(found.charge).max()
+    assert found.errors["exact"].max() < 1e-12 * scale
+    if name != "translation" or decay:  # else all of them are constant, and right
+        assert found.change > 1e-3
+        assert found.errors["gradient flow"].max() > 100 * found.errors["exact"].max()
+        if beta == 0:
+            assert found.errors["first order"].max() < 0.2 * found.errors["gradient flow"].max()
+    # The laws know their arguments: another momentum or decay breaks them.
+    wrong = eomdl.conservation(runs[beta, decay], CHARGES[name], **settings | {"weight_decay": decay + 0.1})
+    assert wrong.errors["exact"].max() > 1e-4 * scale
+
+
+def test_exact_law_without_momentum_is_the_one_of_the_theory(runs):
+    run, scale = runs[0.0, DECAY], CHARGES["scale"]
+    found = eomdl.conservation(run, scale, learning_rate=ETA, weight_decay=DECAY)
+    for k in range(12):
+        batch = jax.tree.map(lambda leaf, k=k: leaf[k], BATCHES)
+        g = jax.grad(normalized_loss)(run.at(k), batch)["first"]["w"]
+        after = (1 - ETA * DECAY) ** 2 * found.charge[k] + ETA**2 * np.sum(np.square(g), axis=0)
+        np.testing.assert_allclose(found.charge[k + 1], after, rtol=1e-12)
+
+
+def test_a_run_that_begins_in_motion(runs):
+    whole = runs[0.9, DECAY]
+    rows = jax.tree.map(lambda leaf: leaf[4:], (whole.steps, whole.times, whole.params))
+    late = eqx.tree_at(lambda t: (t.steps, t.times, t.params), whole, rows)
+    for symmetry in CHARGES.values():
+        found = eomdl.conservation(late, symmetry, learning_rate=ETA, weight_decay=DECAY, momentum=0.9)
+        assert found.errors["exact"].max() < 1e-12 * np.abs(found.charge).max()
+
+
+def test_first_order_law_converges_at_second_order():
+    """Halving the learning rate at fixed time quarters what the first-order law misses; flow's error halves."""
+    errors = []
+    for eta, steps in ((0.02, 40), (0.01, 80), (0.005, 160)):
+        run = train(0.0, DECAY, steps, eta=eta)
+        found = eomdl.conservation(run, CHARGES["scale"], learning_rate=eta, weight_decay=DECAY)
+        errors.append([found.errors[law][-1] for law in ("gradient flow", "first order")])
+    orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    np.testing.assert_allclose(orders[-1], [1, 2], atol=0.1)
+
+
+def test_flows_predict_charges_from_the_start_alone():
+    eta, steps = 0.02, 20
+    run = train(0.0, DECAY, steps, eta=eta)
+    loss = eomdl.WeightDecay(normalized_loss, DECAY)
+    models = {
+        f"EoM {n}": eomdl.solve(
+            eomdl.EquationOfMotion(loss, eta, n),
+            NORMALIZED,
+            steps,
+            args=LABEL_ARGS,
+            rtol=1e-8,
+            atol=1e-8,
+            estimate_error=False,
+        )
+        for n in (0, 1, 2)
+    }
+    for symmetry in CHARGES.values():
+        found = eomdl.conservation(run, symmetry, learning_rate=eta, weight_decay=DECAY, models=models)
+        errors = [found.errors[name].max() for name in models]
+        assert errors[1] < 0.2 * errors[0] and errors[2] < 0.3 * errors[1]
+        # Gradient flow obeys its own law.
+        np.testing.assert_allclose(found.models["EoM 0"], found.laws["gradient flow"], rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_arguments_of_conservation(runs):
+    run, symmetry = runs[0.0, 0.0], CHARGES["scale"]
+    with pytest.raises(ValueError, match="momentum: expected a number in"):
+        eomdl.conservation(run, symmetry, learning_rate=ETA, momentum=1.0)
+    with pytest.raises(ValueError, match="learning_rate"):
+        eomdl.conservation(run, symmetry, learning_rate=0.0)
+    with pytest.raises(ValueError, match=r"models\['a'\]"):
+        eomdl.conservation(run, symmetry, learning_rate=ETA, models={"a": 1})
+    gaps = eomdl.descend(normalized_loss, NORMALIZED, optax.sgd(ETA), 4, args=LABEL_ARGS, save_steps=2)
+    with pytest.raises(ValueError, match="run: expected parameters saved at two or more consecutive steps"):
+        eomdl.conservation(gaps, symmetry, learning_rate=ETA)
+
+
+def test_equilibrium_with_momentum():
+    """Heavy ball driven by tangential noise: norm and angle settle where the closed forms say."""
+    eta, decay, beta, dimension, steps = 0.1, 0.02, 0.9, 50, 6000
+    rng = np.random.default_rng(0)
+    w, v = rng.normal(size=dimension), np.zeros(dimension)
+    squares, turns, sizes = [], [], []
+    for _ in range(steps):
+        noise = rng.normal(size=dimension)
+        r = np.linalg.norm(w)
+        g = (noise - w * (w @ noise) / r**2) / r  # scale invariance: tangential, and of size 1/r
+        sizes.append(r * np.linalg.norm(g))
+        v = beta * v + g + decay * w
+        new = w - eta * v
+        turns.append(1 - w @ new / (r * np.linalg.norm(new)))
+        squares.append(r**2)
+        w = new
+    late = slice(steps // 2, None)
+    c = np.sqrt(np.mean(np.square(sizes[late])))
+    predicted = eomdl.equilibrium_norm(1.0, c, eta, decay, beta)
+    np.testing.assert_allclose(np.sqrt(np.mean(squares[late])), predicted, rtol=0.02)
+    assert abs(predicted / eomdl.equilibrium_norm(1.0, c, eta, decay) - 1) > 0.2  # momentum matters
+    np.testing.assert_allclose(
+        np.arccos(1 - np.mean(turns[late])), eomdl.equilibrium_angle(eta, decay, beta), rtol=0.03
+    )
+
+
+def test_effective_learning_rate():
+    """A step on w turns its direction as a step at the effective rate on the unit sphere does, to first order."""
+    eta = 1e-6
+
+    def direction(w, eta):
+        w = w - eta * jax.grad(scale_only_loss)(w, SCALE_ARGS)
+        return w / jnp.linalg.norm(w)
+
+    w = 3.0 * SCALE["w"]
+    unit = w / jnp.linalg.norm(w)
+    rate = eomdl.effective_learning_rate(jnp.linalg.norm(w), eta)
+    np.testing.assert_allclose(direction(w, eta) - unit, direction(unit, rate) - unit, rtol=1e-3, atol=1e-12)
+    np.testing.assert_allclose(eomdl.effective_learning_rate(2.0, 0.1, 0.9), 0.25, rtol=1e-12)
+
+
+def test_frame_and_plot(runs):
+    found = {
+        name: eomdl.conservation(runs[0.9, DECAY], s, learning_rate=ETA, weight_decay=DECAY, momentum=0.9)
+        for name, s in CHARGES.items()
+    }
+    frame = found["scale"].to_frame()
+    assert {"step", "measured", "exact", "gradient flow", "first order", "error exact"} <= set(frame.columns)
+    figure = plot_conservation(found)
+    assert len(figure.axes) == 6 and {a.get_xlabel() for a in figure.axes} == {"step"}
