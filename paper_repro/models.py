@@ -104,13 +104,22 @@ def _small_layer(rng: np.random.Generator, fan_in: int, fan_out: int) -> dict[st
     return {"w": jnp.asarray(weights, jnp.result_type(float)), "b": jnp.zeros(fan_out)}
 
 
+def patches(inputs: jax.Array) -> jax.Array:
+    """The 3 x 3 neighbourhood of every pixel of square images, shape (batch, pixels, 9).
+
+    A convolution is a product with them: XLA's own is slow inside loops on CPU.
+    """
+    side = math.isqrt(inputs.shape[1])
+    images = jnp.pad(inputs.reshape(-1, side, side), ((0, 0), (1, 1), (1, 1)))
+    shifted = [images[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
+    return jnp.stack(shifted, axis=-1).reshape(len(inputs), side * side, 9)
+
+
 def cnn(params, inputs: jax.Array) -> jax.Array:
     """Outputs of the convolutional network, shape (batch, classes)."""
     side = math.isqrt(inputs.shape[1])
-    images = jnp.pad(inputs.reshape(-1, side, side), ((0, 0), (1, 1), (1, 1)))
-    # The convolution as a product with the 9 shifted images: XLA's own is slow inside loops on CPU.
-    patches = [images[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
-    features = jnp.tanh(jnp.stack(patches, axis=-1) @ params["conv"]["w"] + params["conv"]["b"])
+    stacked = patches(inputs).reshape(len(inputs), side, side, 9)
+    features = jnp.tanh(stacked @ params["conv"]["w"] + params["conv"]["b"])
     half = side // 2
     pooled = features.reshape(-1, half, 2, half, 2, features.shape[-1]).mean((2, 4))
     hidden = jnp.tanh(pooled.reshape(len(pooled), -1) @ params["hidden"]["w"] + params["hidden"]["b"])

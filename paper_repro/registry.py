@@ -9,6 +9,7 @@ from paper_repro import (
     nec_scale,
     nec_sgd,
     nec_translation,
+    neural_mechanics,
     no_wrong_turns,
     random_reshuffling,
 )
@@ -28,5 +29,6 @@ REPRODUCTIONS: dict[str, Reproduction] = {
         adam.REPRODUCTION,
         edge_of_stability.REPRODUCTION,
         no_wrong_turns.REPRODUCTION,
+        neural_mechanics.REPRODUCTION,
     )
 }

@@ -79,8 +79,8 @@ def conservation(
         $Q_{k+1} = (1 - \\eta\\lambda)^2 Q_k + \\eta^2 \\langle \\nabla f, \\nabla f \\rangle_S$.
     - **gradient flow**: $\\dot Q = -2\\lambda Q$, $\\dot p = -\\lambda p$, with $h = \\eta / (1 - \\beta)$ the time of a step.
     - **first order** (one counter term; with momentum that of `eomdl.MomentumFlow`), $\\kappa = (1 + \\beta) / (1 - \\beta)$:
-        $\\dot Q = -(2\\lambda + h\\kappa\\lambda^2) Q + h\\kappa \\langle \\nabla f, \\nabla f \\rangle_S$, integrated with $\\nabla f$ of each step, and
-        $\\dot p = -(\\lambda + h\\kappa\\lambda^2/2) p$.
+        $\\dot Q = -(2\\lambda + h\\kappa\\lambda^2) Q + h\\kappa \\langle \\nabla f, \\nabla f \\rangle_S$, integrated with $\\nabla f + \\lambda\\theta$ of each
+        step, averaged over the memory ($-\\Delta_k / h$), and $\\dot p = -(\\lambda + h\\kappa\\lambda^2/2) p$.
 
     The exact law holds to rounding, which tests symmetry, optimizer and arguments at once. Orders beyond are those
     of `models`: flows integrated from the start, which predict the path as well.
@@ -168,14 +168,10 @@ def _scaling_laws(
         exact[k + 1] = exact[k] + 2 * inner + square[k]
         inner = beta * (inner + square[k]) - eta * decay * exact[k + 1]
 
-    def gradient_seen(d: np.ndarray, p: np.ndarray) -> np.ndarray:
-        """$-\\eta g_k = \\Delta_k - \\beta \\Delta_{k-1}$, without decay. Before a start in motion, as at it."""
-        last = np.concatenate([np.zeros_like(d[:1]) if from_rest else d[:1], d[:-1]])
-        return -(d - beta * last) / eta - decay * p
-
-    gradient = jax.tree.map(gradient_seen, update, before)
-    growth = h * kappa * _rows(symmetry.pair, gradient, gradient)
-    rate = 2 * decay + h * kappa * decay**2
+    # The velocity is the gradient averaged over the memory: so a gradient that stays counts kappa
+    # times, and the noise of minibatches, forgotten from step to step, once.
+    rate = 2 * decay + 2 * h * kappa * decay**2
+    growth = kappa / h * square
     kept = np.exp(-rate * h)
     weight = h if rate == 0 else -np.expm1(-rate * h) / rate
     first = charge.copy()
