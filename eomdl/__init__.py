@@ -14,6 +14,12 @@ from eomdl.convergence import (
     observed_order as observed_order,
 )
 from eomdl.counterterms import counterterms as counterterms
+from eomdl.ensemble import (
+    Ensemble as Ensemble,
+    each as each,
+    members as members,
+    stack as stack,
+)
 from eomdl.flows import (
     AbstractFlow as AbstractFlow,
     AdamFlow as AdamFlow,
@@ -23,6 +29,12 @@ from eomdl.flows import (
     MomentumFlow as MomentumFlow,
     ReshufflingFlow as ReshufflingFlow,
     rmsprop_flow as rmsprop_flow,
+)
+from eomdl.geometry.barriers import (
+    barrier as barrier,
+    barriers as barriers,
+    clusters as clusters,
+    loss_on_line as loss_on_line,
 )
 from eomdl.geometry.secant import Secants as Secants, secant as secant, secants as secants
 from eomdl.integrate import solve as solve

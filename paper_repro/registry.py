@@ -2,6 +2,7 @@
 
 from paper_repro import (
     adam,
+    development,
     edge_of_stability,
     implicit_regularization,
     momentum,
@@ -30,5 +31,6 @@ REPRODUCTIONS: dict[str, Reproduction] = {
         edge_of_stability.REPRODUCTION,
         no_wrong_turns.REPRODUCTION,
         neural_mechanics.REPRODUCTION,
+        development.REPRODUCTION,
     )
 }
