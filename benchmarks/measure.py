@@ -27,6 +27,14 @@ def problem(name: str) -> Problem:
     return {"main": lambda: digits_mlp(64, 1000), "small": lambda: digits_mlp(16, 200)}[name]()
 
 
+def bar_row(name: str, measured: float, limit: float, at_most: bool = True) -> dict[str, Any]:
+    """A figure, the bar it is held to, and whether it passes."""
+    passed = measured <= limit if at_most else measured >= limit
+    return {"bar": name, "measured": measured, "relation": "<=" if at_most else ">=", "limit": limit} | {
+        "passed": bool(passed)
+    }
+
+
 def compiled(function: Callable, *args: Any) -> tuple[Any, dict[str, float]]:
     """The compiled program; its flops, and the seconds to trace and to compile it."""
     cpu, start = time.process_time(), time.perf_counter()

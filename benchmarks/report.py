@@ -135,6 +135,16 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "field_order_2_gradients": "order-2 field / gradient",
         },
     ),
+    "observing": (
+        "What observing adds to a run of gradient descent",
+        {
+            "observed": "observed",
+            "every": "every ... steps",
+            "gradients": "flops / gradient, once",
+            "compile_s": "compile [s]",
+            "run_seconds_ratio": "run / run without it (seconds)",
+        },
+    ),
     "memory": (
         "Memory of one run of solve (order 1, observables at every step)",
         {

@@ -10,6 +10,7 @@ import eomdl
 from benchmarks import measure
 from benchmarks.measure import (
     STAGES,
+    bar_row,
     cheapest,
     descent,
     distance,
@@ -24,17 +25,10 @@ from benchmarks.measure import (
 STEPS = 200
 
 
-def _bar(name: str, measured: float, limit: float, at_most: bool = True) -> dict:
-    passed = measured <= limit if at_most else measured >= limit
-    return {"bar": name, "measured": measured, "relation": "<=" if at_most else ">=", "limit": limit} | {
-        "passed": bool(passed)
-    }
-
-
 @pytest.mark.parametrize(("order", "limit"), ((1, 3.5), (2, 7.0), (4, 40.0)))
 def test_field_cost(record, order, limit):
     def bar():
-        return _bar(f"field, order {order} (gradients)", field_cost("main", order)["gradients"], limit)
+        return bar_row(f"field, order {order} (gradients)", field_cost("main", order)["gradients"], limit)
 
     assert record("bar", bar)["passed"]
 
@@ -45,7 +39,7 @@ def test_compile_time(record):
         wall = cost["trace_s"] + cost["compile_s"]
         # On a machine that others use, CPU seconds over all threads bound what it takes when idle.
         seconds = min(wall, cost["trace_and_compile_cpu_s"])
-        return _bar("compile order 4, tracing included (s)", seconds, 15.0) | {"wall_s": wall}
+        return bar_row("compile order 4, tracing included (s)", seconds, 15.0) | {"wall_s": wall}
 
     assert record("bar", bar)["passed"]
 
@@ -108,9 +102,9 @@ def test_solve_cost(record, estimate):
         name = f"solve, order 2, estimate_error={estimate}"
         stats = STAGES * run["steps"] + 1
         return [
-            _bar(f"{name}, all counted (gradients per GD step)", counted, 30.0)
+            bar_row(f"{name}, all counted (gradients per GD step)", counted, 30.0)
             | {"evaluations": evaluations, "evaluations_of_the_run_itself": stats},
-            _bar(f"{name}: ODE error / model error", share, 0.01),
+            bar_row(f"{name}: ODE error / model error", share, 0.01),
         ]
 
     assert all(row["passed"] for row in record("bar", bars))
@@ -136,7 +130,7 @@ def test_fewer_than_euler(record, full, order):
             same = cheapest("main", order, STEPS, distance(script["path"], exact), exact, solver, stages)
             ratio = script["gradients_per_step"] / same["gradients_per_step"]
             bar = f"times fewer than Euler eta/100 at its ODE error, order {order}, {name}"
-            rows.append(_bar(bar, ratio, 100.0, False))
+            rows.append(bar_row(bar, ratio, 100.0, False))
         return rows
 
     assert record("bar", bars)[0]["passed"]
@@ -153,6 +147,6 @@ def test_fewer_than_euler_at_default_accuracy(record, size, order):
         finer = distance(script["path"], exact) / distance(default["path"], exact)
         ratio = script["gradients_per_step"] * np.maximum(finer, 1.0) / default["gradients_per_step"]
         name = f"times fewer than Euler at the default ODE error (extrapolated), order {order}"
-        return _bar(name, float(ratio), 100.0, False)
+        return bar_row(name, float(ratio), 100.0, False)
 
     assert record("bar", bar)["passed"]

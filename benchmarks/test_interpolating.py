@@ -11,20 +11,12 @@ import optax
 import pytest
 
 import eomdl
-from benchmarks.measure import compiled, time_ratio
+from benchmarks.measure import STAGES, bar_row, compiled, time_ratio
 from benchmarks.problems import LOSS, digits, init_mlp
 from paper_repro.edge_of_stability import CASES, TOLERANCES, setting
 
 
 ETA, STEPS = 0.1, 200
-STAGES = 6  # of Tsit5
-
-
-def _bar(name: str, measured: float, limit: float, at_most: bool = True) -> dict:
-    passed = measured <= limit if at_most else measured >= limit
-    return {"bar": name, "measured": measured, "relation": "<=" if at_most else ">=", "limit": limit} | {
-        "passed": bool(passed)
-    }
 
 
 def _random_mlp(seed: int) -> list[dict[str, jax.Array]]:
@@ -96,7 +88,7 @@ def test_field_cost(record, size):
         four = eomdl.InterpolatingFlow(STEP, ETA, 4)
         field, _ = compiled(lambda x, args: four(0.0, four.init(x, args), args), params, digits(1000))
         ratio = time_ratio(field, gradient, (params, digits(1000)), size.rounds) / 4
-        return _bar(
+        return bar_row(
             "interpolating field, one point (gradients, flops)", cost["flops"] / base["flops"], 1.15
         ) | {"seconds_per_point": ratio}
 
@@ -111,7 +103,7 @@ def test_memory_is_flat_in_the_points(record):
             flow = eomdl.InterpolatingFlow(STEP, ETA, points)
             program, _ = compiled(lambda x, args, f=flow: f(0.0, f.init(x, args), args), params, digits(1000))
             sizes.append(program.memory_analysis().temp_size_in_bytes)
-        return _bar("memory of the field, 16 points over 2 points", sizes[1] / sizes[0], 1.1)
+        return bar_row("memory of the field, 16 points over 2 points", sizes[1] / sizes[0], 1.1)
 
     assert record("bar", bar)["passed"]
 

@@ -287,8 +287,7 @@ def _meter(progress: bool | diffrax.AbstractProgressMeter) -> diffrax.AbstractPr
 
 
 def _finite(tree: Any) -> bool:
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact)]
-    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves)
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in _tree.real_leaves(tree))
 
 
 def _rows(record: dict[str, Any], index: np.ndarray) -> dict[str, Any]:

@@ -17,14 +17,13 @@ from eomdl.flows.base import AbstractFlow
 
 
 _FRACTION = 5e-4  # of the flow's one-step error: the ODE error allowed in one ODE step
+_HORIZON = 32  # discrete steps over which the units of an optimizer's state are measured
 
 
 def default_tolerances(params: Params) -> tuple[float, float]:
+    """`rtol` and `atol` where nothing can be measured: under `jit`, or without a discrete map."""
     tol = 1e-7 if _tree.dtype(params) == jnp.float64 else 1e-5
     return tol, tol
-
-
-_HORIZON = 32  # discrete steps over which the units of an optimizer's state are measured
 
 
 def units(flow: AbstractFlow, t: Any, state: State, args: Args) -> State | None:
@@ -120,4 +119,5 @@ def _stepped(flow: AbstractFlow, t: Any, state: State, args: Args) -> State | No
 
 @eqx.filter_jit
 def distance_of(a: Params, b: Params) -> jax.Array:
+    """Euclidean distance over all leaves, compiled once for a structure."""
     return _tree.norm(_tree.sub(a, b))

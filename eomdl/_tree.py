@@ -8,7 +8,19 @@ from jax.typing import ArrayLike
 from optax.tree import add, norm, size, sub, vdot, zeros_like
 
 
-__all__ = ["add", "dtype", "is_traced", "norm", "random_normal", "scale", "size", "sub", "vdot", "zeros_like"]
+__all__ = [
+    "add",
+    "dtype",
+    "is_traced",
+    "norm",
+    "random_normal",
+    "real_leaves",
+    "scale",
+    "size",
+    "sub",
+    "vdot",
+    "zeros_like",
+]
 
 
 def scale(a: ArrayLike, x: Any) -> Any:
@@ -36,3 +48,8 @@ def random_normal(key: jax.Array, like: Any) -> Any:
     return structure.unflatten(
         [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     )
+
+
+def real_leaves(x: Any) -> list[Any]:
+    """The floating-point leaves: what a flow carries of an optimizer's state, which may hold counters."""
+    return [leaf for leaf in jax.tree.leaves(x) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact)]

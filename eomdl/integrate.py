@@ -212,7 +212,7 @@ def _taken_over(resume: Trajectory, state: tuple, step_size: Any, stride: int) -
             f"resume: expected a real run of a multiple of the flow's stride {stride}, got {resume.final_step} steps"
         )
     # A real run carries (params, optimizer state), maybe with counters: the flow carries what it needs.
-    old = [x for x in jax.tree.leaves(resume.final) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact)]
+    old = _tree.real_leaves(resume.final)
     final = tuple(old[: len(jax.tree.leaves(one))] for one in state)
     steps = np.asarray(resume.steps)
     error = np.zeros(len(steps)) if len(state) > 1 else None

@@ -78,7 +78,7 @@ def _start(step_map: StepMap, params: Params, resume: Trajectory | None) -> tupl
     state = step_map.init(params)
     if resume is None:
         return state, 0
-    leaves = [x for x in jax.tree.leaves(resume.final) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    leaves = _tree.real_leaves(resume.final)
     if [np.shape(x) for x in leaves] != [np.shape(x) for x in jax.tree.leaves(state)]:
         raise ValueError("resume: expected a real run of the same step map, got one of another state")
     return jax.tree.unflatten(jax.tree.structure(state), leaves), int(resume.final_step)

@@ -4,9 +4,9 @@ Every function returns a `matplotlib.figure.Figure`; nothing is shown or written
 """
 
 from eomdl.plotting.comparison import plot_comparison as plot_comparison
-from eomdl.plotting.secant import plot_secants as plot_secants
 from eomdl.plotting.conservation import plot_conservation as plot_conservation
 from eomdl.plotting.development import (
     plot_barriers as plot_barriers,
     plot_development as plot_development,
 )
+from eomdl.plotting.secant import plot_secants as plot_secants

@@ -1,0 +1,107 @@
+"""What observing adds to a run: of each observable the cost in gradients, and of the run the seconds."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+import pytest
+
+import eomdl
+from benchmarks.measure import compiled, gradient, problem
+
+
+STEPS, EVERY = 200, 10
+CASES: dict[str, Callable[[Any], Any]] = {
+    "loss": lambda case: case.loss,
+    "sharpness (16 matvecs)": lambda case: eomdl.sharpness(case.loss),
+    "charges of 64 units (rescale)": lambda case: (
+        eomdl.Scaling([("0.w", 1), ("0.b", 0)], [("1.w", 0)]).charge
+    ),
+    "secant (RSI, EB; 4 random directions)": lambda case: eomdl.secant(case.loss, case.params),
+    "curvature of gradient flow": lambda case: eomdl.flow_curvature(
+        eomdl.GradientFlow(case.loss, case.learning_rate)
+    ),
+    "torsion of gradient flow": lambda case: eomdl.flow_torsion(
+        eomdl.GradientFlow(case.loss, case.learning_rate)
+    ),
+}
+
+
+def _seconds(run: Callable[..., eomdl.Trajectory]) -> float:
+    """The shortest of three runs after one that compiles."""
+    run()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(run().final)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _descent(p: str, **options) -> Callable[..., eomdl.Trajectory]:
+    case = problem(p)
+    optimizer = optax.sgd(case.learning_rate)
+
+    def run(**more):
+        return eomdl.descend(
+            case.loss,
+            case.params,
+            optimizer,
+            STEPS,
+            args=case.args,
+            save_params=False,
+            save_steps=EVERY,
+            **options,
+            **more,
+        )
+
+    return run
+
+
+def _observed(p: str, name: str) -> dict[str, Any]:
+    case = problem(p)
+    observable = CASES[name](case)
+    _, cost = compiled(lambda x, args: observable(x, args), case.params, case.args)
+    bare, watched = _seconds(_descent(p)), _seconds(_descent(p, observe={"it": observable}))
+    return {
+        "observed": name,
+        "problem": case.name,
+        "every": EVERY,
+        "gradients": cost["flops"] / gradient(p)[1],
+        "compile_s": cost["trace_s"] + cost["compile_s"],
+        "run_seconds_ratio": watched / bare,
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_observing(record, size, name):
+    row = record("observing", _observed, size.problem, name)
+    # Lanczos counts as many Hessian-vector products as it was told to, each under 4 gradients.
+    assert row["gradients"] < (64 if "sharpness" in name else 12)
+
+
+def _checkpointed(p: str) -> dict[str, Any]:
+    run = _descent(p)
+    with tempfile.TemporaryDirectory() as folder:
+        count = iter(range(100))
+
+        def writing():
+            return run(checkpoints=eomdl.Checkpoints(f"{folder}/{next(count)}", EVERY))
+
+        bare, written = _seconds(run), _seconds(writing)
+        store = eomdl.Checkpoints(f"{folder}/0")
+        size = sum(path.stat().st_size for path in store.folder.iterdir()) / len(store)
+    return {
+        "observed": f"a checkpoint of {size / 1024:.0f} KiB written",
+        "problem": problem(p).name,
+        "every": EVERY,
+        "run_seconds_ratio": written / bare,
+    }
+
+
+def test_checkpointing(record, size):
+    row = record("observing", _checkpointed, size.problem)
+    assert row["run_seconds_ratio"] > 0.5
