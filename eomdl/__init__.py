@@ -36,6 +36,36 @@ from eomdl.geometry.barriers import (
     clusters as clusters,
     loss_on_line as loss_on_line,
 )
+from eomdl.geometry.dimension import (
+    DimensionEstimator as DimensionEstimator,
+    IntrinsicDimension as IntrinsicDimension,
+    dimension_along as dimension_along,
+    dimension_estimators as dimension_estimators,
+    gradient_points as gradient_points,
+    intrinsic_dimension as intrinsic_dimension,
+    participation_ratio as participation_ratio,
+    path_points as path_points,
+)
+from eomdl.geometry.path import (
+    PathComponents as PathComponents,
+    PathShape as PathShape,
+    distance_travelled as distance_travelled,
+    flow_curvature as flow_curvature,
+    flow_torsion as flow_torsion,
+    path_curvature as path_curvature,
+    path_length as path_length,
+    path_shape as path_shape,
+    path_torsion as path_torsion,
+    principal_components as principal_components,
+    straightness as straightness,
+)
+from eomdl.geometry.plane import LossPlane as LossPlane, loss_plane as loss_plane
+from eomdl.geometry.regions import (
+    RegionMap as RegionMap,
+    RegionsOnLine as RegionsOnLine,
+    count_regions_on_line as count_regions_on_line,
+    region_map as region_map,
+)
 from eomdl.geometry.secant import Secants as Secants, secant as secant, secants as secants
 from eomdl.integrate import solve as solve
 from eomdl.logarithm import minimax_weights as minimax_weights, taylor_weights as taylor_weights

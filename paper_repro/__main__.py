@@ -1,4 +1,4 @@
-"""`python -m paper_repro`: list the reproductions, run all of them or one."""
+"""`python -m paper_repro`: list the reproductions, run the main ones, all of them or those named."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,8 @@ from rich.table import Table
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paper_repro", description=__doc__)
-    parser.add_argument("names", nargs="*", help="which to run (default: all)")
+    parser.add_argument("names", nargs="*", help="which to run (default: the equation of motion's own)")
+    parser.add_argument("--all", action="store_true", help="run every one")
     parser.add_argument("--list", action="store_true", help="only list them")
     parser.add_argument("--data", metavar="DIR", help="folder of IDX files (default: scikit-learn's digits)")
     parser.add_argument("--subset", type=int, help="how many images (default: each one's own)")
@@ -22,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, default=3, help="initializations where spread is shown (default: 3)"
     )
     parser.add_argument("--float32", action="store_true", help="single precision; claims are not asserted")
-    parser.add_argument("--smoke", action="store_true", help="a size that takes a minute or two")
+    parser.add_argument("--smoke", action="store_true", help="a small size: seconds each")
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder to write to (default: results)"
     )
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run; the exit status is 1 if a claim does not hold, 2 if an argument is wrong."""
     args = _parser().parse_args(argv)
     jax.config.update("jax_enable_x64", not args.float32)
-    from paper_repro.registry import REPRODUCTIONS
+    from paper_repro.registry import MAIN, REPRODUCTIONS
     from paper_repro.report import page
     from paper_repro.reproduction import Config, environment, write
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
     config = Config(args.data, args.subset, args.seeds, args.float32, args.smoke)
     results, failed = [], []
-    for name in args.names or REPRODUCTIONS:
+    for name in REPRODUCTIONS if args.all else args.names or MAIN:
         reproduction = REPRODUCTIONS[name]
         console.rule(f"{name}: {reproduction.title}")
         start = time.perf_counter()

@@ -13,9 +13,13 @@ from paper_repro import (
     neural_mechanics,
     no_wrong_turns,
     random_reshuffling,
+    shape,
 )
 from paper_repro.reproduction import Reproduction
 
+
+# The equation of motion itself: what runs when no name is given.
+MAIN = ("nec-translation", "nec-scale", "nec-discretization", "nec-sgd")
 
 REPRODUCTIONS: dict[str, Reproduction] = {
     r.name: r
@@ -32,5 +36,6 @@ REPRODUCTIONS: dict[str, Reproduction] = {
         no_wrong_turns.REPRODUCTION,
         neural_mechanics.REPRODUCTION,
         development.REPRODUCTION,
+        shape.REPRODUCTION,
     )
 }

@@ -10,3 +10,9 @@ from eomdl.plotting.development import (
     plot_development as plot_development,
 )
 from eomdl.plotting.secant import plot_secants as plot_secants
+from eomdl.plotting.shape import (
+    plot_dimensions as plot_dimensions,
+    plot_path_plane as plot_path_plane,
+    plot_path_shape as plot_path_shape,
+    plot_regions as plot_regions,
+)

@@ -1,0 +1,297 @@
+"""Intrinsic dimension of clouds of points: of a path, of gradients, of hidden activations."""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from eomdl import _check
+from eomdl._types import Args, Loss, Params
+from eomdl.geometry.path import path_length, rows
+from eomdl.trajectory import Trajectory
+
+
+_FEWEST = 25  # points in a block: more than the 20 neighbours that scikit-dimension's MLE looks at
+
+
+class DimensionEstimator(Protocol):
+    """What estimates a dimension: any of `skdim.id`, or an object of your own."""
+
+    def fit(self, X: np.ndarray) -> Any:
+        """Look at points, shape (n, d). Returns an object whose `dimension_` is the estimate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IntrinsicDimension:
+    """An estimate of intrinsic dimension, and how far to trust it.
+
+    - `dimension`: the estimate from all points.
+    - `standard_error`: its statistical part, from disjoint blocks of the points.
+    - `coarser`: the mean of the blocks' estimates: the same at the coarser scale that fewer points
+        resolve. Where it is off `dimension` by more than the errors, the dimension depends on
+        the scale at which one looks (curvature, boundary, noise), and that, not `standard_error`, is the error.
+    - `num_points`: distinct points used.
+    - `estimator`: its name.
+    - `notes`: what a reader must know: repeated points, warnings of the estimator.
+    """
+
+    dimension: float
+    standard_error: float
+    coarser: float
+    num_points: int
+    estimator: str
+    notes: tuple[str, ...]
+
+
+def dimension_estimators() -> dict[str, DimensionEstimator]:
+    """The two standard ones, by name: TwoNN (Facco et al. 2017) and maximum likelihood (Levina & Bickel 2004).
+
+    `skdim.id.TwoNN()` looks at the two nearest neighbours of each point, so at the finest scale;
+    `skdim.id.MLE(unbiased=False)` at the 20 nearest, pooled as in MacKay & Ghahramani 2005.
+
+    **Raises:** `ImportError` without scikit-dimension (`pip install eomdl[shape]`).
+    """
+    id = _skdim_id()
+    return {"TwoNN": id.TwoNN(), "MLE": id.MLE()}
+
+
+def intrinsic_dimension(
+    points: Any,
+    estimator: DimensionEstimator | None = None,
+    *,
+    blocks: int = 5,
+    partitions: int = 4,
+    seed: int = 0,
+) -> IntrinsicDimension:
+    """Intrinsic dimension of a cloud of n points, with its standard error.
+
+    **Arguments:**
+
+    - `points`: an array (n, ...) or a pytree of them, one point an entry of the leading axis:
+        hidden activations of n inputs, `path_points(...)`, `gradient_points(...)`.
+    - `estimator`: any object whose `fit(X)` returns one with a `dimension_`, such as those of `skdim.id`;
+        default `skdim.id.TwoNN()`.
+    - `blocks`, `partitions`: see below. `seed`: of the random partitions.
+
+    The standard error is that of B = `blocks` disjoint random blocks. Estimates on blocks of n/B points vary
+    with variance $s^2 \\approx \\sigma^2 B / n$ where that on all points has $\\sigma^2 / n$, hence $s / \\sqrt{B}$; $s^2$ is
+    averaged over `partitions` random partitions. No bootstrap: a sample with replacement repeats points, and a
+    repeated point has a neighbour at distance 0.
+
+    Points are merged that agree to $10^{-7}$ of the cloud's spread (or to four units of the last place of their
+    dtype) in every coordinate: distances below that are rounding. `notes` says how many.
+    Neighbour estimators take the points as drawn independently. The saved rows of a path
+    are not: for them use `path_points`.
+
+    **Cost:** no gradients; `1 + partitions` fits to n points all in all, of $O(n^2 \\min(n, d))$ each for many coordinates.
+
+    **Raises:** `ValueError` for fewer than 25 distinct points a block, a wrong argument, or an estimator that fails;
+    `ImportError` without scikit-dimension if no estimator is given.
+
+    Source: Facco et al. 2017 (TwoNN); Levina & Bickel 2004 (MLE); Politis, Romano & Wolf 1999 (subsampling).
+    """
+    blocks = _check.integer("blocks", blocks, 2)
+    partitions = _check.integer("partitions", partitions, 1)
+    if estimator is None:
+        estimator = _skdim_id().TwoNN()
+    if not callable(getattr(estimator, "fit", None)):
+        raise ValueError(f"estimator: expected an object with a method fit(X), got {estimator!r}")
+    with _one_thread():
+        return _with_error(points, estimator, blocks, partitions, seed)
+
+
+def _with_error(
+    points: Any, estimator: DimensionEstimator, blocks: int, partitions: int, seed: int
+) -> IntrinsicDimension:
+    cloud, notes = _distinct(points)
+    needed = blocks * _FEWEST
+    if len(cloud) < needed:
+        repeated = f" ({'; '.join(notes)})" if notes else ""
+        raise ValueError(
+            f"points: expected at least {needed} distinct points, {_FEWEST} for each of {blocks} blocks, got "
+            f"{len(cloud)}{repeated}"
+        )
+    rng = np.random.default_rng(seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dimension = _estimate(estimator, cloud)
+        parts = np.array(
+            [
+                [
+                    _estimate(estimator, cloud[part])
+                    for part in np.array_split(rng.permutation(len(cloud)), blocks)
+                ]
+                for _ in range(partitions)
+            ]
+        )
+    notes += list(dict.fromkeys(str(w.message) for w in caught))
+    return IntrinsicDimension(
+        dimension=dimension,
+        standard_error=float(np.sqrt(np.mean(np.var(parts, axis=1, ddof=1)) / blocks)),
+        coarser=float(parts.mean()),
+        num_points=len(cloud),
+        estimator=type(estimator).__name__,
+        notes=tuple(notes),
+    )
+
+
+def dimension_along(
+    trajectory: Trajectory,
+    points: Callable[[Params, Args], Any],
+    args: Args = None,
+    estimator: DimensionEstimator | None = None,
+    *,
+    steps: Sequence[int] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> dict[int, IntrinsicDimension]:
+    """Intrinsic dimension of a cloud that depends on the parameters, at checkpoints: `{step: estimate}`.
+
+    **Arguments:** `points`: a function `(params, args) -> array (n, ...)`, such as the activations of one layer,
+    compiled once; `steps`: which saved steps (default: all); `options`: as in `intrinsic_dimension`.
+
+    **Cost:** a checkpoint as `intrinsic_dimension`, and one call of `points`.
+
+    **Raises:** `ValueError` for a step that was not saved, and as `intrinsic_dimension`.
+    """
+    compiled = jax.jit(points)
+    chosen = [int(k) for k in (trajectory.steps if steps is None else steps)]
+    return {
+        k: intrinsic_dimension(compiled(trajectory.at(k), args), estimator, **options)
+        for k in tqdm(chosen, desc="checkpoints", disable=not progress)
+    }
+
+
+def participation_ratio(points: Any) -> float:
+    """Effective number of dimensions that the points span, $(\\sum_i \\lambda_i)^2 / \\sum_i \\lambda_i^2$.
+
+    $\\lambda_i$: eigenvalues of the covariance. m for a cloud of equal variance along m directions and none else;
+    a linear measure, which a curved line makes large. A random walk in very many dimensions has
+    $(\\pi^2/6)^2 / (\\pi^4/90) = 5/2$, however long it is.
+
+    **Cost:** no gradients; one product of the (n, d) matrix with itself, $O(n d \\min(n, d))$.
+
+    **Raises:** `ValueError` for fewer than 2 points, or where all are one point.
+    """
+    cloud = rows(points)
+    centred = cloud - cloud.mean(axis=0)
+    variance = np.sum(centred**2)
+    if len(cloud) < 2 or not variance > len(cloud) * np.finfo(float).eps ** 2 * np.sum(cloud**2):
+        raise ValueError(f"points: expected at least 2 that differ, got {len(cloud)} of one value")
+    # The nonzero eigenvalues of the covariance and of the Gram matrix are the same.
+    gram = centred @ centred.T if len(cloud) < cloud.shape[1] else centred.T @ centred
+    return float(variance**2 / np.sum(gram**2))
+
+
+def path_points(trajectory: Trajectory, num_points: int, seed: int = 0) -> np.ndarray:
+    """Points drawn uniformly in length along a path, shape (num_points, d): what an estimator can read.
+
+    The saved rows themselves are evenly spaced, so that both neighbours are equally far and TwoNN finds nonsense.
+    Between rows the path is taken as straight. A smooth path has dimension 1, whichever way it winds. A random
+    walk in many dimensions has dimension 2 where points are much further apart than rows, so with
+    fewer points than a twentieth of the rows; closer than that it is the straight lines that are seen.
+
+    **Cost:** no gradients, two passes over the rows.
+
+    **Raises:** `ValueError` for a path that stands still, or without saved params.
+    """
+    num_points = _check.integer("num_points", num_points, 1)
+    length = path_length(trajectory)
+    if not length[-1] > 0:
+        raise ValueError("trajectory: expected a path that moves, got one that stands still")
+    path = rows(trajectory.params, "trajectory")
+    at = np.sort(np.random.default_rng(seed).uniform(0, length[-1], num_points))
+    before = np.searchsorted(length, at, side="right") - 1
+    share = (at - length[before]) / (length[before + 1] - length[before])
+    return path[before] + share[:, None] * (path[before + 1] - path[before])
+
+
+def gradient_points(loss: Loss, params: Params, args: Args, batch_size: int = 64) -> jax.Array:
+    """Gradients of the loss of each example alone, shape (n, number of parameters).
+
+    Example i is entry i of the leading axis of every leaf of `args`; the loss gets it as a batch of one. Where the
+    loss is a mean over examples, so is its gradient over these rows.
+
+    **Arguments:** `batch_size`: how many gradients are taken at once.
+
+    **Cost:** n gradients of one example. **Memory:** n times that of the parameters for the result, and of
+    `batch_size` gradients while it is made.
+
+    **Raises:** `ValueError` if the leaves of `args` have no common leading axis, or the loss is no scalar.
+    """
+    params = _check.params("params", params)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(args)]
+    if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(f"args: expected arrays with the examples as leading axis, got shapes {shapes}")
+    _check.loss_is_scalar(loss, params, jax.tree.map(lambda leaf: leaf[:1], args))
+    return _gradients(loss, _check.integer("batch_size", batch_size, 1), params, args)
+
+
+def _gradients(loss: Loss, batch_size: int, params: Params, args: Args) -> jax.Array:
+    def one(example: Args) -> jax.Array:
+        gradient = jax.grad(loss)(params, jax.tree.map(lambda leaf: leaf[None], example))
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
+
+    return jax.lax.map(one, args, batch_size=batch_size)
+
+
+_gradients = jax.jit(_gradients, static_argnums=(0, 1))
+
+
+def _distinct(points: Any) -> tuple[np.ndarray, list[str]]:
+    """Centred points without repetitions, and what there is to say."""
+    cloud = rows(points)
+    dtypes = [np.asarray(leaf).dtype for leaf in jax.tree.leaves(points)]
+    ulp = max((float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.floating)), default=0.0)
+    largest = np.abs(cloud).max(initial=0.0)
+    cloud = cloud - cloud.mean(axis=0)
+    grain = max(1e-7 * np.sqrt(np.mean(np.sum(cloud**2, axis=1))), 4 * ulp * largest, np.finfo(float).tiny)
+    _, first = np.unique(np.round(cloud / grain), axis=0, return_index=True)
+    repeated = len(cloud) - len(first)
+    notes = [f"{repeated} of {len(cloud)} points repeat another and were left out"] if repeated else []
+    cloud = cloud[np.sort(first)]
+    if len(cloud) < cloud.shape[1]:
+        # n points span n dimensions at most: rotated into those, the distances are the same.
+        factor: Any = np.linalg.qr(cloud.T, mode="r")
+        cloud = factor.T
+    return cloud, notes
+
+
+def _estimate(estimator: DimensionEstimator, cloud: np.ndarray) -> float:
+    # A constant column more changes no distance; scikit-dimension wants two columns.
+    padded = np.pad(cloud, ((0, 0), (0, max(0, 2 - cloud.shape[1]))))
+    try:
+        dimension = float(np.real(estimator.fit(padded).dimension_))
+    except Exception as error:
+        name = type(estimator).__name__
+        raise ValueError(
+            f"estimator: expected one that takes {len(cloud)} points, got {name}, which raised {error}"
+        ) from error
+    if not np.isfinite(dimension):
+        raise ValueError(
+            f"estimator: expected a finite dimension, got {dimension} of {type(estimator).__name__}"
+        )
+    return dimension
+
+
+def _one_thread() -> Any:
+    """One thread for the many small fits: on a busy machine more threads, waiting for each other, took 10 times as long."""
+    try:
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
+    except ImportError:
+        return contextlib.nullcontext()
+    return threadpool_limits(1)
+
+
+def _skdim_id() -> Any:
+    try:
+        import skdim
+    except ImportError as error:
+        raise ImportError("scikit-dimension is needed here: pip install eomdl[shape]") from error
+    return skdim.id

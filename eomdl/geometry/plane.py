@@ -1,0 +1,69 @@
+"""The loss on a plane in weight space."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from eomdl import _check, _tree
+from eomdl._types import Args, Loss, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class LossPlane:
+    """$L(c + x u + y v)$ on a grid: `x` (m,), `y` (n,) and `loss` (n, m), row i at `y[i]`."""
+
+    x: np.ndarray
+    y: np.ndarray
+    loss: np.ndarray
+
+
+def loss_plane(
+    loss: Loss,
+    centre: Params,
+    u: Params,
+    v: Params,
+    x: Any,
+    y: Any,
+    args: Args = None,
+    *,
+    progress: bool = False,
+) -> LossPlane:
+    """The loss on a plane through weight space, $L(c + x u + y v)$.
+
+    **Arguments:** `centre` c and the two directions u, v: pytrees like the parameters, such as the `mean` and the two
+    directions of `principal_components`; with orthonormal ones x and y are parameter distances. `x`, `y`:
+    coordinates of the grid, shapes (m,) and (n,).
+
+    **Cost:** m n losses, one at a time: memory is that of one.
+
+    **Raises:** `ValueError` for a wrong argument.
+    """
+    centre = _check.params("centre", centre)
+    for name, direction in (("u", u), ("v", v)):
+        _check.same_structure(name, direction, "centre", centre)
+    _check.loss_is_scalar(loss, centre, args)
+    grid = []
+    for name, values in (("x", x), ("y", y)):
+        grid.append(np.asarray(values, float))
+        if grid[-1].ndim != 1 or grid[-1].size == 0 or not np.isfinite(grid[-1]).all():
+            raise ValueError(f"{name}: expected finite coordinates, shape (m,), got {values!r}")
+    across = jnp.asarray(grid[0])
+    lines = [
+        np.asarray(_line(loss, _along(centre, v, at), u, across, args))
+        for at in tqdm(grid[1], desc="loss plane", disable=not progress)
+    ]
+    return LossPlane(grid[0], grid[1], np.stack(lines))
+
+
+def _along(start: Params, direction: Params, distance: Any) -> Params:
+    return _tree.add(start, _tree.scale(distance, direction))
+
+
+@eqx.filter_jit
+def _line(loss: Loss, start: Params, u: Params, x: jax.Array, args: Args) -> jax.Array:
+    return jax.lax.map(lambda at: loss(_along(start, u, at), args), x)
