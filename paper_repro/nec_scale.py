@@ -45,7 +45,7 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
         claims.append(
             Claim(f"The weights before the {name} are scale invariant.", check.message + ".", check.holds)
         )
-    rates = _rates(starts, inputs, *((10, RATES[:2], MODELS[:3]) if config.smoke else (50, RATES, MODELS)))
+    rates = _rates(starts, inputs, *((10, RATES[:2], MODELS[:2]) if config.smoke else (50, RATES, MODELS)))
     long, equilibrium = _equilibrium(config, starts[0], 100 if config.smoke else 600)
     tables = {"norm-rate": rates, "equilibrium": equilibrium, "approach": long}
     return tables, claims + _claims(rates, equilibrium, config)

@@ -135,7 +135,7 @@ def secants(
     Source: Guille-Escuret et al. 2024 (arXiv 2306.11922), eqs. 1 and 2.
     """
     if not callable(run):
-        raise ValueError(f"run: expected a function of the options of a run, got {run!r}")
+        raise ValueError(f"run: expected a function of the options of a run, got {type(run).__name__}")
     if not isinstance(losses, Mapping) or not losses:
         raise ValueError(f"losses: expected a dict {{name: loss}}, got {losses!r}")
     first = None
