@@ -12,7 +12,7 @@ import pytest
 
 from paper_repro.__main__ import main
 from paper_repro.data import load, read_idx
-from paper_repro.registry import REPRODUCTIONS
+from paper_repro.registry import MAIN, REPRODUCTIONS
 
 
 ROOT = Path(__file__).parent.parent
@@ -112,3 +112,9 @@ def test_own_data_and_float32(idx_folder, tmp_path):
     record = json.loads((tmp_path / "nec-sgd" / "result.json").read_text())
     assert all(claim["holds"] is None for claim in record["claims"])
     assert record["config"] | {"float32": True, "subset": 30} == record["config"]
+
+
+def test_main_reproductions_run_by_default_and_exist():
+    assert set(MAIN) < set(REPRODUCTIONS)
+    seconds = sum(REPRODUCTIONS[name].seconds for name in MAIN)
+    assert seconds <= 300  # what the README's first command takes
