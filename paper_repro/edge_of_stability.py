@@ -204,7 +204,7 @@ REPRODUCTION = Reproduction(
         "relative to the distance travelled; tolerance 1e-7. Beside it GD from a start moved by 1e-12: where that too "
         "departs, no model can follow."
     ),
-    seconds=90,
+    seconds=240,
     run=run,
     plot=plot,
 )

@@ -36,7 +36,7 @@ def barrier(loss: Loss, a: Params, b: Params, args: Args = None, num_points: int
 
     $B = \\max_{0 \\le \\alpha \\le 1} \\big[ L((1 - \\alpha) a + \\alpha b) - (1 - \\alpha) L(a) - \\alpha L(b) \\big]$,
 
-    the barrier of Entezari et al. 2022 (arXiv 2110.06296, definition 2.1). Frankle et al. 2020 (arXiv
+    the barrier of Entezari et al. 2022 (arXiv 2110.06296). Frankle et al. 2020 (arXiv
     1912.05671) subtract the mean of the ends' losses instead; that is the same where the ends have one loss.
     It is 0 where the loss is convex along the line.
 

@@ -132,7 +132,7 @@ def secants(
 
     **Raises:** `ValueError` for a wrong argument, or if the run is not the same twice.
 
-    Source: Guille-Escuret et al. 2024 (arXiv 2306.11922), eqs. 1 and 2.
+    Source: Guille-Escuret et al. 2024 (arXiv 2306.11922).
     """
     if not callable(run):
         raise ValueError(f"run: expected a function of the options of a run, got {type(run).__name__}")

@@ -96,7 +96,7 @@ def conservation(
 
     **Raises:** `ValueError` for a wrong argument.
 
-    Source: Kunin et al. 2021 (arXiv 2012.04728), section 5; the exact laws are those of theory, not of the paper.
+    Source: after Kunin et al. 2021 (arXiv 2012.04728); the exact laws are derived here.
     """
     if not isinstance(run, Trajectory):
         raise ValueError(f"run: expected an eomdl.Trajectory, got {type(run).__name__}")

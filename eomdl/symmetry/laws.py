@@ -71,7 +71,7 @@ def equilibrium_norm(
     $$r^4 = \\frac{\\eta c^2}{\\lambda (1 - \\beta) (2 - \\eta\\lambda / (1 + \\beta))}, \\qquad c = |\\theta_A| |\\nabla f|,$$
 
     where scaling the block leaves c as it is. With momentum $\\beta$ it takes the gradient to be uncorrelated with
-    the last update (Wan et al. 2021, arXiv 2006.08419, theorem 1); without, it is exact. Gradient flow has no such
+    the last update (Wan et al. 2021, arXiv 2006.08419); without, it is exact. Gradient flow has no such
     balance: its norm decays to 0. At it the angle per step is `equilibrium_angle`.
     """
     c = jnp.asarray(norm) * gradient_norm
