@@ -141,6 +141,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "observed": "observed",
             "every": "every ... steps",
             "gradients": "flops / gradient, once",
+            "steps_once": "seconds / those of a GD step, once",
             "compile_s": "compile [s]",
             "run_seconds_ratio": "run / run without it (seconds)",
         },
