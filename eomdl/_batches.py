@@ -89,7 +89,8 @@ class Batches:
                         f"batches: expected one batch for each of num_steps = {num_steps} steps, "
                         f"got {len(batches)}"
                     )
-                batches = itertools.islice(batches, start, None)
+                # Of a finished run the last one, to look at.
+                batches = itertools.islice(batches, min(start, num_steps - 1), None)
             self._iterator = iter(batches)
             head = list(itertools.islice(self._iterator, 1))
             if not head:
@@ -123,7 +124,7 @@ class Batches:
         taken = list(itertools.islice(self._iterator, count))
         # Padding is never stepped on; at the very end of the batches it is all there is.
         self._last = taken[-1] if taken else self._last
-        padded = taken + [self._last] * (length - len(taken))
+        padded = taken + [self._last] * (max(length, 1) - len(taken))
         try:
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded), start, len(taken)
         except ValueError as error:

@@ -6,6 +6,7 @@ steps), shows progress, and can stop: at a non-finite state, at the end of the b
 at Ctrl-C. Inside `jit`, `vmap` or `grad` the whole run is one chunk.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 from eomdl import _check, _tree
 from eomdl._batches import Batches, OnBatch, batch_at
 from eomdl._types import Args, Observable, Params, State
-from eomdl.checkpoints import Checkpoints, saved_steps
+from eomdl.checkpoints import CHECKPOINT, Checkpoints, saved_steps
 from eomdl.trajectory import RESULTS, Trajectory, result_where
 
 
@@ -103,21 +104,25 @@ def march(
     resume: Trajectory | None,
     checkpoints: Checkpoints | None,
     throw: bool,
+    state_observables: Iterable[str] = (),
     stats: Callable[[], dict[str, Any]] = dict,
 ) -> Trajectory:
     """Run `advance` from `state` to `num_steps` and collect the saved steps.
 
-    `stats` gives what else is to be kept with the run, asked for when it is kept.
+    `state_observables` are the names of what `advance` records itself; `stats` gives what else is to
+    be kept with the run, asked for when it is kept.
     """
     saved = saved_steps("save_steps", num_steps, save_steps)
     start = 0
     counts: dict[str, Any] = {}
     if resume is not None:
         start, state = _resumed(resume, state, num_steps)
-        if list(resume.steps) == [start]:
-            # A checkpoint: its row is recorded again, with the observables of this run.
+        if CHECKPOINT in resume.stats:
+            # Its row is recorded again, with the observables of this run.
             counts, resume = dict(resume.stats), None
         else:
+            resume = _up_to(resume, start)
+            _check_joinable(resume, save_params, {*observe, *state_observables})
             saved = saved[saved > max(resume.steps, default=-1)]
     saved = saved[saved >= start]
     traced = _tree.is_traced(state, step_size, args, source.example)
@@ -127,7 +132,8 @@ def march(
             raise ValueError(f"checkpoints: expected an eomdl.Checkpoints, got {checkpoints!r}")
         if traced:
             raise ValueError("checkpoints: expected a run outside jit, vmap and grad, got traced values")
-        kept = checkpoints.begin(num_steps, start, state, observe)
+        shapes = {name: jax.eval_shape(f, params, source.seen_by(f)).shape for name, f in observe.items()}
+        kept = checkpoints.begin(num_steps, start, state, shapes)
     # Rows between saved ones bound the work between two looks at the clock; they are dropped.
     rows = saved if traced else np.union1d(saved, np.arange(start, num_steps, _MAX_STEPS))
     rows = np.union1d(np.union1d(rows, kept), [start, num_steps])
@@ -198,11 +204,18 @@ def march(
             if not save_params:
                 record.pop("params", None)
             records.append(_rows(record, np.flatnonzero(good & np.isin(chunk, saved))))
-            counts = _sum(before, out.counts)
             if broken:
                 result = out.result if ended else RESULTS.nonfinite
-                end = jax.tree.map(lambda leaf: leaf[0], params_rows)
+                # Back to the last good row, so that `final` is what the rows end with.
+                last = max(int(good.sum()) - 1, 0)
+                part = run(np.clip(int(chunk[last]) - chunk, 0, gap)) if chunk[last] > step else None
+                if part is not None and _finite(part.state):
+                    state, step, counts = part.state, int(chunk[last]), _sum(before, part.counts)
+                else:
+                    last, counts = 0, before
+                end = jax.tree.map(lambda leaf, i=last: leaf[i], params_rows)
                 break
+            counts = _sum(before, out.counts)
             diagnostics.append(jax.device_get(out.diagnostics))
             state, step = out.state, step + int(gap.sum())
             end, read = None, run
@@ -223,7 +236,7 @@ def march(
     measured = _concatenate([jax.tree.map(np.atleast_1d, d) for d in diagnostics])
     trajectory = _trajectory(table, step_size, counts | measured | stats(), state, step, result, end)
     if resume is not None:
-        trajectory = _joined(resume, trajectory)
+        trajectory = _joined(resume, trajectory, set(counts))
     if throw and not _tree.is_traced(result._value) and trajectory.message:
         raise RuntimeError(trajectory.message)
     return trajectory
@@ -329,26 +342,48 @@ def _resumed(resume: Trajectory, state: State, num_steps: int) -> tuple[int, Sta
     return start, jax.tree.unflatten(structure, old)
 
 
-def _joined(first: Trajectory, second: Trajectory) -> Trajectory:
-    """One trajectory from a run and its continuation."""
+def _up_to(run: Trajectory, step: int) -> Trajectory:
+    """Without the rows after a step: those of a run that failed behind the state it keeps."""
+    keep = np.asarray(run.steps) <= step
+    if keep.all():
+        return run
+    rows = (run.steps, run.times, run.params, run.observables, run.ode_error)
+    steps, times, params, observables, error = jax.tree.map(lambda leaf: np.asarray(leaf)[keep], rows)
+    return dataclasses.replace(
+        run, steps=steps, times=times, params=params, observables=observables, ode_error=error
+    )
+
+
+def _check_joinable(run: Trajectory, save_params: bool, observed: set[str]) -> None:
+    if (run.params is not None) != save_params or set(run.observables) != observed:
+        raise ValueError(
+            "resume: expected a run with the same save_params and observe, got "
+            f"save_params={run.params is not None}, observe={sorted(run.observables)}"
+        )
+
+
+def _joined(first: Trajectory, second: Trajectory, counted: set[str]) -> Trajectory:
+    """One trajectory from a run and its continuation; of the numbers in `stats` those counted add up."""
 
     def join(a: Any, b: Any) -> Any:
         return jax.tree.map(lambda x, y: np.concatenate([x, y]), a, b)
 
-    if (first.params is None) != (second.params is None) or set(first.observables) != set(second.observables):
-        raise ValueError(
-            "resume: expected a run with the same save_params and observe, got "
-            f"save_params={first.params is not None}, observe={sorted(first.observables)}"
-        )
     stats = dict(second.stats)
     for k in set(stats) & set(first.stats):
-        stats[k] = join(first.stats[k], stats[k]) if np.ndim(stats[k]) else first.stats[k] + stats[k]
+        if np.ndim(stats[k]):
+            stats[k] = join(first.stats[k], stats[k])
+        elif k in counted:
+            stats[k] = first.stats[k] + stats[k]
+    error = second.ode_error
+    if error is not None:
+        unknown = np.full(len(first.steps), np.nan)
+        error = join(unknown if first.ode_error is None else first.ode_error, error)
     return Trajectory(
         steps=join(first.steps, second.steps),
         times=join(first.times, second.times),
         params=join(first.params, second.params),
         observables=join(first.observables, second.observables),
-        ode_error=None if second.ode_error is None else join(first.ode_error, second.ode_error),
+        ode_error=error,
         result=second.result,
         stats=stats,
         final=second.final,

@@ -51,8 +51,9 @@ def logarithmic_steps(num_steps: int, per_decade: int = 8) -> np.ndarray:
 class Crossing:
     """An event: a recorded scalar observable passes a level between two saved steps.
 
-    At the first saved step k with $o_{k-1} < c \\le o_k$ (`rising`), or $o_{k-1} > c \\ge o_k$; every time. A
-    run that begins on the far side has no event until it has come back.
+    At the first recorded step k with $o_{k-1} < c \\le o_k$ (`rising`), or $o_{k-1} > c \\ge o_k$; every time. A
+    run that begins on the far side has no event until it has come back. Recorded are the saved steps, those of
+    the schedule, and every 1024th of a stretch.
 
     **Arguments:** `observable`, its name in `observe`; `level` c, such as $2/\\eta$ for the sharpness; `rising`.
 
@@ -67,10 +68,13 @@ class Crossing:
         self.observable, self.level, self.rising = observable, float(level), rising
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Whether the event is at each of the values, shape (n,) -> (n - 1,): not known of the first."""
+        """Whether the event is at each of the values, shape (n,) -> (n - 1,): not known of the first.
+
+        NaN is no value: what comes after it is held against the last one that is.
+        """
         sign = 1.0 if self.rising else -1.0
-        above = sign * values >= sign * self.level
-        return above[1:] & ~above[:-1]
+        last = _filled(np.asarray(values, float))[:-1]
+        return (sign * values[1:] >= sign * self.level) & (sign * last < sign * self.level)
 
 
 class Checkpoints:
@@ -81,8 +85,8 @@ class Checkpoints:
     aside and moved into place: a killed process leaves the earlier ones readable.
 
     - `store.at(k)` reads one; `resume=store.at(k)` goes on from it, and with something changed in the call
-        makes a branch. With nothing changed a real run is reproduced bit for bit; a flow to
-        within its ODE error, bit for bit if its checkpoints are at the same steps.
+        makes a branch. With nothing changed a real run is reproduced bit for bit, a flow to
+        within its ODE error.
     - `store.latest` is the last one or None, so that
         `descend(..., resume=store.latest, checkpoints=store)` begins a run and continues a killed one.
     - `store.steps`, `len(store)`, iteration (one in memory at a time), `store.events`.
@@ -92,7 +96,7 @@ class Checkpoints:
     - `folder`: made if it does not exist.
     - `schedule`: an integer n for steps 0, n, 2n, ... and the last; or step numbers, such as
         `eomdl.logarithmic_steps(num_steps)`.
-    - `events`: `{name: eomdl.Crossing}`, looked for at the saved steps.
+    - `events`: `{name: eomdl.Crossing}`, looked for at the recorded steps.
     - `like`: parameters of the structure to read, where it is not of dicts, lists and tuples.
 
     **Cost:** of a checkpoint, writing the state; of an event, at most one more stretch of the run (up to 256 saved
@@ -196,14 +200,19 @@ class Checkpoints:
     # ------------------------------------------------- what a run calls (`_march.py`)
 
     def begin(
-        self, num_steps: int, start: int, state: State, observe: Mapping[str, Observable]
+        self, num_steps: int, start: int, state: State, shapes: Mapping[str, tuple[int, ...]]
     ) -> np.ndarray:
         """Raise if the run must not write here; the steps of its schedule."""
-        for event in self._events.values():
-            if event.observable not in observe:
+        for name, event in self._events.items():
+            if event.observable not in shapes:
                 raise ValueError(
-                    f"events: expected the name of an observable in observe, {sorted(observe)}, got "
+                    f"events: expected the name of an observable in observe, {sorted(shapes)}, got "
                     f"{event.observable!r}"
+                )
+            if shapes[event.observable] != ():
+                raise ValueError(
+                    f"events[{name!r}]: expected a scalar observable, got {event.observable!r} of shape "
+                    f"{shapes[event.observable]}"
                 )
         old = self.steps
         if len(old) and old[-1] > start:
@@ -213,11 +222,11 @@ class Checkpoints:
                 "branch a folder of its own"
             )
         if len(old):
-            shapes = [np.shape(x) for x in jax.tree.leaves(state)]
+            expected = [np.shape(x) for x in jax.tree.leaves(state)]
             got = [np.shape(x) for x in jax.tree.leaves(self.at(int(old[-1])).final)]
-            if shapes != got:
+            if expected != got:
                 raise ValueError(
-                    f"checkpoints: expected checkpoints of a state with shapes {shapes} in {self.folder}, got "
+                    f"checkpoints: expected checkpoints of a state with shapes {expected} in {self.folder}, got "
                     f"{got}, of other parameters or another optimizer; nothing was overwritten"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -233,21 +242,16 @@ class Checkpoints:
         rows: dict[int, list[str]] = {int(i): [] for i in np.flatnonzero(good & np.isin(steps, self._fixed))}
         for name, event in self._events.items():
             values = np.asarray(observables[event.observable], float)
-            if values.ndim != 1:
-                raise ValueError(
-                    f"events[{name!r}]: expected a scalar observable, got shape {values.shape[1:]} a step"
-                )
             known = np.append(self._before.get(name, np.nan), values)
-            # Where nothing is known of the step before, nothing has been crossed.
-            crossed = event(np.where(np.isnan(known), np.inf if event.rising else -np.inf, known))
-            for i in np.flatnonzero(crossed & good):
+            for i in np.flatnonzero(event(known) & good):
                 rows.setdefault(int(i), []).append(name)
-            self._before[name] = float(values[-1])
+            self._before[name] = float(_filled(known)[-1])
         return sorted(rows.items())
 
     def write(self, checkpoint: Trajectory, events: list[str]) -> None:
         """Write one row, unless it is there."""
-        stats = {f"event:{name}": np.asarray(checkpoint.final_step) for name in events}
+        step = np.asarray(checkpoint.final_step)
+        stats = {CHECKPOINT: step} | {f"event:{name}": step for name in events}
         path = self._path(int(checkpoint.final_step))
         if not path.exists():
             eqx.tree_at(
@@ -259,6 +263,13 @@ class Checkpoints:
 
 
 _EVENT = "stat:event:"
+CHECKPOINT = "checkpoint"  # the name in `stats` that makes a trajectory one
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    """Each NaN replaced by the last value before it that is none."""
+    known = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
+    return values[known]
 
 
 @eqx.filter_jit

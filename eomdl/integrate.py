@@ -1,5 +1,7 @@
 """Integrate a flow: the only file that calls diffrax's solver."""
 
+import dataclasses
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from eomdl._batches import Batches, batch_at, batch_of
 from eomdl._march import Chunk, march, scan_rows, starting_params
 from eomdl._tolerances import default_tolerances, distance_of, measured_tolerances, units as state_units
 from eomdl._types import Args, Observable, Params, State, StateObservable
-from eomdl.checkpoints import Checkpoints
+from eomdl.checkpoints import CHECKPOINT, Checkpoints
 from eomdl.flows.base import AbstractFlow
 from eomdl.trajectory import RESULTS, Trajectory, result_where
 
@@ -112,12 +114,11 @@ def solve(
         resume = _taken_over(resume, (state,) * copies, flow.step_size, flow.stride)
 
     first = _check.positive_scalar("dt0", dt0)
-    if resume is not None:
-        # A run goes on with the tolerances it has.
-        rtol, atol = (
-            resume.stats.get("rtol") if rtol is None else rtol,
-            resume.stats.get("atol") if atol is None else atol,
-        )
+    flow_number = None if traced else _fingerprint(flow)
+    if resume is not None and resume.stats.get("flow") == flow_number:
+        # A run goes on with the tolerances it has; another flow has others.
+        rtol = resume.stats.get("rtol") if rtol is None else rtol
+        atol = resume.stats.get("atol") if atol is None else atol
     given = [
         None if tol is None else _check.positive_scalar(name, tol)
         for name, tol in (("rtol", rtol), ("atol", atol))
@@ -182,7 +183,8 @@ def solve(
 
     def stats() -> dict[str, Any]:
         tolerances = {} if stepsize_controller is not None else {"rtol": used[0], "atol": used[1]}
-        return {"stride": flow.stride} | tolerances
+        number = {} if flow_number is None else {"flow": flow_number}
+        return {"stride": flow.stride} | number | tolerances
 
     return march(
         advance,
@@ -199,13 +201,14 @@ def solve(
         resume=resume,
         checkpoints=checkpoints,
         throw=throw,
+        state_observables=observe_state,
         stats=stats,
     )
 
 
 def _taken_over(resume: Trajectory, state: tuple, step_size: Any, stride: int) -> Trajectory:
     """`resume`, or, if it is a real run, a run of the flow that ends where the real one does."""
-    if "stride" in resume.stats or resume.final is None:
+    if "stride" in resume.stats:
         return resume
     if resume.final_step % stride:
         raise ValueError(
@@ -213,17 +216,23 @@ def _taken_over(resume: Trajectory, state: tuple, step_size: Any, stride: int) -
         )
     # A real run carries (params, optimizer state), maybe with counters: the flow carries what it needs.
     old = _tree.real_leaves(resume.final)
-    final = tuple(old[: len(jax.tree.leaves(one))] for one in state)
+    final = None if resume.final is None else tuple(old[: len(jax.tree.leaves(one))] for one in state)
     steps = np.asarray(resume.steps)
     error = np.zeros(len(steps)) if len(state) > 1 else None
-    stats: dict[str, Any] = {}
-    new = (steps * np.asarray(step_size), error, stats, final)
-    return eqx.tree_at(
-        lambda t: (t.times, t.ode_error, t.stats, t.final),
-        resume,
-        new,
-        is_leaf=lambda x: any(x is y for y in (None, resume.stats, resume.final)),
+    stats = {CHECKPOINT: resume.stats[CHECKPOINT]} if CHECKPOINT in resume.stats else {}
+    return dataclasses.replace(
+        resume, times=steps * np.asarray(step_size), ode_error=error, stats=stats, final=final
     )
+
+
+def _fingerprint(flow: AbstractFlow) -> int:
+    """A number that another flow, or another learning rate, has not: not of a loss, whose name alone counts."""
+    leaves, structure = jax.tree.flatten(flow)
+    parts = [
+        np.asarray(x).tobytes() if eqx.is_array_like(x) else getattr(x, "__qualname__", "").encode()
+        for x in leaves
+    ]
+    return zlib.crc32(b"|".join([str(structure).encode(), *parts]))
 
 
 @eqx.filter_jit

@@ -62,7 +62,8 @@ def descend(
     - `progress`: True for a tqdm bar, or a diffrax progress meter.
     - `resume`: a trajectory to go on from, to `num_steps` in all; its rows come first (of a checkpoint,
         which has one row, that row is recorded anew). What is changed in the call makes a branch: the
-        learning rate, `batches`, the loss; with `resume.without_state()` another optimizer.
+        learning rate, `batches`, the loss; with `resume.without_state()` another optimizer. (A rate that sits
+        in the optimizer's state, as with `optax.inject_hyperparams`, stays the old one.)
         An iterator in `batches` must begin at the first step still to do.
     - `checkpoints`: an `eomdl.Checkpoints`, which writes the whole state to disk on its schedule.
     - `throw`: raise `RuntimeError` where the run fails instead of returning what it has.

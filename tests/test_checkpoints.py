@@ -133,10 +133,6 @@ def test_flow_branches(tmp_path):
     for x, y in zip(jax.tree.leaves(same.params), jax.tree.leaves(parent.params), strict=True):
         np.testing.assert_allclose(x, y[8:], atol=error)
     assert float(same.stats["rtol"]) == float(parent.stats["rtol"])
-    # With checkpoints at the same steps it is the parent bit for bit.
-    cut = eomdl.Checkpoints(tmp_path / "again", [8, 20])
-    again = eomdl.solve(flow, VALLEY, 20, resume=store.at(8), checkpoints=cut)
-    assert_identical(again.final, parent.final)
     without = eomdl.solve(eomdl.EquationOfMotion(valley_loss, 0.2, 1), VALLEY, 20, resume=store.at(8))
     assert flat(without.at(8)) == pytest.approx(flat(parent.at(8)), abs=0)
     assert np.abs(flat(without.at(20)) - flat(parent.at(20))).max() > 10 * error
@@ -193,6 +189,91 @@ def test_event_between_saved_steps_is_at_the_next_one(tmp_path):
     (at,) = store.events["edge"][:1]
     curvature = dict(zip(whole.steps, whole.observables["curvature"], strict=True))
     assert curvature[at - 2] < 2.0 <= curvature[at]
+
+
+def test_an_observable_that_is_nan_for_a_while():
+    nan = np.nan
+    rising = eomdl.Crossing("o", 2.0)
+    assert list(rising(np.array([1.0, nan, 1.0, 1.0]))) == [False] * 3
+    assert list(rising(np.array([1.0, nan, 3.0, 1.0]))) == [False, True, False]
+    assert list(rising(np.array([nan, 3.0, nan, 3.0, 1.0, nan, 2.0]))) == [False] * 5 + [True]
+
+
+# ------------------------------------------------------------ runs that go on after a run
+
+
+def test_a_flow_that_goes_on_keeps_its_numbers():
+    flow = eomdl.GradientFlow(valley_loss, 0.1)
+    first = eomdl.solve(flow, VALLEY, 5)
+    whole = eomdl.solve(flow, VALLEY, 10, resume=eomdl.solve(flow, VALLEY, 7, resume=first))
+    for name in ("stride", "rtol", "atol"):
+        assert float(whole.stats[name]) == float(first.stats[name])
+    assert int(whole.stats["num_steps"]) > int(first.stats["num_steps"])
+
+
+def test_another_flow_has_tolerances_of_its_own(tmp_path):
+    store = eomdl.Checkpoints(tmp_path, [5])
+    coarse = eomdl.solve(eomdl.GradientFlow(valley_loss, 0.1), VALLEY, 6, checkpoints=store)
+    fine = eomdl.solve(eomdl.EquationOfMotion(valley_loss, 0.1, 2), VALLEY, 6, resume=store.at(5))
+    assert float(fine.stats["atol"]) < 0.1 * float(coarse.stats["atol"])
+
+
+def test_a_flow_from_a_real_run_without_its_state():
+    real = run(num_steps=5)
+    flow = eomdl.GradientFlow(valley_loss, 0.1)
+    path = eomdl.solve(flow, VALLEY, 8, resume=real.without_state())
+    assert list(path.steps) == list(range(9)) and np.all(path.ode_error[:6] == 0)
+    np.testing.assert_allclose(path.times, 0.1 * np.arange(9))
+    anew = eomdl.solve(flow, real.at(5), 3)
+    assert_identical(path.at(8), anew.at(3))
+
+
+def quartic(params, args):
+    return jnp.sum(params**4)
+
+
+def test_a_diverged_run_goes_on_from_its_last_good_row():
+    broken = eomdl.descend(quartic, jnp.ones(1), optax.sgd(5.0), 20)
+    last = int(broken.final_step)
+    assert last == broken.steps[-1] > 0 and broken.result == eomdl.RESULTS.nonfinite
+    np.testing.assert_array_equal(broken.final_params, broken.params[-1])
+    np.testing.assert_array_equal(broken.final[0], broken.params[-1])
+    assert int(broken.stats["gradient_evaluations"]) == last
+    # Another rule without a state goes on from there: a fixed step against the sign of the gradient.
+    w = broken.params[-1]
+    tame = eomdl.descend(quartic, jnp.ones(1), optax.sign_sgd(float(abs(w[0]) / 64)), 20, resume=broken)
+    np.testing.assert_array_equal(tame.steps, np.arange(21))
+    np.testing.assert_array_equal(tame.params[: last + 1], broken.params)
+    np.testing.assert_allclose(tame.params[last + 1 :, 0], w * (1 - np.arange(1, 21 - last) / 64), rtol=1e-12)
+
+
+def test_a_single_saved_row_is_a_run_like_any_other():
+    one = run(num_steps=10, save_steps=[10])
+    assert list(run(num_steps=20, save_steps=[20], resume=one).steps) == [10, 20]
+
+
+def test_a_mismatch_is_said_before_anything_is_computed():
+    calls = []
+
+    def watched(params, args):
+        jax.debug.callback(lambda: calls.append(1))
+        return params["x"]
+
+    with pytest.raises(ValueError, match="resume: expected a run with the same save_params and observe"):
+        run(num_steps=20, resume=run(num_steps=10), observe={"x": watched})
+    jax.effects_barrier()
+    assert not calls
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    listed = [jax.tree.map(lambda leaf, k=k: leaf[k], NET_BATCHES) for k in range(12)]
+    store = eomdl.Checkpoints(tmp_path, 6)
+    for _ in range(2):
+        done = eomdl.descend(
+            net_loss, NET, ADAM, 12, batches=listed, resume=store.latest, checkpoints=store, args=NET_ARGS
+        )
+        assert list(store.steps) == [0, 6, 12]
+    assert_identical(done.final_params, store.at(12).at(12))
 
 
 # ----------------------------------------------------------------- whole-run studies
@@ -313,6 +394,11 @@ def test_wrong_arguments(tmp_path):
         ValueError, match=r"events: .*name of an observable in observe, \['x'\], got 'sharpness'"
     ):
         run(crossing, observe=OBSERVE)
+    with pytest.raises(ValueError, match=r"events\['edge'\]: expected a scalar observable"):
+        run(
+            eomdl.Checkpoints(tmp_path, [0], events={"edge": eomdl.Crossing("x", 2.0)}),
+            observe={"x": lambda p, a: jnp.stack([p["x"], p["y"]])},
+        )
     with pytest.raises(ValueError, match="observable: expected the name"):
         eomdl.Crossing(3, 2.0)
     with pytest.raises(ValueError, match="level: expected a finite number"):

@@ -117,6 +117,15 @@ def test_a_failed_run_says_so():
     assert any("infinite" in note for note in study.notes)
 
 
+def test_the_end_of_a_diverging_run_is_its_last_good_row():
+    def run(**options):
+        return eomdl.descend(lambda p, a: jnp.sum(p**4), jnp.ones(1), optax.sgd(5.0), 20, **options)
+
+    study = eomdl.secants(run, {"quartic": lambda p, a: jnp.sum(p**4)})["quartic"]
+    assert study.distance[-1] == 0 and np.all(study.distance[:-1] > 0)
+    assert any("infinite" in note for note in study.notes)
+
+
 # ---------------------------------------------- minibatches, and the same path twice
 
 

@@ -423,6 +423,8 @@ def test_dimension_along_a_run_is_that_of_every_checkpoint():
 
 def test_gradient_points_are_the_gradients_of_single_examples():
     points = np.asarray(gradient_points(net_loss, NET, NET_ARGS, batch_size=4))
+    decayed = gradient_points(eomdl.WeightDecay(net_loss, 0.0), NET, NET_ARGS)  # a loss that holds an array
+    np.testing.assert_allclose(decayed, points, rtol=1e-12)
     assert points.shape == (6, 26)
     np.testing.assert_allclose(points.mean(0), flat(jax.grad(net_loss)(NET, NET_ARGS)), rtol=1e-10)
     one = jax.grad(net_loss)(NET, (NET_ARGS[0][2:3], NET_ARGS[1][2:3]))

@@ -173,6 +173,11 @@ def test_the_loss_is_looked_at_first():
         eomdl.check_symmetry(lambda p, args: args[1] + p["layer1"]["b"][None], NET, RESCALE, NET_ARGS)
 
 
+def test_proposals_for_a_loss_that_is_a_module():
+    found = eomdl.propose_symmetries(eomdl.GradientPenalty(label_loss, 0.0), NET, LABEL_ARGS)
+    assert "translation of layer1.w along axis 1" in labels_of(found)
+
+
 def test_names_of_blocks_that_do_not_exist():
     for bad in (eomdl.Translation("layer1.v"), eomdl.Scaling([("layer_1.w", 0)])):
         with pytest.raises(ValueError, match=r"block: expected the name of a block.*layer1\.w"):

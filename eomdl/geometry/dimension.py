@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,7 +161,7 @@ def dimension_along(
 
     **Raises:** `ValueError` for a step that was not saved, and as `intrinsic_dimension`.
     """
-    compiled = jax.jit(points)
+    compiled = eqx.filter_jit(points)
     chosen = [int(k) for k in (trajectory.steps if steps is None else steps)]
     return {
         k: intrinsic_dimension(compiled(trajectory.at(k), args), estimator, **options)
@@ -233,15 +234,13 @@ def gradient_points(loss: Loss, params: Params, args: Args, batch_size: int = 64
     return _gradients(loss, _check.integer("batch_size", batch_size, 1), params, args)
 
 
+@eqx.filter_jit
 def _gradients(loss: Loss, batch_size: int, params: Params, args: Args) -> jax.Array:
     def one(example: Args) -> jax.Array:
         gradient = jax.grad(loss)(params, jax.tree.map(lambda leaf: leaf[None], example))
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
 
     return jax.lax.map(one, args, batch_size=batch_size)
-
-
-_gradients = jax.jit(_gradients, static_argnums=(0, 1))
 
 
 def _distinct(points: Any) -> tuple[np.ndarray, list[str]]:

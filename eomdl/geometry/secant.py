@@ -175,7 +175,8 @@ def _secants(path: Trajectory, moments: Any, end: Params) -> Secants:
         )
 
     def where(mask: np.ndarray, top: Any, bottom: Any) -> np.ndarray:
-        return np.divide(top, bottom, out=np.full(distance.shape, np.nan, moments.dtype), where=mask)
+        with np.errstate(invalid="ignore"):  # infinite over infinite, where a run diverges
+            return np.divide(top, bottom, out=np.full(distance.shape, np.nan, moments.dtype), where=mask)
 
     off, moving = ~at_end, ~at_end & (size > 0)
     if np.any(off & (size == 0)):

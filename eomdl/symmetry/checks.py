@@ -1,9 +1,11 @@
 """Does the loss have a symmetry? Asked of a named one, or of all that the shapes allow."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,16 @@ def _checked(
     return SymmetryCheck(holds, violation, value, message, symmetry)
 
 
+@eqx.filter_jit
+def _value(loss: Loss, params: Params, args: Args) -> jax.Array:
+    return loss(params, args)
+
+
+@eqx.filter_jit
+def _gradient(loss: Loss, params: Params, args: Args) -> Params:
+    return jax.grad(loss)(params, args)
+
+
 def propose_symmetries(
     loss: Loss, params: Params, args: Args = None, tolerance: float | None = None
 ) -> list[SymmetryCheck]:
@@ -110,9 +122,9 @@ def propose_symmetries(
     params = _check.params("params", params)
     loss = without_decay(loss)
     _check.loss_is_scalar(loss, params, args)
-    gradient = jax.jit(jax.grad(loss))(params, args)
+    gradient = _gradient(loss, params, args)
     tolerance = _tolerance(params, tolerance)
-    compiled = jax.jit(loss)
+    compiled = functools.partial(_value, loss)
     found: list[SymmetryCheck] = []
 
     def holds(symmetry: AbstractSymmetry) -> bool:
