@@ -176,14 +176,14 @@ class Checkpoints:
             raise ValueError(f"folder: expected checkpoints, got none in {self.folder}")
         first = self.at(steps[0])
         functions = _check.observables(observe, first.at(steps[0]), lambda f: args)
-        rows = []
+        rows, times = [], []
         for step in tqdm(steps, desc="checkpoints", disable=not progress):
             last = self.at(step)
             rows.append(jax.device_get(_observed(functions, last.at(step), args)))
-        size = np.asarray(first.times)
+            times.append(last.times)
         return Trajectory(
             steps=steps,
-            times=np.concatenate([self.at(int(k)).times for k in steps]) if len(size) else steps * np.nan,
+            times=np.concatenate(times),
             params=None,
             observables=jax.tree.map(lambda *values: np.stack(values), *rows),
             ode_error=None,
