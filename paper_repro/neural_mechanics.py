@@ -254,7 +254,7 @@ def _claims(table: pd.DataFrame, symmetries: pd.DataFrame, angles: pd.DataFrame,
             long and bool(falls.max() < 1),
         ),
         Claim(
-            "The same flows predict by what angle the scale-invariant weights turn, step by step.",
+            "Counter terms, and two points of the logarithm, predict by what angle the scale-invariant weights turn at every step.",
             f"Largest relative error of a step's angle {turned:.1%}.",
             bool(turned < 0.1),
         ),

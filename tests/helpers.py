@@ -169,6 +169,38 @@ LABEL_ARGS = (normal(1, 6, 3), jnp.array([0, 1, 1, 0, 1, 0]))
 NET_BATCHES = (normal(3, 12, 2, 3), normal(4, 12, 2, 2))  # 12 steps, 2 examples each
 
 
+def scale_invariant_loss(params, args):
+    """The weights act through their direction alone; the gain does not."""
+    x, y = args
+    w = params["w"]
+    return jnp.mean((params["gain"] * jnp.tanh(x @ w / jnp.sqrt(jnp.sum(w**2))) - y) ** 2)
+
+
+SCALE = {"w": normal(20, 3), "gain": jnp.array(1.3)}
+SCALE_ARGS = (normal(21, 6, 3), normal(22, 6))
+
+
+def scale_only_loss(w, args):
+    return scale_invariant_loss({"w": w, "gain": 1.3}, args)
+
+
+def normalized_loss(params, args):
+    """Linear, batch norm with gain and shift, ReLU, linear, softmax; the first bias does nothing."""
+    x, labels = args
+    h = x @ params["first"]["w"] + params["first"]["b"][None]
+    h = h - jnp.mean(h, axis=0, keepdims=True)
+    h = h / jnp.sqrt(jnp.mean(h**2, axis=0, keepdims=True))
+    h = jax.nn.relu(h * params["norm"]["gain"][None] + params["norm"]["shift"][None])
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(h @ params["head"], labels))
+
+
+NORMALIZED = {
+    "first": {"w": normal(40, 3, 4), "b": normal(41, 4)},
+    "norm": {"gain": 1 + 0.3 * normal(42, 4), "shift": normal(43, 4)},
+    "head": normal(44, 4, 2),
+}
+
+
 def flat(tree: Any) -> np.ndarray:
     """All leaves in one NumPy vector."""
     return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)])

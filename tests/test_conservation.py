@@ -1,0 +1,175 @@
+"""Charges along a run against their laws: decay, momentum, minibatches, flows."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import LABEL_ARGS, NORMALIZED, SCALE, SCALE_ARGS, normal, normalized_loss, scale_only_loss
+
+import eomdl
+from eomdl.plotting import plot_conservation
+
+
+ETA, DECAY = 0.05, 0.4
+
+
+# ------------------------------------------------------- charges along a run, with momentum
+
+
+def train(
+    beta, decay, steps=12, batches=None, eta=ETA, loss=normalized_loss, start=NORMALIZED, args=LABEL_ARGS
+):
+    optimizer = optax.sgd(eta, momentum=beta or None)
+    return eomdl.descend(eomdl.WeightDecay(loss, decay), start, optimizer, steps, args=args, batches=batches)
+
+
+BATCHES = (normal(47, 12, 6, 3), jnp.asarray(np.random.default_rng(0).integers(0, 2, (12, 6))))
+CHARGES = {
+    "translation": eomdl.Translation("head"),
+    "scale": eomdl.Scaling([("first.w", 1)]),
+    "rescale": eomdl.Scaling([("norm.gain", 0), ("norm.shift", 0)], [("head", 0)]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {(b, d): train(b, d, batches=BATCHES) for b in (0.0, 0.9) for d in (0.0, DECAY)}
+
+
+@pytest.mark.parametrize("name", CHARGES)
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, DECAY])
+def test_exact_laws_hold_to_rounding_on_minibatches(runs, name, beta, decay):
+    settings = {"learning_rate": ETA, "weight_decay": decay, "momentum": beta}
+    found = eomdl.conservation(runs[beta, decay], CHARGES[name], **settings)
+    scale = np.abs(found.charge).max()
+    assert found.errors["exact"].max() < 1e-12 * scale
+    if name != "translation" or decay:  # else all of them are constant, and right
+        assert found.change > 1e-3
+        assert found.errors["gradient flow"].max() > 100 * found.errors["exact"].max()
+        if beta == 0:
+            assert found.errors["first order"].max() < 0.2 * found.errors["gradient flow"].max()
+    # The laws know their arguments: another momentum or decay breaks them.
+    wrong = eomdl.conservation(runs[beta, decay], CHARGES[name], **settings | {"weight_decay": decay + 0.1})
+    assert wrong.errors["exact"].max() > 1e-4 * scale
+
+
+def test_exact_law_without_momentum_is_the_one_of_the_theory(runs):
+    run, scale = runs[0.0, DECAY], CHARGES["scale"]
+    found = eomdl.conservation(run, scale, learning_rate=ETA, weight_decay=DECAY)
+    for k in range(12):
+        batch = jax.tree.map(lambda leaf, k=k: leaf[k], BATCHES)
+        g = jax.grad(normalized_loss)(run.at(k), batch)["first"]["w"]
+        after = (1 - ETA * DECAY) ** 2 * found.charge[k] + ETA**2 * np.sum(np.square(g), axis=0)
+        np.testing.assert_allclose(found.charge[k + 1], after, rtol=1e-12)
+
+
+def test_a_run_that_begins_in_motion(runs):
+    whole = runs[0.9, DECAY]
+    rows = jax.tree.map(lambda leaf: leaf[4:], (whole.steps, whole.times, whole.params))
+    late = eqx.tree_at(lambda t: (t.steps, t.times, t.params), whole, rows)
+    for symmetry in CHARGES.values():
+        found = eomdl.conservation(late, symmetry, learning_rate=ETA, weight_decay=DECAY, momentum=0.9)
+        assert found.errors["exact"].max() < 1e-12 * np.abs(found.charge).max()
+
+
+def test_first_order_law_converges_at_second_order():
+    """Halving the learning rate at fixed time quarters what the first-order law misses; flow's error halves."""
+    errors = []
+    for eta, steps in ((0.02, 40), (0.01, 80), (0.005, 160)):
+        run = train(0.0, DECAY, steps, eta=eta)
+        found = eomdl.conservation(run, CHARGES["scale"], learning_rate=eta, weight_decay=DECAY)
+        errors.append([found.errors[law][-1] for law in ("gradient flow", "first order")])
+    orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    np.testing.assert_allclose(orders[-1], [1, 2], atol=0.1)
+
+
+def test_flows_predict_charges_from_the_start_alone():
+    eta, steps = 0.02, 20
+    run = train(0.0, DECAY, steps, eta=eta)
+    loss = eomdl.WeightDecay(normalized_loss, DECAY)
+    models = {
+        f"EoM {n}": eomdl.solve(
+            eomdl.EquationOfMotion(loss, eta, n),
+            NORMALIZED,
+            steps,
+            args=LABEL_ARGS,
+            rtol=1e-8,
+            atol=1e-8,
+            estimate_error=False,
+        )
+        for n in (0, 1)
+    }
+    for symmetry in CHARGES.values():
+        found = eomdl.conservation(run, symmetry, learning_rate=eta, weight_decay=DECAY, models=models)
+        errors = [found.errors[name].max() for name in models]
+        assert errors[1] < 0.2 * errors[0]
+        # Gradient flow obeys its own law.
+        np.testing.assert_allclose(found.models["EoM 0"], found.laws["gradient flow"], rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_arguments_of_conservation(runs):
+    run, symmetry = runs[0.0, 0.0], CHARGES["scale"]
+    with pytest.raises(ValueError, match="momentum: expected a number in"):
+        eomdl.conservation(run, symmetry, learning_rate=ETA, momentum=1.0)
+    with pytest.raises(ValueError, match="learning_rate"):
+        eomdl.conservation(run, symmetry, learning_rate=0.0)
+    with pytest.raises(ValueError, match=r"models\['a'\]"):
+        eomdl.conservation(run, symmetry, learning_rate=ETA, models={"a": 1})
+    gaps = eomdl.descend(normalized_loss, NORMALIZED, optax.sgd(ETA), 4, args=LABEL_ARGS, save_steps=2)
+    with pytest.raises(ValueError, match="run: expected parameters saved at two or more consecutive steps"):
+        eomdl.conservation(gaps, symmetry, learning_rate=ETA)
+
+
+def test_equilibrium_with_momentum():
+    """Heavy ball driven by tangential noise: norm and angle settle where the closed forms say."""
+    eta, decay, beta, dimension, steps = 0.1, 0.02, 0.9, 50, 6000
+    rng = np.random.default_rng(0)
+    w, v = rng.normal(size=dimension), np.zeros(dimension)
+    squares, turns, sizes = [], [], []
+    for _ in range(steps):
+        noise = rng.normal(size=dimension)
+        r = np.linalg.norm(w)
+        g = (noise - w * (w @ noise) / r**2) / r  # scale invariance: tangential, and of size 1/r
+        sizes.append(r * np.linalg.norm(g))
+        v = beta * v + g + decay * w
+        new = w - eta * v
+        turns.append(1 - w @ new / (r * np.linalg.norm(new)))
+        squares.append(r**2)
+        w = new
+    late = slice(steps // 2, None)
+    c = np.sqrt(np.mean(np.square(sizes[late])))
+    predicted = eomdl.equilibrium_norm(1.0, c, eta, decay, beta)
+    np.testing.assert_allclose(np.sqrt(np.mean(squares[late])), predicted, rtol=0.02)
+    assert abs(predicted / eomdl.equilibrium_norm(1.0, c, eta, decay) - 1) > 0.2  # momentum matters
+    np.testing.assert_allclose(
+        np.arccos(1 - np.mean(turns[late])), eomdl.equilibrium_angle(eta, decay, beta), rtol=0.03
+    )
+
+
+def test_effective_learning_rate():
+    """A step on w turns its direction as a step at the effective rate on the unit sphere does, to first order."""
+    eta = 1e-6
+
+    def direction(w, eta):
+        w = w - eta * jax.grad(scale_only_loss)(w, SCALE_ARGS)
+        return w / jnp.linalg.norm(w)
+
+    w = 3.0 * SCALE["w"]
+    unit = w / jnp.linalg.norm(w)
+    rate = eomdl.effective_learning_rate(jnp.linalg.norm(w), eta)
+    np.testing.assert_allclose(direction(w, eta) - unit, direction(unit, rate) - unit, rtol=1e-3, atol=1e-12)
+    np.testing.assert_allclose(eomdl.effective_learning_rate(2.0, 0.1, 0.9), 0.25, rtol=1e-12)
+
+
+def test_frame_and_plot(runs):
+    found = {
+        name: eomdl.conservation(runs[0.9, DECAY], s, learning_rate=ETA, weight_decay=DECAY, momentum=0.9)
+        for name, s in CHARGES.items()
+    }
+    frame = found["scale"].to_frame()
+    assert {"step", "measured", "exact", "gradient flow", "first order", "error exact"} <= set(frame.columns)
+    figure = plot_conservation(found)
+    assert len(figure.axes) == 6 and {a.get_xlabel() for a in figure.axes} == {"step"}
