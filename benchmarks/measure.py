@@ -17,7 +17,7 @@ import optax
 import eomdl
 from benchmarks import scripts
 from benchmarks.problems import Problem, digits_mlp
-from eomdl.counterterms import modified_field_series
+from eomdl.series import modified_field_series
 
 
 STAGES = 6  # evaluations of the field an ODE step: Tsit5 has 7 stages, first same as last
@@ -155,7 +155,7 @@ def solved(
     seconds = time.perf_counter() - start
     if run.message:
         raise RuntimeError(run.message)
-    steps = int(run.stats["num_steps"])
+    steps = int(run.stats.num_steps)
     evaluations = stages * steps + 1 + estimate  # the first stage of each of the runs
     return {
         "path": flat(run.params),
@@ -163,7 +163,7 @@ def solved(
         "evaluations": evaluations,
         "gradients_per_step": evaluations * field_cost(p, order)["gradients"] / num_steps,
         "estimate": float(run.ode_error.max()) if estimate else None,
-        "atol": float(run.stats["atol"]),
+        "atol": float(run.stats.atol),
         "seconds_with_compile": seconds,
     }
 

@@ -66,14 +66,14 @@ def main(num_steps: int, save_params: bool, order: int) -> dict:
     return {
         "num_params": sum(x.size for x in jax.tree.leaves(params)),
         "num_steps": num_steps,
-        "steps_done": int(run.final_step),
+        "steps_done": int(run.end.step),
         "save_params": save_params,
         "order": order,
         "peak_rss_MiB": after,
         "peak_rss_growth_MiB": after - before,
         "peak_live_arrays_MiB": max(meter.seen) / 2**20,
         "microseconds_per_step": 1e6 * seconds / num_steps,
-        "ode_steps_per_step": float(run.stats["num_steps"]) / num_steps,
+        "ode_steps_per_step": float(run.stats.num_steps) / num_steps,
     }
 
 

@@ -77,7 +77,7 @@ def _all_evaluations(order: int, estimate: bool) -> int:
     calls = Calls()
     flow = Counted(eomdl.EquationOfMotion(case.loss, case.learning_rate, order), calls)
     run = eomdl.solve(flow, case.params, STEPS, args=case.args, estimate_error=estimate)
-    jax.block_until_ready(run.final)
+    jax.block_until_ready(run.end.state)
     jax.effects_barrier()
     return calls.count
 

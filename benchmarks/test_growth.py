@@ -39,12 +39,12 @@ def _step_cost(width: int, num_examples: int, num_steps: int) -> dict:
     def descend():
         return eomdl.descend(
             case.loss, case.params, optimizer, num_steps, args=case.args, save_params=False
-        ).final
+        ).end.state
 
     _, base = compiled(lambda eta, x, args: jax.grad(case.loss)(x, args), *inputs(case))
     _, cost = compiled(field(case, 2, "trees"), *inputs(case))
     run = solve()
-    solve_s, descend_s = _seconds(lambda: solve().final), _seconds(descend)
+    solve_s, descend_s = _seconds(lambda: solve().end.state), _seconds(descend)
     return {
         "width": width,
         "num_params": case.num_params,
@@ -52,7 +52,7 @@ def _step_cost(width: int, num_examples: int, num_steps: int) -> dict:
         "num_steps": num_steps,
         "eta_lambda_max": case.eta_lambda,
         "order": ORDER,
-        "ode_steps_per_step": float(run.stats["num_steps"]) / num_steps,
+        "ode_steps_per_step": float(run.stats.num_steps) / num_steps,
         "field_order_2_gradients": cost["flops"] / base["flops"],
         "solve_over_descend_seconds": solve_s / descend_s,
         "solve_ms_per_step": 1e3 * solve_s / num_steps,

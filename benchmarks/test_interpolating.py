@@ -61,7 +61,7 @@ def test_points(record, full, init):
         ]
         for weights, limits in (("Taylor", LIMITS), ("minimax", MINIMAX_LIMITS)):
             for points, limit in limits.items():
-                b = eomdl.minimax_weights(points, bound) if weights == "minimax" else None
+                b = eomdl.flows.minimax_weights(points, bound) if weights == "minimax" else None
                 error = _distance(init, eomdl.InterpolatingFlow(STEP, ETA, points, weights=b))
                 out.append(
                     {"init": init, "eta_lambda_max": bound, "weights": weights, "points": points}
@@ -126,7 +126,7 @@ def test_edge_of_stability(record, full, name):
             observe={"sharpness": eomdl.sharpness(case.loss, 12)},
         )  # fmt: skip
         step = eomdl.optimizer_step(case.loss, optimizer)
-        chosen = eomdl.choose_points(step, start, steps, args=args, stride=2, max_points=6).points
+        chosen = eomdl.flows.choose_points(step, start, steps, args=args, stride=2, max_points=6).points
         flows = {0: eomdl.GradientFlow(case.loss, eta)}
         flows |= {k: eomdl.InterpolatingFlow(step, eta, k, stride=2) for k in (2, 3, 4, 6)}
         out = []
@@ -151,7 +151,7 @@ def test_edge_of_stability(record, full, name):
                     "at_200": relative[20] if len(relative) > 20 else None,
                     "at_400": relative[40] if len(relative) > 40 else None,
                     "at_1000": relative[-1] if done else None,
-                    "gradients_per_step": STAGES * int(path.stats["num_steps"]) * max(2 * points, 1) / steps,
+                    "gradients_per_step": STAGES * int(path.stats.num_steps) * max(2 * points, 1) / steps,
                     "chosen": points == chosen,
                 }
             )
@@ -180,7 +180,9 @@ class Case(NamedTuple):
 
 
 OPTIMIZERS = {
-    "Adam": Case(optax.adam, lambda h: eomdl.AdamFlow(LOSS, h, order=0), 1e-4, 2000, (1e-4, 5e-5, 2.5e-5)),
+    "Adam": Case(
+        optax.adam, lambda h: eomdl.flows.AdamFlow(LOSS, h, order=0), 1e-4, 2000, (1e-4, 5e-5, 2.5e-5)
+    ),
     "heavy ball": Case(
         lambda h: optax.sgd(0.1 * h, momentum=0.9),
         lambda h: eomdl.GradientFlow(LOSS, h),
@@ -223,7 +225,7 @@ def test_optimizer(record, full, name):
             row |= {"ode_error": comparison.ode_error["flow"][-1]}
             row |= {"times_nearer": out[0]["distance"] / row["distance"] if out else 1.0}
             if points in (1, 2):
-                study = eomdl.convergence(
+                study = eomdl.errors.convergence_study(
                     lambda h, k=points: flow(k, h),
                     LOSS,
                     params,

@@ -19,13 +19,13 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "loss": lambda case: case.loss,
     LOOPS: lambda case: eomdl.sharpness(case.loss),
     "charges of 64 units (rescale)": lambda case: (
-        eomdl.Scaling([("0.w", 1), ("0.b", 0)], [("1.w", 0)]).charge
+        eomdl.symmetry.Scaling([("0.w", 1), ("0.b", 0)], [("1.w", 0)]).charge
     ),
-    "secant (RSI, EB; 4 random directions)": lambda case: eomdl.secant(case.loss, case.params),
-    "curvature of gradient flow": lambda case: eomdl.flow_curvature(
+    "secant (RSI, EB; 4 random directions)": lambda case: eomdl.geometry.secant(case.loss, case.params),
+    "curvature of gradient flow": lambda case: eomdl.geometry.flow_curvature(
         eomdl.GradientFlow(case.loss, case.learning_rate)
     ),
-    "torsion of gradient flow": lambda case: eomdl.flow_torsion(
+    "torsion of gradient flow": lambda case: eomdl.geometry.flow_torsion(
         eomdl.GradientFlow(case.loss, case.learning_rate)
     ),
 }
@@ -37,7 +37,7 @@ def _seconds(run: Callable[..., eomdl.Trajectory]) -> float:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        jax.block_until_ready(run().final)
+        jax.block_until_ready(run().end.state)
         times.append(time.perf_counter() - start)
     return min(times)
 

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,15 +103,28 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args) -> None:
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise _wrong("loss", expected, f"output of dtype {out.dtype}")
     if not _tree.is_traced(params, args):
-        value = loss(params, args)
+        value = _value(loss, params, args)
         if not _tree.is_traced(value) and not np.isfinite(value):
             raise _wrong("loss", "a finite value at the initial params", float(value))
+
+
+@eqx.filter_jit
+def _value(loss: Loss, params: Params, args: Args) -> jax.Array:
+    """Compiled, since one program compiles sooner than the operations of the loss one by one."""
+    return loss(params, args)
 
 
 def function(name: str, value: Any) -> Loss:
     """Something to call as a loss."""
     if not callable(value):
         raise _wrong(name, "a function (params, args) -> real scalar", repr(value))
+    return value
+
+
+def observable(name: str, value: Any) -> Observable:
+    """Something to call as an observable."""
+    if not callable(value):
+        raise _wrong(name, "a function (params, args) -> array", repr(value))
     return value
 
 

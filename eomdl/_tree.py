@@ -14,7 +14,6 @@ __all__ = [
     "is_traced",
     "norm",
     "random_normal",
-    "real_leaves",
     "scale",
     "size",
     "sub",
@@ -48,8 +47,3 @@ def random_normal(key: jax.Array, like: Any) -> Any:
     return structure.unflatten(
         [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     )
-
-
-def real_leaves(x: Any) -> list[Any]:
-    """The floating-point leaves: what a flow carries of an optimizer's state, which may hold counters."""
-    return [leaf for leaf in jax.tree.leaves(x) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact)]

@@ -8,6 +8,9 @@ from eomdl import _check, _tree
 from eomdl._types import Args, Loss, Params
 
 
+__all__ = ["GradientPenalty", "WeightDecay"]
+
+
 class WeightDecay(eqx.Module):
     """L2 weight decay as part of the loss: $L(\\theta) = f(\\theta) + \\frac{\\lambda}{2} |\\theta|^2$.
 

@@ -28,7 +28,7 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
     table = pd.DataFrame(rows, columns=["model", "learning rate", "largest error", "ODE error"])
     orders = pd.DataFrame(
         [
-            (model, eomdl.observed_order(some["learning rate"], some["largest error"]))
+            (model, eomdl.errors.observed_order(some["learning rate"], some["largest error"]))
             for model, some in table.groupby("model", sort=False)
         ],
         columns=["model", "observed order"],
@@ -44,7 +44,7 @@ def _errors(inputs, net, eta: float, points) -> list[tuple[str, float, float, fl
     real = eomdl.descend(loss, net, optimizer, end, args=inputs, save_steps=rest, resume=warm)
     step = eomdl.optimizer_step(loss, optimizer)
     flows = {
-        name: eomdl.AdamFlow(loss, eta, B1, B2, eps=0.0, eps_root=EPS, order=order)
+        name: eomdl.flows.AdamFlow(loss, eta, B1, B2, eps=0.0, eps_root=EPS, order=order)
         for order, name in enumerate(("without correction", "first-order correction"))
     }
     flows |= {f"{k} points": eomdl.InterpolatingFlow(step, eta, k) for k in points}

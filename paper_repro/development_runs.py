@@ -106,7 +106,7 @@ def develop(images, start: int, clustered: int, rest: int, runs: int) -> Develop
     )
     rows.append(settled.final_params)
     losses, gradients = zip(*[_losses_and_gradients(r, images) for r in rows], strict=True)
-    matrices = np.stack([np.asarray(eomdl.barriers(LOSS, r, images, POINTS)) for r in rows])
+    matrices = np.stack([np.asarray(eomdl.geometry.barriers(LOSS, r, images, POINTS)) for r in rows])
     both = jax.tree.map(lambda a, b: np.concatenate([a, b]), rows[at], rows[-2])
     return Development(
         start=start,
@@ -118,7 +118,7 @@ def develop(images, start: int, clustered: int, rest: int, runs: int) -> Develop
         labels=labels_of(matrices[at], THRESHOLD),
         minima=_same_point(_flat(rows[-1])),
         gradient=float(np.linalg.norm(_flat(gradients[-1]), axis=1).max()),
-        across=np.asarray(eomdl.barriers(LOSS, both, images, POINTS))[:runs, runs:],
+        across=np.asarray(eomdl.geometry.barriers(LOSS, both, images, POINTS))[:runs, runs:],
     )
 
 
@@ -132,13 +132,13 @@ def _flat(stacked) -> np.ndarray:
 
 def labels_of(matrix: np.ndarray, threshold: float) -> np.ndarray:
     """Clusters by average linkage: between two of them the mean barrier is above the threshold."""
-    return eomdl.clusters(matrix, threshold, "average")
+    return eomdl.geometry.clusters(matrix, threshold, "average")
 
 
 def _same_point(points: np.ndarray) -> np.ndarray:
     """Labels of runs that ended in one point, to a thousandth of the distance from the origin."""
     distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    return eomdl.clusters(distance, 1e-3 * np.linalg.norm(points, axis=1).mean())
+    return eomdl.geometry.clusters(distance, 1e-3 * np.linalg.norm(points, axis=1).mean())
 
 
 def better_and_worse(d: Development, threshold: float) -> tuple[np.ndarray, np.ndarray] | None:
@@ -159,5 +159,5 @@ def matched_barriers(d: Development, better: np.ndarray, worse: np.ndarray, imag
             down = np.flatnonzero(d.losses[d.at : -1, w] <= d.losses[d.at, b])
             if len(down):
                 ends = (row(d.params[d.at], b), row(d.params[d.at + down[0]], w))
-                height[n, m] = eomdl.barrier(LOSS, *ends, images, POINTS)
+                height[n, m] = eomdl.geometry.barrier(LOSS, *ends, images, POINTS)
     return height

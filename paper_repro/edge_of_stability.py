@@ -100,7 +100,7 @@ def _follow(case: Case, config: Config) -> tuple[pd.DataFrame, list[dict]]:
         "GD, perturbed by 1e-12": eomdl.descend(loss, moved, optimizer, steps, args=args, save_steps=save)
     }
     step = eomdl.optimizer_step(loss, optimizer)
-    best = eomdl.choose_points(step, start, steps, args=args, stride=2, max_points=6).points
+    best = eomdl.flows.choose_points(step, start, steps, args=args, stride=2, max_points=6).points
     flows = {"gradient flow": eomdl.GradientFlow(loss, eta)}
     flows |= {
         f"stride 2, {k} points": eomdl.InterpolatingFlow(step, eta, k, stride=2) for k in sorted({4, best})
@@ -136,9 +136,9 @@ def _follow(case: Case, config: Config) -> tuple[pd.DataFrame, list[dict]]:
             "relative distance at the end": relative[-1],
             "largest": np.nanmax(relative[comparison.steps >= steps // 20]),
         }
-        if "num_steps" in trajectory.stats:
+        if name in flows:
             cost = getattr(flows[name], "points", 1) * flows[name].stride
-            row["gradients per step"] = 6 * trajectory.stats["num_steps"] * cost / steps
+            row["gradients per step"] = 6 * trajectory.stats.num_steps * cost / steps
             difference = eomdl.compare(real, {name: trajectory}).differences[name]
             row["largest loss difference"] = np.abs(difference["loss"]).max()
             path[f"eta * sharpness, {name}"] = (

@@ -20,7 +20,7 @@ MLP_RATES = (0.1, 0.05, 0.025, 0.0125)
 MLP_TIME = 10.0
 MODELS = {
     "original loss": eomdl.GradientFlow,
-    "modified loss": lambda loss, eta: eomdl.GradientFlow(eomdl.GradientPenalty(loss, eta / 4), eta),
+    "modified loss": lambda loss, eta: eomdl.GradientFlow(eomdl.losses.GradientPenalty(loss, eta / 4), eta),
 }
 
 
@@ -90,7 +90,9 @@ def _claims(table: pd.DataFrame) -> list[Claim]:
     claims = []
     for problem, some in table.groupby("problem", sort=False):
         fine = some[some["eta lambda_max"] < 0.35]
-        orders = [eomdl.observed_order(fine["learning rate"], fine[f"distance, {name}"]) for name in MODELS]
+        orders = [
+            eomdl.errors.observed_order(fine["learning rate"], fine[f"distance, {name}"]) for name in MODELS
+        ]
         gain = some["distance, original loss"] / some["distance, modified loss"]
         claims.append(
             Claim(

@@ -33,7 +33,7 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
         real = eomdl.descend(loss, params, optimizer, steps, args=POINT, resume=warm)
         flows = {
             "gradient flow": eomdl.GradientFlow(loss, STEP),
-            "with memory factor": eomdl.MomentumFlow(loss, STEP * (1 - beta), beta),
+            "with memory factor": eomdl.flows.MomentumFlow(loss, STEP * (1 - beta), beta),
             "4 points": eomdl.InterpolatingFlow(eomdl.optimizer_step(loss, optimizer), STEP, 4),
         }
         runs = {
@@ -75,13 +75,13 @@ def _orders(params, momenta) -> list[tuple[float, str, float]]:
             return _optimizer(eta, beta)
 
         def modified(eta, beta=beta):
-            return eomdl.MomentumFlow(models.two_parameter_loss, eta * (1 - beta), beta)
+            return eomdl.flows.MomentumFlow(models.two_parameter_loss, eta * (1 - beta), beta)
 
         def plain(eta):
             return eomdl.GradientFlow(models.two_parameter_loss, eta)
 
         for name, flow in (("gradient flow", plain), ("with memory factor", modified)):
-            study = eomdl.convergence(
+            study = eomdl.errors.convergence_study(
                 flow,
                 models.two_parameter_loss,
                 params,

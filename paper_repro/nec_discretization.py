@@ -41,7 +41,9 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
         distance[f"order {order}"] = comparison.distance["flow"]
         distance[f"ODE error {order}"] = comparison.ode_error["flow"]
         for kind, fixed in (("fixed time", TIME), ("one step", None)):
-            study = eomdl.convergence(flow, loss, params, LEARNING_RATES, time=fixed, args=inputs)
+            study = eomdl.errors.convergence_study(
+                flow, loss, params, LEARNING_RATES, time=fixed, args=inputs
+            )
             share = study.ode_errors / study.errors
             slopes.append((kind, order, order + (1 if fixed else 2), study.order, share.max()))
             errors += [

@@ -41,7 +41,7 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
     ]
     claims = []
     for name, loss in NETWORKS.items():
-        check = eomdl.check_symmetry(loss, starts[0], eomdl.Scaling(["hidden"]), args=inputs)
+        check = eomdl.symmetry.check(loss, starts[0], eomdl.symmetry.Scaling(["hidden"]), args=inputs)
         claims.append(
             Claim(f"The weights before the {name} are scale invariant.", check.message + ".", check.holds)
         )
@@ -65,7 +65,7 @@ def _rates(starts, inputs, steps, grid, names) -> pd.DataFrame:
         def real(eta, decay, seed, bare=bare, grad_norm=grad_norm):
             loss = eomdl.WeightDecay(bare, decay)
             observe = {
-                "norm": eomdl.block_norm(hidden),
+                "norm": eomdl.observe.block_norm(hidden),
                 "gradient": grad_norm,
                 "sharpness": eomdl.sharpness(loss, 8),
             }
@@ -75,11 +75,11 @@ def _rates(starts, inputs, steps, grid, names) -> pd.DataFrame:
             ).observables
 
         measured = jax.tree.map(np.asarray, real(etas, decays, which))
-        observe = {"norm": eomdl.block_norm(hidden)}
+        observe = {"norm": eomdl.observe.block_norm(hidden)}
         for i in tqdm(range(len(etas)), desc=f"flows, {network}"):
             eta, decay, norm, gradient = etas[i], decays[i], measured["norm"][i], measured["gradient"][i]
-            rate = -2 * eomdl.decay_rate(norm, eta)
-            law = eomdl.scale_norm_after_step(norm[:-1], gradient[:-1], eta, decay)
+            rate = -2 * eomdl.observe.decay_rate(norm, eta)
+            law = eomdl.symmetry.scale_norm_after_step(norm[:-1], gradient[:-1], eta, decay)
             row = {
                 "network": network,
                 "learning rate": eta,
@@ -89,7 +89,7 @@ def _rates(starts, inputs, steps, grid, names) -> pd.DataFrame:
                 "spread": rate.std(),
                 "exact law error": np.abs(np.asarray(law) / norm[1:] - 1).max(),
                 "closed form EoM 1": float(
-                    np.mean(eomdl.scale_norm_rate(norm[:-1], gradient[:-1], eta, decay, order=1))
+                    np.mean(eomdl.symmetry.scale_norm_rate(norm[:-1], gradient[:-1], eta, decay, order=1))
                 ),
             }
             loss = eomdl.WeightDecay(bare, decay)
@@ -103,7 +103,7 @@ def _rates(starts, inputs, steps, grid, names) -> pd.DataFrame:
                     save_params=False,
                     estimate_error=False,
                 )
-                predicted = -2 * eomdl.decay_rate(path.observables["norm"], eta)
+                predicted = -2 * eomdl.observe.decay_rate(path.observables["norm"], eta)
                 row[model] = predicted.mean()
                 row[f"error {model}"] = np.abs(predicted - rate).max()
             rows.append(row)
@@ -123,7 +123,7 @@ def _equilibrium(config: Config, start, steps) -> tuple[pd.DataFrame, pd.DataFra
     before = jax.tree.map(lambda leaf: leaf[:-1], real.params)
     gradient = np.asarray(jax.jit(jax.vmap(gradient_norm(bare)))(before, batches))
     curve = {"step": real.steps, "SGD": norm}
-    observe = {"norm": eomdl.block_norm(hidden)}
+    observe = {"norm": eomdl.observe.block_norm(hidden)}
     for order, model in enumerate(MODELS[:3]):
         flow = eomdl.EquationOfMotion(loss, LONG_RATE, order)
         path = eomdl.solve(
@@ -140,14 +140,14 @@ def _equilibrium(config: Config, start, steps) -> tuple[pd.DataFrame, pd.DataFra
         )
         reached = path.observables["norm"]
         curve[model] = np.pad(reached, (0, steps + 1 - len(reached)), constant_values=np.nan)
-    curve["angle"] = np.append(eomdl.angle_per_step(hidden(real.params)), np.nan)
+    curve["angle"] = np.append(eomdl.observe.angle_per_step(hidden(real.params)), np.nan)
     # The balance at each step, with the gradient's mean square over the last 50 batches.
     invariant = pd.Series((norm[:-1] * gradient) ** 2).rolling(50, min_periods=1).mean().to_numpy()
-    balance = eomdl.equilibrium_norm(1.0, np.sqrt(invariant), LONG_RATE, LONG_DECAY)
+    balance = eomdl.symmetry.equilibrium_norm(1.0, np.sqrt(invariant), LONG_RATE, LONG_DECAY)
     curve["equilibrium"] = np.append(np.asarray(balance), np.nan)
     tail = slice(steps // 2, None)
     predicted = float(
-        eomdl.equilibrium_norm(
+        eomdl.symmetry.equilibrium_norm(
             1.0, np.sqrt(np.mean((norm[:-1][tail] * gradient[tail]) ** 2)), LONG_RATE, LONG_DECAY
         )
     )
@@ -158,7 +158,7 @@ def _equilibrium(config: Config, start, steps) -> tuple[pd.DataFrame, pd.DataFra
             "angle per step (root mean square)",
             np.sqrt(np.mean(angle**2)),
             angle.std(),
-            float(eomdl.equilibrium_angle(LONG_RATE, LONG_DECAY)),
+            float(eomdl.symmetry.equilibrium_angle(LONG_RATE, LONG_DECAY)),
         ),
     ]
     for model in MODELS[:3]:

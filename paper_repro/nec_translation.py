@@ -33,7 +33,7 @@ def symmetric_component(params, args) -> jax.Array:
     return eomdl.observables.norms.shift_component(lambda b: b, axis=-1)(whole, None)
 
 
-OBSERVE = {"component": symmetric_component, "norm": eomdl.block_norm(last_layer)}
+OBSERVE = {"component": symmetric_component, "norm": eomdl.observe.block_norm(last_layer)}
 
 
 def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
@@ -45,21 +45,21 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
     sizes = (inputs[0].shape[1], 16, 10)
     starts = [models.mlp_init(jax.random.key(seed), sizes) for seed in seeds]
 
-    check = eomdl.check_symmetry(
-        models.mlp_loss, starts[0], eomdl.Translation(lambda p: p[-1]["w"]), args=inputs
+    check = eomdl.symmetry.check(
+        models.mlp_loss, starts[0], eomdl.symmetry.Translation(lambda p: p[-1]["w"]), args=inputs
     )
     real = _descend_all(grid, starts, steps, inputs)
     rows = []
     for i, (eta, decay, seed) in enumerate(tqdm(grid, desc="flows")):
         measured = {name: np.asarray(values[i]) for name, values in real.items()}
         row = {"learning rate": eta, "weight decay": decay, "seed": seed}
-        component = eomdl.decay_rate(measured["component"], eta)
+        component = eomdl.observe.decay_rate(measured["component"], eta)
         row |= {"component measured": component.mean(), "component spread": component.std()}
-        norm = eomdl.decay_rate(measured["norm"], eta)
+        norm = eomdl.observe.decay_rate(measured["norm"], eta)
         row |= {"norm measured": norm.mean(), "norm spread": norm.std()}
         loss = eomdl.WeightDecay(models.mlp_loss, decay)
         for order, model in zip(ORDERS, MODELS, strict=True):
-            row[f"component {model}"] = float(eomdl.translation_decay_rate(eta, decay, order))
+            row[f"component {model}"] = float(eomdl.symmetry.translation_decay_rate(eta, decay, order))
             flow = eomdl.EquationOfMotion(loss, eta, order)
             path = eomdl.solve(
                 flow,
@@ -70,10 +70,10 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
                 save_params=False,
                 estimate_error=False,
             )
-            predicted = eomdl.decay_rate(path.observables["norm"], eta)
+            predicted = eomdl.observe.decay_rate(path.observables["norm"], eta)
             row[f"norm {model}"] = predicted.mean()
             row[f"norm error {model}"] = np.abs(predicted - norm).max()
-        row["component exact"] = float(eomdl.translation_decay_rate(eta, decay, None))
+        row["component exact"] = float(eomdl.symmetry.translation_decay_rate(eta, decay, None))
         rows.append(row)
     runs = pd.DataFrame(rows)
     keys = ["learning rate", "weight decay"]

@@ -67,9 +67,9 @@ def start(network: str, pixels: int) -> dict:
 
 
 CHARGES = {
-    "translation": eomdl.Translation("head.w"),
-    "scale": eomdl.Scaling([("first", 1)]),
-    "rescale": eomdl.Scaling([("norm.gain", 0), ("norm.shift", 0)], [("head.w", -2)]),
+    "translation": eomdl.symmetry.Translation("head.w"),
+    "scale": eomdl.symmetry.Scaling([("first", 1)]),
+    "rescale": eomdl.symmetry.Scaling([("norm.gain", 0), ("norm.shift", 0)], [("head.w", -2)]),
 }
 
 
@@ -96,7 +96,7 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
         }
         key = {"network": network, "momentum": beta, "weight decay": decay}
         for name, symmetry in CHARGES.items():
-            found = eomdl.conservation(
+            found = eomdl.symmetry.conservation(
                 real,
                 symmetry,
                 learning_rate=STEP[beta],
@@ -152,7 +152,7 @@ def _symmetries(networks, inputs) -> pd.DataFrame:
     rows = []
     for network in networks:
         params = start(network, inputs[0].shape[1])
-        for check in eomdl.propose_symmetries(LOSSES[network], params, inputs):
+        for check in eomdl.symmetry.propose(LOSSES[network], params, inputs):
             rows.append((network, check.symmetry.label, check.gradient, check.value))
     return pd.DataFrame(
         rows, columns=["network", "symmetry", "cosine with the gradient", "change of the loss"]
@@ -166,8 +166,8 @@ def _turning(path, eta: float, beta: float) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "step": path.steps,
-            "angle per step": np.append(eomdl.angle_per_step(block), np.nan),
-            "effective learning rate": np.asarray(eomdl.effective_learning_rate(norm, eta, beta)),
+            "angle per step": np.append(eomdl.observe.angle_per_step(block), np.nan),
+            "effective learning rate": np.asarray(eomdl.symmetry.effective_learning_rate(norm, eta, beta)),
         }
     )
 
@@ -183,7 +183,7 @@ def _angles(turns: pd.DataFrame) -> pd.DataFrame:
         row = dict(zip(keys, key, strict=True)) | {
             "angle per step, first tenth": angle[:tenth].mean(),
             "angle per step, last tenth": angle[-tenth:].mean(),
-            "angle at equilibrium": float(eomdl.equilibrium_angle(STEP[key[1]], key[2], key[1])),
+            "angle at equilibrium": float(eomdl.symmetry.equilibrium_angle(STEP[key[1]], key[2], key[1])),
             "effective learning rate, start": rate[0],
             "effective learning rate, end": rate[-1],
         }
@@ -321,7 +321,10 @@ def _plot_turning(turns: pd.DataFrame) -> Figure:
             rate.plot(one["step"], one["effective learning rate"], **style)
         decay = case["weight decay"].iloc[0]
         angle.axhline(
-            float(eomdl.equilibrium_angle(STEP[beta], decay, beta)), color="k", ls=":", label="equilibrium"
+            float(eomdl.symmetry.equilibrium_angle(STEP[beta], decay, beta)),
+            color="k",
+            ls=":",
+            label="equilibrium",
         )
         angle.set(
             title=f"{network}, momentum {beta}, decay {decay:g}", ylabel="angle per step [rad]", yscale="log"

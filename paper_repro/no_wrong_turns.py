@@ -65,7 +65,7 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
                 **options,
             )
 
-        studies = eomdl.secants(path, {"full batch": loss, "minibatch": eomdl.on_batch(loss)})
+        studies = eomdl.geometry.secants(path, {"full batch": loss, "minibatch": eomdl.on_batch(loss)})
         frames += [
             study.to_frame().assign(sweep=sweep, value=str(value), seed=seed, gradient=name)
             for name, study in studies.items()
@@ -113,14 +113,16 @@ def _flows(config: Config, images, labels, steps) -> tuple[pd.DataFrame, pd.Data
     def real(**options):
         return eomdl.descend(loss, params, optimizer, steps, **common, **options)
 
-    runs = {"GD": eomdl.secants(real, {"full": loss})["full"]}
+    runs = {"GD": eomdl.geometry.secants(real, {"full": loss})["full"]}
     for order in tqdm((0, 1) if config.smoke else (0, 1, 2), desc="flows"):
         flow = eomdl.EquationOfMotion(loss, FLOW_RATE, order)
 
         def model(flow=flow, **options):
             return eomdl.solve(flow, params, steps, estimate_error=False, **common, **options)
 
-        runs["gradient flow" if order == 0 else f"EoM {order}"] = eomdl.secants(model, {"full": loss})["full"]
+        runs["gradient flow" if order == 0 else f"EoM {order}"] = eomdl.geometry.secants(
+            model, {"full": loss}
+        )["full"]
     rows = []
     for name, study in runs.items():
         if name != "GD":

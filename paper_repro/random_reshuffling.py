@@ -26,8 +26,10 @@ def mean_loss(params, batches) -> jax.Array:
 
 MODELS = {
     "gradient flow": lambda eta: eomdl.GradientFlow(mean_loss, eta),
-    "modified by |grad L|^2": lambda eta: eomdl.GradientFlow(eomdl.GradientPenalty(mean_loss, eta / 4), eta),
-    "modified by mean |grad L_k|^2": lambda eta: eomdl.ReshufflingFlow(LOSS, eta),
+    "modified by |grad L|^2": lambda eta: eomdl.GradientFlow(
+        eomdl.losses.GradientPenalty(mean_loss, eta / 4), eta
+    ),
+    "modified by mean |grad L_k|^2": lambda eta: eomdl.flows.ReshufflingFlow(LOSS, eta),
 }
 SAMPLINGS = {
     "random reshuffling": lambda m: itertools.permutations(range(m)),
@@ -57,7 +59,7 @@ def run(config: Config) -> tuple[dict[str, pd.DataFrame], list[Claim]]:
                 rows.append((sampling, model, eta, distance))
     table = pd.DataFrame(rows, columns=["sampling", "model", "learning rate", "distance"])
     orders = [
-        (*key, eomdl.observed_order(some["learning rate"][-3:], some["distance"][-3:]))
+        (*key, eomdl.errors.observed_order(some["learning rate"][-3:], some["distance"][-3:]))
         for key, some in table.groupby(["sampling", "model"], sort=False)
     ]
     order_table = pd.DataFrame(orders, columns=["sampling", "model", "observed order"])

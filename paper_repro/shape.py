@@ -85,13 +85,13 @@ def _paths(images, size: Sizes, seeds: int) -> tuple[pd.DataFrame, pd.DataFrame,
             index = np.random.default_rng(seed).integers(0, len(images[0]), (size.sgd_steps, 5))
             batches = (images[0][index], images[1][index])
             runs["SGD"] = eomdl.descend(loss, params, optax.sgd(PATH_RATE), size.sgd_steps, batches=batches)
-        axes = eomdl.principal_components(runs["GD"])
-        real = eomdl.path_shape(runs["GD"])
+        axes = eomdl.geometry.principal_components(runs["GD"])
+        real = eomdl.geometry.path_shape(runs["GD"])
         for name, run_ in runs.items():
-            row = {"seed": seed, "run": name, "length": eomdl.path_length(run_)[-1]}
-            row["straightness"] = eomdl.straightness(run_)[-1]
+            row = {"seed": seed, "run": name, "length": eomdl.geometry.path_length(run_)[-1]}
+            row["straightness"] = eomdl.geometry.straightness(run_)[-1]
             if name != "SGD":
-                here = real if name == "GD" else eomdl.path_shape(run_)
+                here = real if name == "GD" else eomdl.geometry.path_shape(run_)
                 row |= {
                     f"|log {what} ratio to GD|": float(
                         np.nanmedian(np.abs(np.log(getattr(here, what) / getattr(real, what))))
@@ -103,10 +103,10 @@ def _paths(images, size: Sizes, seeds: int) -> tuple[pd.DataFrame, pd.DataFrame,
                     shapes.append(pd.DataFrame({"run": name} | dataclasses.asdict(here) | scores))
             if name == "GD":
                 row["first component"] = axes.explained[0]
-            row["effective dimension"] = eomdl.participation_ratio(run_.params)
-            points = eomdl.path_points(run_, size.points)
-            for label, estimator in eomdl.dimension_estimators().items():
-                found = eomdl.intrinsic_dimension(points, estimator, partitions=size.partitions)
+            row["effective dimension"] = eomdl.geometry.participation_ratio(run_.params)
+            points = eomdl.geometry.path_points(run_, size.points)
+            for label, estimator in eomdl.geometry.dimension_estimators().items():
+                found = eomdl.geometry.intrinsic_dimension(points, estimator, partitions=size.partitions)
                 row |= {label: found.dimension, f"{label} error": found.standard_error}
             rows.append(row)
         if seed == 0:
@@ -120,7 +120,7 @@ def _plane(loss, axes, shapes, images, points: int) -> pd.DataFrame:
     sides = [
         np.linspace(a - 0.2 * (b - a), b + 0.2 * (b - a), points) for a, b in zip(low, high, strict=True)
     ]
-    plane = eomdl.loss_plane(loss, axes.mean, axes.direction(0), axes.direction(1), *sides, images)
+    plane = eomdl.geometry.loss_plane(loss, axes.mean, axes.direction(0), axes.direction(1), *sides, images)
     x, y = np.meshgrid(plane.x, plane.y)
     return pd.DataFrame({"first": x.ravel(), "second": y.ravel(), "loss": plane.loss.ravel()})
 
@@ -168,7 +168,7 @@ def _relu(images, size: Sizes, seeds: int) -> tuple[pd.DataFrame, ...]:
                 continue
             clouds += [name | row for row in _dimensions(now, images, size.partitions)]
             if seed == 0 and step in (first, later[-1]):
-                found = eomdl.region_map(preactivations, now, inputs[:3], resolution=size.resolution)
+                found = eomdl.geometry.region_map(preactivations, now, inputs[:3], resolution=size.resolution)
                 x, y = np.meshgrid(found.x, found.y)
                 picture = {"step": step, "x": x.ravel(), "y": y.ravel(), "label": found.labels.ravel()}
                 pictures.append(pd.DataFrame(picture))
@@ -183,12 +183,12 @@ _activations = jax.jit(activations)
 def _dimensions(params, images, partitions: int) -> list[dict]:
     """Of the activations of every layer, and of the gradients of single images."""
     points = dict(zip(LAYERS, _activations(params, images[0]), strict=True))
-    points["gradients"] = eomdl.gradient_points(relu_loss, params, images)
+    points["gradients"] = eomdl.geometry.gradient_points(relu_loss, params, images)
     rows = []
     for (name, cloud), (label, estimator) in itertools.product(
-        points.items(), eomdl.dimension_estimators().items()
+        points.items(), eomdl.geometry.dimension_estimators().items()
     ):
-        found = eomdl.intrinsic_dimension(cloud, estimator, partitions=partitions)
+        found = eomdl.geometry.intrinsic_dimension(cloud, estimator, partitions=partitions)
         notes = "; ".join(found.notes)
         rows.append({"cloud": name} | dataclasses.asdict(found) | {"estimator": label, "notes": notes})
     return rows
@@ -197,7 +197,8 @@ def _dimensions(params, images, partitions: int) -> list[dict]:
 def _counts(params, ends) -> dict:
     """Regions on the lines between images."""
     counts = [
-        eomdl.count_regions_on_line(preactivations, params, a, b).count for a, b in zip(*ends, strict=True)
+        eomdl.geometry.count_regions_on_line(preactivations, params, a, b).count
+        for a, b in zip(*ends, strict=True)
     ]
     return {
         "regions on a line": np.mean(counts),
@@ -296,10 +297,12 @@ def _list(values) -> str:
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     """Shape of the paths, the paths on the loss, dimensions by each estimator, regions early and late."""
     runs = {name: rows for name, rows in tables["shape"].groupby("run", sort=False)}
-    fields = [field.name for field in dataclasses.fields(eomdl.PathShape)]
-    shapes = {name: eomdl.PathShape(*(rows[f].to_numpy() for f in fields)) for name, rows in runs.items()}
+    fields = [field.name for field in dataclasses.fields(eomdl.geometry.PathShape)]
+    shapes = {
+        name: eomdl.geometry.PathShape(*(rows[f].to_numpy() for f in fields)) for name, rows in runs.items()
+    }
     grid = tables["plane"].pivot(index="second", columns="first", values="loss")
-    plane = eomdl.LossPlane(grid.columns.to_numpy(), grid.index.to_numpy(), grid.to_numpy())
+    plane = eomdl.geometry.LossPlane(grid.columns.to_numpy(), grid.index.to_numpy(), grid.to_numpy())
     paths = {name: rows[["first", "second"]].to_numpy() for name, rows in runs.items()}
     figures = {"shape": plot_path_shape(shapes), "plane": plot_path_plane(plane, paths)}
     clouds = tables["dimensions"]
@@ -312,7 +315,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     maps = {}
     for step, rows in tables["region map"].groupby("step"):
         labels = rows.pivot(index="y", columns="x", values="label")
-        maps[f"step {step}"] = eomdl.RegionMap(
+        maps[f"step {step}"] = eomdl.geometry.RegionMap(
             labels.to_numpy(),
             labels.columns.to_numpy(),
             labels.index.to_numpy(),
@@ -323,9 +326,9 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     return figures
 
 
-def _estimate(row: dict) -> eomdl.IntrinsicDimension:
-    fields = [field.name for field in dataclasses.fields(eomdl.IntrinsicDimension)]
-    return eomdl.IntrinsicDimension(**{name: row[name] for name in fields} | {"notes": ()})
+def _estimate(row: dict) -> eomdl.geometry.IntrinsicDimension:
+    fields = [field.name for field in dataclasses.fields(eomdl.geometry.IntrinsicDimension)]
+    return eomdl.geometry.IntrinsicDimension(**{name: row[name] for name in fields} | {"notes": ()})
 
 
 def _plot_training(regions: pd.DataFrame, gradients: pd.DataFrame) -> Figure:

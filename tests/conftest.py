@@ -1,5 +1,10 @@
 """The strict regime: float64, no silent rank promotion, every warning an error."""
 
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -8,7 +13,21 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Small problems: compiling is what takes the time.
 jax.config.update("jax_disable_most_optimizations", True)
+# What one worker or one run has compiled, the next one reads.
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".jax_cache")),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_of_one_file_only() -> Iterator[None]:
+    """JAX drops no compiled program by itself: memory would grow with every file."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -8,8 +8,8 @@ import pytest
 from helpers import NET_ARGS, net_loss, net_params, normal, quadratic_loss, symmetric
 
 import eomdl
-from eomdl.ensemble import Ensemble, stack
-from eomdl.geometry.barriers import barrier, barriers, clusters, loss_on_line
+from eomdl.geometry import barrier, barriers, clusters, loss_on_line
+from eomdl.maps import Ensemble, stack
 from eomdl.plotting.development import plot_barriers, plot_development
 
 
@@ -111,7 +111,7 @@ def test_barriers_at_every_saved_step_of_an_ensemble():
     history = barriers(wells_loss, run, WELLS, 5)
     assert history.shape == (3, 4, 4)
     # The last start diverges at once: after that it has no barrier with the others, nor with itself.
-    np.testing.assert_array_equal(run.final.alive, [1, 1, 1, 0])
+    np.testing.assert_array_equal(run.end.state.alive, [1, 1, 1, 0])
     assert np.all(np.isnan(history[1:, 3])) and np.all(np.isnan(history[1:, :, 3]))
     np.testing.assert_array_equal(history[:, :3, :3], run.observables["barriers"][:, :3, :3])
     # Two valleys of the first coordinate: they part while the loss falls.

@@ -221,15 +221,15 @@ def test_one_step_defect_has_order_n_plus_2(flow):
     defects = []
     for eta in rates:
         real = eomdl.descend(valley_loss, VALLEY, optax.sgd(eta), 2)
-        steps, d = eomdl.defect(flow.make(valley_loss, eta), real, steps=[0])
+        steps, d = eomdl.errors.local_error(flow.make(valley_loss, eta), real, steps=[0])
         np.testing.assert_array_equal(steps, [0])
         defects.append(d[0])
-    assert eomdl.observed_order(rates, defects) == pytest.approx(flow.terms + 2, abs=0.1)
+    assert eomdl.errors.observed_order(rates, defects) == pytest.approx(flow.terms + 2, abs=0.1)
 
 
 @pytest.mark.parametrize("flow", up_to(4), ids=lambda f: f.name)
 def test_error_at_fixed_time_has_order_n_plus_1(flow):
-    result = eomdl.convergence(
+    result = eomdl.errors.convergence_study(
         lambda eta: flow.make(valley_loss, eta), valley_loss, VALLEY, [0.1, 0.05, 0.025], time=0.6
     )
     np.testing.assert_array_equal(result.num_steps, [6, 12, 24])
@@ -241,16 +241,16 @@ def test_convergence_without_a_time_is_the_first_step():
     def flow(eta):
         return eomdl.EquationOfMotion(valley_loss, eta, 1)
 
-    result = eomdl.convergence(flow, valley_loss, VALLEY, [0.1, 0.05])
+    result = eomdl.errors.convergence_study(flow, valley_loss, VALLEY, [0.1, 0.05])
     np.testing.assert_array_equal(result.num_steps, [1, 1])
     for eta, error in zip((0.1, 0.05), result.errors, strict=True):
         real = eomdl.descend(valley_loss, VALLEY, optax.sgd(eta), 1)
-        np.testing.assert_allclose(eomdl.defect(flow(eta), real)[1], [error], rtol=1e-2)
+        np.testing.assert_allclose(eomdl.errors.local_error(flow(eta), real)[1], [error], rtol=1e-2)
 
 
 def test_convergence_sees_an_optimizer_that_the_flow_does_not_model():
     # Gradient flow at twice the speed: the error does not vanish with the learning rate.
-    result = eomdl.convergence(
+    result = eomdl.errors.convergence_study(
         lambda eta: eomdl.GradientFlow(valley_loss, eta),
         valley_loss,
         VALLEY,
@@ -263,14 +263,14 @@ def test_convergence_sees_an_optimizer_that_the_flow_does_not_model():
 
 def test_observed_order():
     rates = np.array([0.1, 0.05, 0.02])
-    assert eomdl.observed_order(rates, 3 * rates**2.5) == pytest.approx(2.5, abs=1e-12)
+    assert eomdl.errors.observed_order(rates, 3 * rates**2.5) == pytest.approx(2.5, abs=1e-12)
 
 
 def test_defect_by_hand():
     # Exact flow of the quadratic over one step against the exact step, on a path of minibatches.
     flow = eomdl.GradientFlow(net_loss, 0.1)
     real = eomdl.descend(net_loss, NET, SGD, 12, batches=NET_BATCHES)
-    steps, defects = eomdl.defect(flow, real, batches=NET_BATCHES, steps=[0, 7])
+    steps, defects = eomdl.errors.local_error(flow, real, batches=NET_BATCHES, steps=[0, 7])
     for k, defect in zip(steps, defects, strict=True):
         batch = jax.tree.map(lambda leaf, k=k: leaf[k], NET_BATCHES)
         end = eomdl.solve(flow, real.at(k), 1, args=batch, rtol=1e-12, atol=1e-12).at(1)
@@ -280,7 +280,7 @@ def test_defect_by_hand():
 
 def test_defect_spreads_over_the_path():
     real = eomdl.descend(valley_loss, VALLEY, SGD, 100)
-    steps, defects = eomdl.defect(eomdl.GradientFlow(valley_loss, 0.1), real)
+    steps, defects = eomdl.errors.local_error(eomdl.GradientFlow(valley_loss, 0.1), real)
     assert len(steps) == len(defects) == 16
     assert (steps[0], steps[-1]) == (0, 99)
     assert np.all(defects > 0)

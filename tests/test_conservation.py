@@ -27,9 +27,9 @@ def train(
 
 BATCHES = (normal(47, 12, 6, 3), jnp.asarray(np.random.default_rng(0).integers(0, 2, (12, 6))))
 CHARGES = {
-    "translation": eomdl.Translation("head"),
-    "scale": eomdl.Scaling([("first.w", 1)]),
-    "rescale": eomdl.Scaling([("norm.gain", 0), ("norm.shift", 0)], [("head", 0)]),
+    "translation": eomdl.symmetry.Translation("head"),
+    "scale": eomdl.symmetry.Scaling([("first.w", 1)]),
+    "rescale": eomdl.symmetry.Scaling([("norm.gain", 0), ("norm.shift", 0)], [("head", 0)]),
 }
 
 
@@ -43,7 +43,7 @@ def runs():
 @pytest.mark.parametrize("decay", [0.0, DECAY])
 def test_exact_laws_hold_to_rounding_on_minibatches(runs, name, beta, decay):
     settings = {"learning_rate": ETA, "weight_decay": decay, "momentum": beta}
-    found = eomdl.conservation(runs[beta, decay], CHARGES[name], **settings)
+    found = eomdl.symmetry.conservation(runs[beta, decay], CHARGES[name], **settings)
     scale = np.abs(found.charge).max()
     assert found.errors["exact"].max() < 1e-12 * scale
     if name != "translation" or decay:  # else all of them are constant, and right
@@ -52,13 +52,15 @@ def test_exact_laws_hold_to_rounding_on_minibatches(runs, name, beta, decay):
         if beta == 0:
             assert found.errors["first order"].max() < 0.2 * found.errors["gradient flow"].max()
     # The laws know their arguments: another momentum or decay breaks them.
-    wrong = eomdl.conservation(runs[beta, decay], CHARGES[name], **settings | {"weight_decay": decay + 0.1})
+    wrong = eomdl.symmetry.conservation(
+        runs[beta, decay], CHARGES[name], **settings | {"weight_decay": decay + 0.1}
+    )
     assert wrong.errors["exact"].max() > 1e-4 * scale
 
 
 def test_exact_law_without_momentum_is_the_one_of_the_theory(runs):
     run, scale = runs[0.0, DECAY], CHARGES["scale"]
-    found = eomdl.conservation(run, scale, learning_rate=ETA, weight_decay=DECAY)
+    found = eomdl.symmetry.conservation(run, scale, learning_rate=ETA, weight_decay=DECAY)
     for k in range(12):
         batch = jax.tree.map(lambda leaf, k=k: leaf[k], BATCHES)
         g = jax.grad(normalized_loss)(run.at(k), batch)["first"]["w"]
@@ -71,7 +73,9 @@ def test_a_run_that_begins_in_motion(runs):
     rows = jax.tree.map(lambda leaf: leaf[4:], (whole.steps, whole.times, whole.params))
     late = eqx.tree_at(lambda t: (t.steps, t.times, t.params), whole, rows)
     for symmetry in CHARGES.values():
-        found = eomdl.conservation(late, symmetry, learning_rate=ETA, weight_decay=DECAY, momentum=0.9)
+        found = eomdl.symmetry.conservation(
+            late, symmetry, learning_rate=ETA, weight_decay=DECAY, momentum=0.9
+        )
         assert found.errors["exact"].max() < 1e-12 * np.abs(found.charge).max()
 
 
@@ -80,7 +84,7 @@ def test_first_order_law_converges_at_second_order():
     errors = []
     for eta, steps in ((0.02, 40), (0.01, 80), (0.005, 160)):
         run = train(0.0, DECAY, steps, eta=eta)
-        found = eomdl.conservation(run, CHARGES["scale"], learning_rate=eta, weight_decay=DECAY)
+        found = eomdl.symmetry.conservation(run, CHARGES["scale"], learning_rate=eta, weight_decay=DECAY)
         errors.append([found.errors[law][-1] for law in ("gradient flow", "first order")])
     orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
     np.testing.assert_allclose(orders[-1], [1, 2], atol=0.1)
@@ -103,7 +107,9 @@ def test_flows_predict_charges_from_the_start_alone():
         for n in (0, 1)
     }
     for symmetry in CHARGES.values():
-        found = eomdl.conservation(run, symmetry, learning_rate=eta, weight_decay=DECAY, models=models)
+        found = eomdl.symmetry.conservation(
+            run, symmetry, learning_rate=eta, weight_decay=DECAY, models=models
+        )
         errors = [found.errors[name].max() for name in models]
         assert errors[1] < 0.2 * errors[0]
         # Gradient flow obeys its own law.
@@ -113,14 +119,14 @@ def test_flows_predict_charges_from_the_start_alone():
 def test_wrong_arguments_of_conservation(runs):
     run, symmetry = runs[0.0, 0.0], CHARGES["scale"]
     with pytest.raises(ValueError, match="momentum: expected a number in"):
-        eomdl.conservation(run, symmetry, learning_rate=ETA, momentum=1.0)
+        eomdl.symmetry.conservation(run, symmetry, learning_rate=ETA, momentum=1.0)
     with pytest.raises(ValueError, match="learning_rate"):
-        eomdl.conservation(run, symmetry, learning_rate=0.0)
+        eomdl.symmetry.conservation(run, symmetry, learning_rate=0.0)
     with pytest.raises(ValueError, match=r"models\['a'\]"):
-        eomdl.conservation(run, symmetry, learning_rate=ETA, models={"a": 1})
+        eomdl.symmetry.conservation(run, symmetry, learning_rate=ETA, models={"a": 1})
     gaps = eomdl.descend(normalized_loss, NORMALIZED, optax.sgd(ETA), 4, args=LABEL_ARGS, save_steps=2)
     with pytest.raises(ValueError, match="run: expected parameters saved at two or more consecutive steps"):
-        eomdl.conservation(gaps, symmetry, learning_rate=ETA)
+        eomdl.symmetry.conservation(gaps, symmetry, learning_rate=ETA)
 
 
 def test_equilibrium_with_momentum():
@@ -141,11 +147,11 @@ def test_equilibrium_with_momentum():
         w = new
     late = slice(steps // 2, None)
     c = np.sqrt(np.mean(np.square(sizes[late])))
-    predicted = eomdl.equilibrium_norm(1.0, c, eta, decay, beta)
+    predicted = eomdl.symmetry.equilibrium_norm(1.0, c, eta, decay, beta)
     np.testing.assert_allclose(np.sqrt(np.mean(squares[late])), predicted, rtol=0.02)
-    assert abs(predicted / eomdl.equilibrium_norm(1.0, c, eta, decay) - 1) > 0.2  # momentum matters
+    assert abs(predicted / eomdl.symmetry.equilibrium_norm(1.0, c, eta, decay) - 1) > 0.2  # momentum matters
     np.testing.assert_allclose(
-        np.arccos(1 - np.mean(turns[late])), eomdl.equilibrium_angle(eta, decay, beta), rtol=0.03
+        np.arccos(1 - np.mean(turns[late])), eomdl.symmetry.equilibrium_angle(eta, decay, beta), rtol=0.03
     )
 
 
@@ -159,14 +165,16 @@ def test_effective_learning_rate():
 
     w = 3.0 * SCALE["w"]
     unit = w / jnp.linalg.norm(w)
-    rate = eomdl.effective_learning_rate(jnp.linalg.norm(w), eta)
+    rate = eomdl.symmetry.effective_learning_rate(jnp.linalg.norm(w), eta)
     np.testing.assert_allclose(direction(w, eta) - unit, direction(unit, rate) - unit, rtol=1e-3, atol=1e-12)
-    np.testing.assert_allclose(eomdl.effective_learning_rate(2.0, 0.1, 0.9), 0.25, rtol=1e-12)
+    np.testing.assert_allclose(eomdl.symmetry.effective_learning_rate(2.0, 0.1, 0.9), 0.25, rtol=1e-12)
 
 
 def test_frame_and_plot(runs):
     found = {
-        name: eomdl.conservation(runs[0.9, DECAY], s, learning_rate=ETA, weight_decay=DECAY, momentum=0.9)
+        name: eomdl.symmetry.conservation(
+            runs[0.9, DECAY], s, learning_rate=ETA, weight_decay=DECAY, momentum=0.9
+        )
         for name, s in CHARGES.items()
     }
     frame = found["scale"].to_frame()

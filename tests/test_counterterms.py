@@ -32,7 +32,7 @@ from helpers import (
 from jax.flatten_util import ravel_pytree
 
 import eomdl
-from eomdl.counterterms import modified_field_series
+from eomdl.series import modified_field_series
 
 
 counterterms = jax.jit(eomdl.counterterms, static_argnums=(0, 2))
@@ -127,7 +127,9 @@ def test_square_is_exact_at_the_level_of_the_map():
             y += h / n / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         return abs(y - (1 + h))
 
-    assert eomdl.observed_order([0.04, 0.08], [defect(0.04), defect(0.08)]) == pytest.approx(8, abs=0.6)
+    assert eomdl.errors.observed_order([0.04, 0.08], [defect(0.04), defect(0.08)]) == pytest.approx(
+        8, abs=0.6
+    )
     xi = counterterms(cubic_loss, jnp.array(1.0), 6)
     np.testing.assert_allclose([-x for x in xi], SQUARE_SERIES[1:], rtol=1e-13)
 

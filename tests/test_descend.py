@@ -57,8 +57,8 @@ def test_equals_a_hand_written_loop(name):
     # To the rounding that another program of the same loop may differ in.
     assert_close(run.params, hand_written_loop(valley_loss, VALLEY, OPTIMIZERS[name], 25), rtol=1e-14)
     np.testing.assert_array_equal(run.steps, np.arange(26))
-    assert int(run.final_step) == 25
-    assert int(run.stats["gradient_evaluations"]) == 25
+    assert int(run.end.step) == 25
+    assert int(run.stats.gradient_evaluations) == 25
     assert run.message == ""
     assert run.result == eomdl.RESULTS.successful
     assert run.ode_error is None
@@ -101,7 +101,7 @@ def test_save_steps(save_steps, expected):
     run = eomdl.descend(valley_loss, VALLEY, SGD, 25, save_steps=save_steps)
     np.testing.assert_array_equal(run.steps, list(expected))
     assert_identical(run.params, jax.tree.map(lambda leaf: leaf[list(expected)], whole.params))
-    assert_identical(run.final, whole.final)
+    assert_identical(run.end.state, whole.end.state)
 
 
 def test_observables_are_functions_of_the_saved_parameters():
@@ -141,7 +141,7 @@ def test_batches_stacked_listed_and_generated_are_one_run():
     generated = eomdl.descend(net_loss, NET, ADAM, 12, batches=(batch for batch in batch_list()))
     assert_identical(listed.params, stacked.params)
     assert_identical(generated.params, stacked.params)
-    assert_identical(generated.final, stacked.final)
+    assert_identical(generated.end.state, stacked.end.state)
 
 
 def test_a_stack_that_is_a_list_of_arrays_needs_no_special_case():
@@ -160,7 +160,7 @@ def test_batches_that_end_early_keep_what_was_computed():
     short = eomdl.descend(net_loss, NET, ADAM, 12, batches=iter(batch_list()[:7]))
     assert short.result == eomdl.RESULTS.batches_exhausted
     np.testing.assert_array_equal(short.steps, np.arange(8))
-    assert int(short.final_step) == 7
+    assert int(short.end.step) == 7
     assert "step 7" in short.message and "resume" in short.message
     resumed = eomdl.descend(net_loss, NET, ADAM, 12, batches=iter(batch_list()[7:]), resume=short)
     assert_identical(resumed.params, whole.params)
@@ -185,8 +185,8 @@ def test_resumed_run_equals_the_uninterrupted_one(name, save_steps, tmp_path):
         np.testing.assert_array_equal(resumed.steps, whole.steps)
         assert_identical(resumed.params, whole.params)
         assert_identical(resumed.observables, whole.observables)
-        assert_identical(resumed.final, whole.final)
-        assert int(resumed.stats["gradient_evaluations"]) == 25
+        assert_identical(resumed.end.state, whole.end.state)
+        assert int(resumed.stats.gradient_evaluations) == 25
 
 
 def test_resume_with_stacked_and_listed_batches():
@@ -223,7 +223,7 @@ def test_ctrl_c_keeps_what_was_computed():
     part = eomdl.descend(target_loss, jnp.zeros(1), ADAM, 900, batches=interrupted_at(700))
     assert part.result == eomdl.RESULTS.interrupted
     assert "resume" in part.message
-    reached = int(part.final_step)
+    reached = int(part.end.step)
     assert 256 <= reached <= 700
     assert part.steps[-1] <= reached
     np.testing.assert_array_equal(part.params, whole.params[: len(part.steps)])
@@ -282,12 +282,12 @@ def test_batches_that_end_with_a_chunk_keep_the_run():
 
     batches = (jnp.ones(2) * k for k in range(256))
     run = eomdl.descend(loss, jnp.zeros(2), optax.sgd(0.1), 400, batches=batches)
-    assert run.steps[-1] == run.final_step == 256
+    assert run.steps[-1] == run.end.step == 256
     assert "`batches` ended" in run.message
     flow = eomdl.GradientFlow(loss, 0.1)
     batches = (jnp.ones(2) * k for k in range(256))
     run = eomdl.solve(flow, jnp.zeros(2), 400, batches=batches)
-    assert run.steps[-1] == run.final_step == 256
+    assert run.steps[-1] == run.end.step == 256
 
 
 def test_run_that_fails_before_its_first_saved_step_says_so():

@@ -20,8 +20,8 @@ from helpers import (
 )
 
 import eomdl
-from eomdl.ensemble import Ensemble, each, members, stack
-from eomdl.geometry.barriers import barriers
+from eomdl.geometry import barriers
+from eomdl.maps import Ensemble, each, members, stack
 
 
 ADAM = eomdl.optimizer_step(net_loss, optax.adam(0.05))
@@ -42,18 +42,19 @@ def test_members_are_the_runs_made_alone():
     for start, member in zip(NETS, members(run), strict=True):
         alone = eomdl.iterate(ADAM, start, STEPS, args=NET_ARGS, observe={"loss": net_loss}, step_size=0.05)
         # To rounding: a product over a stack of matrices adds in its own order.
-        for field in ("params", "observables", "final"):
+        for field in ("params", "observables"):
             assert_close(getattr(member, field), getattr(alone, field), rtol=1e-13)
+        assert_close(member.end.state, alone.end.state, rtol=1e-13)
         for field in ("steps", "times"):
             np.testing.assert_array_equal(getattr(member, field), getattr(alone, field))
-        assert member.final_step == alone.final_step and member.message == ""
+        assert member.end.step == alone.end.step and member.message == ""
 
 
 def test_members_without_products_are_the_same_bit_for_bit():
     run = eomdl.iterate(Ensemble(HEAVY_BALL), stack(STARTS), STEPS)
     for start, member in zip(STARTS, members(run), strict=True):
         alone = eomdl.iterate(HEAVY_BALL, start, STEPS)
-        assert_identical((member.params, member.final), (alone.params, alone.final))
+        assert_identical((member.params, member.end.state), (alone.params, alone.end.state))
 
 
 @pytest.mark.parametrize("axis", [0, (0, 0), (0, None)])
@@ -117,7 +118,7 @@ def test_checkpoints_on_disk_are_those_in_memory(tmp_path):
     np.testing.assert_array_equal(np.concatenate(on_disk), barriers(cubic_loss, run, None, 5))
     assert np.isnan(on_disk[-1][0, 0, 1]) and np.isfinite(on_disk[1][0, 0, 1])
     # A branch from a checkpoint: one member goes on alone.
-    alone = eomdl.iterate(CUBIC, starts[2], 20, resume=members(store.at(4))[2])
+    alone = eomdl.iterate(CUBIC, starts[2], 20, resume=members(store.at(4))[2].end)
     np.testing.assert_array_equal(alone.params[-1], run.params[-1, 2])
 
 
@@ -137,17 +138,17 @@ def test_seeds_may_differ_in_the_learning_rate():
 def test_a_member_that_diverges_stays_where_it_was_last_finite():
     starts = jnp.array([-0.4, 3.0, -1.5])  # y' = y^2: from 3.0 to infinity
     run = eomdl.iterate(Ensemble(CUBIC), starts, 20, observe={"loss": each(cubic_loss)})
-    np.testing.assert_array_equal(run.final.alive, [1, 0, 1])
+    np.testing.assert_array_equal(run.end.state.alive, [1, 0, 1])
     assert run.message == "" and np.all(np.isfinite(run.params))
     last, y = 0, 3.0
     while np.isfinite(y + 0.5 * y * y):
         last, y = last + 1, y + 0.5 * y * y
-    np.testing.assert_array_equal(run.final.reached, [20, last, 20])
+    np.testing.assert_array_equal(run.end.state.reached, [20, last, 20])
     np.testing.assert_allclose(np.asarray(run.params)[last:, 1], y, rtol=1e-12)
     good, frozen, _ = members(run)
     alone = eomdl.iterate(CUBIC, jnp.array(3.0), 20)
     assert_identical((frozen.steps, frozen.params), (alone.steps, alone.params))
-    assert frozen.result == eomdl.RESULTS.nonfinite and frozen.final_step == last
+    assert frozen.result == eomdl.RESULTS.nonfinite and frozen.end.step == last
     assert frozen.message == alone.message and f"after step {last}" in frozen.message
     assert good.result == eomdl.RESULTS.successful and len(good.steps) == 21
     assert len(frozen.observables["loss"]) == last + 1
@@ -170,7 +171,7 @@ def test_a_frozen_member_stays_frozen_on_resume():
     rest = eomdl.iterate(step, jnp.zeros(2), 6, batches=batches, resume=half)
     for r in (run, rest):
         np.testing.assert_allclose(r.params[-1], [-0.2, -0.6], rtol=1e-14)
-        np.testing.assert_array_equal(r.final.reached, [2, 6])
+        np.testing.assert_array_equal(r.end.state.reached, [2, 6])
 
 
 def test_increment_is_the_difference_and_zero_for_the_frozen():
@@ -222,4 +223,4 @@ def test_single_precision_stays_single():
     starts = jnp.array([-0.4, 3.0], jnp.float32)
     run = eomdl.iterate(Ensemble(CUBIC), starts, 20)
     assert run.params.dtype == jnp.float32
-    np.testing.assert_array_equal(run.final.alive, [1, 0])
+    np.testing.assert_array_equal(run.end.state.alive, [1, 0])

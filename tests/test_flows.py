@@ -80,7 +80,9 @@ def test_diagnostics_measure_eta_lambda_max():
         if flow.terms == 0:
             assert diagnostics == {}
         else:
-            np.testing.assert_allclose(diagnostics["eta_lambda_max"], eta * largest, rtol=1e-10)
+            (diagnostic,) = diagnostics.values()
+            np.testing.assert_allclose(diagnostic.value, eta * largest, rtol=1e-10)
+            assert not diagnostic.exceeded and diagnostic.limit == 1
 
 
 # ------------------------------------------------------------- weight decay
@@ -137,7 +139,7 @@ def test_own_flow_needs_a_step_size_and_a_field():
     run = eomdl.solve(Rotation(jnp.array(0.1)), jnp.array([1.0, 0.0]), 30, rtol=1e-10, atol=1e-10)
     angle = 0.1 * np.arange(31)
     np.testing.assert_allclose(run.params, np.stack([np.cos(angle), np.sin(angle)], axis=1), atol=1e-8)
-    (_, half_t_squared), _ = run.final  # the flow sees the time that its step size implies
+    (_, half_t_squared), _ = run.end.state  # the flow sees the time that its step size implies
     np.testing.assert_allclose(half_t_squared, 3.0**2 / 2, rtol=1e-9)
     assert run.message == ""
 

@@ -46,13 +46,13 @@ EDGE_START = jnp.asarray(np.linalg.eigh(EDGE)[1] @ np.array([1.0, -1.0, 1.0, 0.1
 # ------------------------------------------------------------------- field
 
 
-@pytest.mark.parametrize("weights", [None, eomdl.minimax_weights(6, 0.5)], ids=["taylor", "minimax"])
+@pytest.mark.parametrize("weights", [None, eomdl.flows.minimax_weights(6, 0.5)], ids=["taylor", "minimax"])
 def test_field_on_a_quadratic_is_a_polynomial_of_the_hessian(weights):
     flow = eomdl.InterpolatingFlow(eomdl.optimizer_step(quadratic_loss, SGD), ETA, 6, weights=weights)
     velocity, _ = flow(0.0, flow.init(QUADRATIC.params, QUADRATIC.args), QUADRATIC.args)
     x, b = flat(QUADRATIC.params), np.asarray(QUADRATIC.args[1])
     multiplier = np.eye(5) - ETA * np.asarray(HESSIAN)
-    used = eomdl.taylor_weights(6) if weights is None else weights
+    used = eomdl.flows.taylor_weights(6) if weights is None else weights
     polynomial = sum(w * np.linalg.matrix_power(multiplier, i) for i, w in enumerate(used))
     np.testing.assert_allclose(flat(velocity), -polynomial @ (HESSIAN @ x - b), rtol=1e-12)
 
@@ -82,7 +82,7 @@ def test_fields_agree_with_the_equation_of_motion():
         ours = flow(0.0, VALLEY, None)
         theirs = eomdl.EquationOfMotion(valley_loss, eta, 2)(0.0, VALLEY, None)
         errors.append(np.linalg.norm(flat(ours) - flat(theirs)))
-    assert abs(eomdl.observed_order(rates, errors) - 3) < 0.1
+    assert abs(eomdl.errors.observed_order(rates, errors) - 3) < 0.1
 
 
 def test_euler_on_the_exponential():
@@ -115,14 +115,14 @@ def test_order_is_the_number_of_points():
     def flow(eta):
         return eomdl.InterpolatingFlow(Descent(jnp.asarray(eta)), eta, 3)
 
-    at_time = eomdl.convergence(flow, valley_loss, VALLEY, [0.02, 0.01, 0.005], time=0.32)
-    one_step = eomdl.convergence(flow, valley_loss, VALLEY, [0.02, 0.01, 0.005])
+    at_time = eomdl.errors.convergence_study(flow, valley_loss, VALLEY, [0.02, 0.01, 0.005], time=0.32)
+    one_step = eomdl.errors.convergence_study(flow, valley_loss, VALLEY, [0.02, 0.01, 0.005])
     assert abs(at_time.order - 3) < 0.1
     assert abs(one_step.order - 4) < 0.1
 
 
 def test_order_with_momentum_after_the_warmup():
-    result = eomdl.convergence(
+    result = eomdl.errors.convergence_study(
         lambda eta: eomdl.InterpolatingFlow(eomdl.optimizer_step(valley_loss, heavy_ball(eta)), 2 * eta, 2),
         valley_loss,
         VALLEY,
@@ -243,7 +243,8 @@ def test_divergent_series_is_warned_of():
     flow = eomdl.InterpolatingFlow(SCALAR_SGD, ETA, 3)
     with pytest.warns(UserWarning, match=r"near the identity, got second differences 1\.50"):
         run = eomdl.solve(flow, jnp.ones(1), 4, args=args)
-    np.testing.assert_allclose(run.stats["last_difference"], 2.25, rtol=1e-8)
+    (diagnostic,) = run.stats.diagnostics.values()
+    np.testing.assert_allclose(diagnostic.value, 2.25, rtol=1e-8)
     real = eomdl.descend(quadratic_loss, jnp.ones(1), SGD, 4, args=args)
     with pytest.warns(UserWarning, match="the last difference over the first reached 2.25"):
         comparison = eomdl.compare(real, {"flow": run})
@@ -292,7 +293,7 @@ def test_wrong_arguments_are_named(name, options):
 def test_float32_stays():
     params = jax.tree.map(lambda x: x.astype(jnp.float32), VALLEY)
     run = eomdl.solve(THREE_POINTS, params, 12)
-    assert {x.dtype for x in jax.tree.leaves((run.params, run.final))} == {np.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves((run.params, run.end.state))} == {np.dtype("float32")}
     real = eomdl.descend(valley_loss, params, HEAVY_BALL, 12)
     distance = eomdl.compare(real, {"flow": run}).relative_distance["flow"]
     assert distance[-1] < 0.05

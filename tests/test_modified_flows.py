@@ -28,7 +28,7 @@ import eomdl
 
 def test_penalty_adds_the_squared_gradient():
     c = 0.3
-    penalized = eomdl.GradientPenalty(quadratic_loss, c)
+    penalized = eomdl.losses.GradientPenalty(quadratic_loss, c)
     hessian, b = QUADRATIC.args
     x = flat(QUADRATIC.params)
     g = hessian @ x - b
@@ -41,16 +41,18 @@ def test_penalty_adds_the_squared_gradient():
 
 
 def test_penalty_keeps_the_dtype_and_its_coefficient_is_a_leaf():
-    penalized = eomdl.GradientPenalty(lambda p, args: jnp.sum(p**2), 0.1)
+    penalized = eomdl.losses.GradientPenalty(lambda p, args: jnp.sum(p**2), 0.1)
     params = jnp.ones(2, jnp.float32)
     assert penalized(params, None).dtype == jax.grad(penalized)(params, None).dtype == jnp.float32
-    slope = jax.grad(lambda c: eomdl.GradientPenalty(valley_loss, c)(VALLEY, None))(0.1)
+    slope = jax.grad(lambda c: eomdl.losses.GradientPenalty(valley_loss, c)(VALLEY, None))(0.1)
     gradient = flat(jax.grad(valley_loss)(VALLEY, None))
     np.testing.assert_allclose(slope, gradient @ gradient, rtol=1e-12)
 
 
 def test_zero_penalty_changes_nothing():
-    assert float(eomdl.GradientPenalty(valley_loss, 0)(VALLEY, None)) == float(valley_loss(VALLEY, None))
+    assert float(eomdl.losses.GradientPenalty(valley_loss, 0)(VALLEY, None)) == float(
+        valley_loss(VALLEY, None)
+    )
 
 
 # ----------------------------------------------------------------- momentum
@@ -59,52 +61,52 @@ def test_zero_penalty_changes_nothing():
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_without_momentum_it_is_the_equation_of_motion(nesterov):
     eta = 0.4
-    flow = eomdl.MomentumFlow(net_loss, eta, 0.0, nesterov)
+    flow = eomdl.flows.MomentumFlow(net_loss, eta, 0.0, nesterov)
     field = flow(0.0, NET, NET_ARGS)
     assert float(flow.step_size) == eta
     assert_close(field, eomdl.EquationOfMotion(net_loss, eta, 1)(0.0, NET, NET_ARGS), rtol=1e-12)
-    penalized = eomdl.GradientFlow(eomdl.GradientPenalty(net_loss, eta / 4), eta)
+    penalized = eomdl.GradientFlow(eomdl.losses.GradientPenalty(net_loss, eta / 4), eta)
     assert_close(field, penalized(0.0, NET, NET_ARGS), rtol=1e-12)
 
 
 @pytest.mark.parametrize("nesterov, factor", [(False, 9.0), (True, 1 + 2 * 0.64 / 0.2)])
 def test_momentum_is_gradient_flow_on_its_modified_loss(nesterov, factor):
-    flow = eomdl.MomentumFlow(valley_loss, 0.01, 0.8, nesterov)
+    flow = eomdl.flows.MomentumFlow(valley_loss, 0.01, 0.8, nesterov)
     h = 0.01 / (1 - 0.8)
     np.testing.assert_allclose(flow.step_size, h, rtol=1e-15)
-    penalized = eomdl.GradientFlow(eomdl.GradientPenalty(valley_loss, h / 4 * factor), h)
+    penalized = eomdl.GradientFlow(eomdl.losses.GradientPenalty(valley_loss, h / 4 * factor), h)
     assert_close(flow(0.0, VALLEY, None), penalized(0.0, VALLEY, None), rtol=1e-12)
 
 
 RATES = [0.004, 0.002, 0.001]
 FLOWS = {
     "heavy ball": (
-        lambda e: eomdl.MomentumFlow(valley_loss, e, 0.5),
+        lambda e: eomdl.flows.MomentumFlow(valley_loss, e, 0.5),
         lambda e: optax.sgd(e, momentum=0.5),
         3,
     ),
     "nesterov": (
-        lambda e: eomdl.MomentumFlow(valley_loss, e, 0.5, nesterov=True),
+        lambda e: eomdl.flows.MomentumFlow(valley_loss, e, 0.5, nesterov=True),
         lambda e: optax.sgd(e, momentum=0.5, nesterov=True),
         3,
     ),
     "adam": (
-        lambda e: eomdl.AdamFlow(valley_loss, e, 0.4, 0.5, 0.1, 0.05),
+        lambda e: eomdl.flows.AdamFlow(valley_loss, e, 0.4, 0.5, 0.1, 0.05),
         lambda e: optax.adam(e, 0.4, 0.5, 0.1, 0.05),
         3,
     ),
     "adam, eps outside": (
-        lambda e: eomdl.AdamFlow(valley_loss, e, 0.4, 0.5, 0.1),
+        lambda e: eomdl.flows.AdamFlow(valley_loss, e, 0.4, 0.5, 0.1),
         lambda e: optax.adam(e, 0.4, 0.5, 0.1),
         3,
     ),
     "adam, order 0": (
-        lambda e: eomdl.AdamFlow(valley_loss, e, 0.4, 0.5, 0.1, 0.05, order=0),
+        lambda e: eomdl.flows.AdamFlow(valley_loss, e, 0.4, 0.5, 0.1, 0.05, order=0),
         lambda e: optax.adam(e, 0.4, 0.5, 0.1, 0.05),
         2,
     ),
     "rmsprop": (
-        lambda e: eomdl.rmsprop_flow(valley_loss, e, 0.5, 0.05),
+        lambda e: eomdl.flows.rmsprop_flow(valley_loss, e, 0.5, 0.05),
         lambda e: optax.rmsprop(e, 0.5, 0.05),
         3,
     ),
@@ -114,7 +116,9 @@ FLOWS = {
 @pytest.mark.parametrize("name", FLOWS)
 def test_defect_after_the_transient(name):
     flow, optimizer, order = FLOWS[name]
-    result = eomdl.convergence(flow, valley_loss, VALLEY, RATES, optimizer=optimizer, warmup=0.24)
+    result = eomdl.errors.convergence_study(
+        flow, valley_loss, VALLEY, RATES, optimizer=optimizer, warmup=0.24
+    )
     assert abs(result.order - order) < 0.1
     assert np.all(result.ode_errors < 0.02 * result.errors)
 
@@ -135,7 +139,7 @@ def test_adam_on_a_quadratic(eps, eps_root):
     hessian, b = (np.asarray(a) for a in QUADRATIC.args)
     g = hessian @ flat(QUADRATIC.params) - b
     for order, h in ((1, 0.02), (0, 0.0)):
-        flow = eomdl.AdamFlow(quadratic_loss, 0.02, 0.8, 0.9, eps, eps_root, order=order)
+        flow = eomdl.flows.AdamFlow(quadratic_loss, 0.02, 0.8, 0.9, eps, eps_root, order=order)
         field = flow(0.0, QUADRATIC.params, QUADRATIC.args)
         np.testing.assert_allclose(
             flat(field), adam_field(g, hessian, h, 0.8, 0.9, eps, eps_root), rtol=1e-11
@@ -156,18 +160,20 @@ def test_adam_is_the_equation_of_cattaneo():
         return -(g + c) / jnp.sqrt(g**2 + eps)
 
     expected = jax.tree.map(component, gradient(VALLEY, None), jax.grad(one_norm)(VALLEY))
-    assert_close(eomdl.AdamFlow(valley_loss, h, b1, b2, 0.0, eps)(0.0, VALLEY, None), expected, rtol=1e-12)
+    assert_close(
+        eomdl.flows.AdamFlow(valley_loss, h, b1, b2, 0.0, eps)(0.0, VALLEY, None), expected, rtol=1e-12
+    )
 
 
 def test_rmsprop_is_adam_without_momentum():
-    rmsprop = eomdl.rmsprop_flow(valley_loss, 0.02, 0.8, 0.05)
-    adam = eomdl.AdamFlow(valley_loss, 0.02, 0.0, 0.8, 0.0, 0.05)
+    rmsprop = eomdl.flows.rmsprop_flow(valley_loss, 0.02, 0.8, 0.05)
+    adam = eomdl.flows.AdamFlow(valley_loss, 0.02, 0.0, 0.8, 0.0, 0.05)
     assert_close(rmsprop(0.0, VALLEY, None), adam(0.0, VALLEY, None), atol=0.0)
 
 
 def test_adam_rests_where_the_gradient_is_zero():
     for eps, eps_root in ((0.0, 0.0), (1e-8, 0.0), (0.0, 1e-8)):
-        flow = eomdl.AdamFlow(quadratic_loss, 0.1, eps=eps, eps_root=eps_root)
+        flow = eomdl.flows.AdamFlow(quadratic_loss, 0.1, eps=eps, eps_root=eps_root)
         field = flow(0.0, jnp.zeros(2), (jnp.eye(2), jnp.zeros(2)))
         np.testing.assert_array_equal(field, np.zeros(2))
 
@@ -211,7 +217,7 @@ def mean_epoch(eta):
 @pytest.mark.parametrize(
     "make, order",
     [
-        (lambda eta: eomdl.ReshufflingFlow(pulled_loss, eta), 3),
+        (lambda eta: eomdl.flows.ReshufflingFlow(pulled_loss, eta), 3),
         (lambda eta: eomdl.GradientFlow(mean_loss, eta), 2),
     ],
     ids=["reshuffling flow", "gradient flow"],
@@ -222,14 +228,14 @@ def test_mean_epoch_of_reshuffling(make, order):
         run = eomdl.solve(make(eta), VALLEY, 3, args=PULLS, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(run.times[-1], 3 * eta)
         errors.append(np.linalg.norm(flat(run.at(3)) - flat(mean_epoch(eta))))
-    assert abs(eomdl.observed_order(rates, errors) - order) < 0.1
+    assert abs(eomdl.errors.observed_order(rates, errors) - order) < 0.1
 
 
 def test_reshuffling_is_the_mean_of_the_penalized_minibatches():
     eta = 0.3
-    penalized = eomdl.GradientPenalty(pulled_loss, eta / 4)
+    penalized = eomdl.losses.GradientPenalty(pulled_loss, eta / 4)
     gradient = jax.grad(lambda p: jnp.mean(jax.vmap(penalized, (None, 0))(p, PULLS)))(VALLEY)
-    field = eomdl.ReshufflingFlow(pulled_loss, eta)(0.0, VALLEY, PULLS)
+    field = eomdl.flows.ReshufflingFlow(pulled_loss, eta)(0.0, VALLEY, PULLS)
     assert_close(field, jax.tree.map(jnp.negative, gradient), rtol=1e-12)
 
 
@@ -238,7 +244,7 @@ def test_reshuffling_is_the_mean_of_the_penalized_minibatches():
 )
 def test_minibatches_must_be_stacked(args):
     with pytest.raises(ValueError, match=r"^args: expected the minibatches of an epoch stacked"):
-        eomdl.solve(eomdl.ReshufflingFlow(pulled_loss, 0.1), VALLEY, 3, args=args)
+        eomdl.solve(eomdl.flows.ReshufflingFlow(pulled_loss, 0.1), VALLEY, 3, args=args)
 
 
 # ---------------------------------------------------------------- arguments
@@ -247,22 +253,22 @@ def test_minibatches_must_be_stacked(args):
 @pytest.mark.parametrize(
     "name, make",
     [
-        ("coefficient", lambda: eomdl.GradientPenalty(valley_loss, -0.1)),
-        ("coefficient", lambda: eomdl.GradientPenalty(valley_loss, np.inf)),
-        ("learning_rate", lambda: eomdl.MomentumFlow(valley_loss, 0.0)),
-        ("momentum", lambda: eomdl.MomentumFlow(valley_loss, 0.1, 1.0)),
-        ("momentum", lambda: eomdl.MomentumFlow(valley_loss, 0.1, -0.1)),
-        ("learning_rate", lambda: eomdl.AdamFlow(valley_loss, -0.1)),
-        ("b1", lambda: eomdl.AdamFlow(valley_loss, 0.1, b1=1.0)),
-        ("b2", lambda: eomdl.AdamFlow(valley_loss, 0.1, b2=-0.5)),
-        ("eps", lambda: eomdl.AdamFlow(valley_loss, 0.1, eps=-1e-8)),
-        ("eps_root", lambda: eomdl.AdamFlow(valley_loss, 0.1, eps_root=np.nan)),
-        ("order", lambda: eomdl.AdamFlow(valley_loss, 0.1, order=2)),
-        ("order", lambda: eomdl.AdamFlow(valley_loss, 0.1, order=-1)),
-        ("learning_rate", lambda: eomdl.rmsprop_flow(valley_loss, 0.0)),
-        ("decay", lambda: eomdl.rmsprop_flow(valley_loss, 0.1, 1.0)),
-        ("eps", lambda: eomdl.rmsprop_flow(valley_loss, 0.1, eps=-1.0)),
-        ("learning_rate", lambda: eomdl.ReshufflingFlow(valley_loss, 0.0)),
+        ("coefficient", lambda: eomdl.losses.GradientPenalty(valley_loss, -0.1)),
+        ("coefficient", lambda: eomdl.losses.GradientPenalty(valley_loss, np.inf)),
+        ("learning_rate", lambda: eomdl.flows.MomentumFlow(valley_loss, 0.0)),
+        ("momentum", lambda: eomdl.flows.MomentumFlow(valley_loss, 0.1, 1.0)),
+        ("momentum", lambda: eomdl.flows.MomentumFlow(valley_loss, 0.1, -0.1)),
+        ("learning_rate", lambda: eomdl.flows.AdamFlow(valley_loss, -0.1)),
+        ("b1", lambda: eomdl.flows.AdamFlow(valley_loss, 0.1, b1=1.0)),
+        ("b2", lambda: eomdl.flows.AdamFlow(valley_loss, 0.1, b2=-0.5)),
+        ("eps", lambda: eomdl.flows.AdamFlow(valley_loss, 0.1, eps=-1e-8)),
+        ("eps_root", lambda: eomdl.flows.AdamFlow(valley_loss, 0.1, eps_root=np.nan)),
+        ("order", lambda: eomdl.flows.AdamFlow(valley_loss, 0.1, order=2)),
+        ("order", lambda: eomdl.flows.AdamFlow(valley_loss, 0.1, order=-1)),
+        ("learning_rate", lambda: eomdl.flows.rmsprop_flow(valley_loss, 0.0)),
+        ("decay", lambda: eomdl.flows.rmsprop_flow(valley_loss, 0.1, 1.0)),
+        ("eps", lambda: eomdl.flows.rmsprop_flow(valley_loss, 0.1, eps=-1.0)),
+        ("learning_rate", lambda: eomdl.flows.ReshufflingFlow(valley_loss, 0.0)),
     ],
 )
 def test_wrong_arguments_are_named(name, make):
@@ -270,7 +276,7 @@ def test_wrong_arguments_are_named(name, make):
         make()
 
 
-@pytest.mark.parametrize("make", [eomdl.MomentumFlow, eomdl.AdamFlow])
+@pytest.mark.parametrize("make", [eomdl.flows.MomentumFlow, eomdl.flows.AdamFlow])
 def test_loss_must_be_scalar(make):
     with pytest.raises(ValueError, match=r"^loss: expected a function \(params, args\) -> real scalar"):
         eomdl.solve(make(lambda p, args: p, 0.1), jnp.ones(2), 3)

@@ -69,40 +69,40 @@ def test_sharpness_is_the_largest_and_not_the_largest_in_modulus():
 
 
 def test_block_norm():
-    np.testing.assert_allclose(eomdl.block_norm()(NET, None), np.linalg.norm(flat(NET)), rtol=1e-14)
-    layer = eomdl.block_norm(lambda p: p["layer1"])(NET, None)
+    np.testing.assert_allclose(eomdl.observe.block_norm()(NET, None), np.linalg.norm(flat(NET)), rtol=1e-14)
+    layer = eomdl.observe.block_norm(lambda p: p["layer1"])(NET, None)
     np.testing.assert_allclose(layer, np.linalg.norm(flat(NET["layer1"])), rtol=1e-14)
 
 
 def test_shift_component():
     w = last_layer(NET)
     np.testing.assert_allclose(
-        eomdl.shift_component(last_layer)(NET, None), w @ np.ones(2) / np.sqrt(2), rtol=1e-13
+        eomdl.observe.shift_component(last_layer)(NET, None), w @ np.ones(2) / np.sqrt(2), rtol=1e-13
     )
     np.testing.assert_allclose(
-        eomdl.shift_component(last_layer, axis=0)(NET, None), np.ones(4) @ w / 2, rtol=1e-13
+        eomdl.observe.shift_component(last_layer, axis=0)(NET, None), np.ones(4) @ w / 2, rtol=1e-13
     )
 
 
 def test_decay_rate():
     eta, rate = 0.1, 0.7
     values = 3 * np.exp(-rate * eta * np.arange(6))
-    np.testing.assert_allclose(eomdl.decay_rate(values, eta), rate * np.ones(5), rtol=1e-12)
+    np.testing.assert_allclose(eomdl.observe.decay_rate(values, eta), rate * np.ones(5), rtol=1e-12)
     vectors = values[:, None, None] * np.array([[1.0, -2.0]])
-    np.testing.assert_allclose(eomdl.decay_rate(vectors, eta), rate * np.ones(5), rtol=1e-12)
+    np.testing.assert_allclose(eomdl.observe.decay_rate(vectors, eta), rate * np.ones(5), rtol=1e-12)
 
 
 def test_rate_is_the_velocity_of_an_observable():
     flow = eomdl.EquationOfMotion(valley_loss, 0.3, order=2)
-    norm = eomdl.block_norm()
+    norm = eomdl.observe.block_norm()
     velocity, position = flat(flow(0.0, VALLEY, None)), flat(VALLEY)
     expected = position @ velocity / np.linalg.norm(position)
-    np.testing.assert_allclose(eomdl.rate(norm, flow)(VALLEY, None), expected, rtol=1e-13)
+    np.testing.assert_allclose(eomdl.observe.lie_derivative(norm, flow)(VALLEY, None), expected, rtol=1e-13)
     # ... and of the integrated path: central difference over one short step each way
     h = 1e-3
     there = eomdl.solve(eomdl.EquationOfMotion(valley_loss, h, 0), VALLEY, 2, rtol=1e-12, atol=1e-12)
     norms = [np.linalg.norm(flat(there.at(k))) for k in range(3)]
-    middle = eomdl.rate(norm, eomdl.GradientFlow(valley_loss, h))(there.at(1), None)
+    middle = eomdl.observe.lie_derivative(norm, eomdl.GradientFlow(valley_loss, h))(there.at(1), None)
     np.testing.assert_allclose(middle, (norms[2] - norms[0]) / (2 * h), rtol=1e-5)
 
 
@@ -111,4 +111,4 @@ def test_angle_per_step():
         turns = np.arange(4) * angle
         radius = np.array([1.0, 2.0, 0.5, 3.0])
         block = {"a": radius * np.cos(turns), "b": (radius * np.sin(turns))[:, None]}
-        np.testing.assert_allclose(eomdl.angle_per_step(block), angle * np.ones(3), rtol=1e-6)
+        np.testing.assert_allclose(eomdl.observe.angle_per_step(block), angle * np.ones(3), rtol=1e-6)

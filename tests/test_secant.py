@@ -34,7 +34,7 @@ def net_descent(**options):
 
 @pytest.fixture(scope="module")
 def to_minimum():
-    return eomdl.secants(descent, {"full": quadratic_loss}, end=MINIMUM)["full"]
+    return eomdl.geometry.secants(descent, {"full": quadratic_loss}, end=MINIMUM)["full"]
 
 
 def test_rsi_and_eb_of_a_quadratic_lie_between_the_extreme_eigenvalues(to_minimum):
@@ -80,7 +80,7 @@ def test_isotropic_quadratic_never_turns():
             quadratic_loss, jnp.ones(3), SGD, 5, args=(2.0 * jnp.eye(3), jnp.zeros(3)), **options
         )
 
-    study = eomdl.secants(run, {"full": quadratic_loss})["full"]
+    study = eomdl.geometry.secants(run, {"full": quadratic_loss})["full"]
     np.testing.assert_allclose(study.gamma[:-1], 1.0, rtol=1e-14)
 
 
@@ -88,7 +88,7 @@ def test_isotropic_quadratic_never_turns():
 
 
 def test_the_end_point_itself_is_masked_and_said():
-    study = eomdl.secants(net_descent, {"full": net_loss})["full"]
+    study = eomdl.geometry.secants(net_descent, {"full": net_loss})["full"]
     assert study.distance[-1] == 0
     for values in (study.rsi, study.eb, study.gamma, study.learning_rate, study.contraction):
         assert np.isnan(values[-1]) and np.all(np.isfinite(values[:-1]))
@@ -102,7 +102,7 @@ def test_no_gradient_no_gamma():
     def run(**options):
         return eomdl.descend(flat_loss, jnp.ones(2), SGD, 3, **options)
 
-    study = eomdl.secants(run, {"flat": flat_loss}, end=jnp.zeros(2))["flat"]
+    study = eomdl.geometry.secants(run, {"flat": flat_loss}, end=jnp.zeros(2))["flat"]
     assert np.all(np.isnan(study.gamma)) and np.all(study.eb == 0)
     assert any("no gradient" in note for note in study.notes)
 
@@ -113,7 +113,7 @@ def test_a_failed_run_says_so():
             quadratic_loss, jnp.ones(1), optax.sgd(1e300), 9, args=(jnp.ones((1, 1)), jnp.zeros(1)), **options
         )
 
-    study = eomdl.secants(run, {"full": quadratic_loss}, end=jnp.zeros(1))["full"]
+    study = eomdl.geometry.secants(run, {"full": quadratic_loss}, end=jnp.zeros(1))["full"]
     assert any("infinite" in note for note in study.notes)
 
 
@@ -121,7 +121,7 @@ def test_the_end_of_a_diverging_run_is_its_last_good_row():
     def run(**options):
         return eomdl.descend(lambda p, a: jnp.sum(p**4), jnp.ones(1), optax.sgd(5.0), 20, **options)
 
-    study = eomdl.secants(run, {"quartic": lambda p, a: jnp.sum(p**4)})["quartic"]
+    study = eomdl.geometry.secants(run, {"quartic": lambda p, a: jnp.sum(p**4)})["quartic"]
     assert study.distance[-1] == 0 and np.all(study.distance[:-1] > 0)
     assert any("infinite" in note for note in study.notes)
 
@@ -131,7 +131,7 @@ def test_the_end_of_a_diverging_run_is_its_last_good_row():
 
 def test_full_batch_and_minibatch():
     losses = {"full": net_loss, "minibatch": eomdl.on_batch(net_loss)}
-    studies = eomdl.secants(net_descent, losses)
+    studies = eomdl.geometry.secants(net_descent, losses)
     path = net_descent()
     end = flat(path.at(12))
     for k in (0, 5, 11):
@@ -153,8 +153,8 @@ def test_batches_one_by_one_give_the_same():
         return eomdl.descend(net_loss, NET, SGD, 12, args=NET_ARGS, batches=iter(batches), **options)
 
     losses = {"minibatch": eomdl.on_batch(net_loss)}
-    stacked = eomdl.secants(net_descent, losses)["minibatch"]
-    listed = eomdl.secants(run, losses)["minibatch"]
+    stacked = eomdl.geometry.secants(net_descent, losses)["minibatch"]
+    listed = eomdl.geometry.secants(run, losses)["minibatch"]
     np.testing.assert_array_equal(stacked.gamma, listed.gamma)
 
 
@@ -173,7 +173,7 @@ def test_a_run_that_differs_is_refused():
         return eomdl.descend(net_loss, NET, SGD, 12, batches=batches, args=NET_ARGS, **options)
 
     with pytest.raises(ValueError, match=r"run: expected the same path twice, .*fixed seed"):
-        eomdl.secants(run, {"full": net_loss})
+        eomdl.geometry.secants(run, {"full": net_loss})
 
 
 # ------------------------------------------------------------------- baseline, flows
@@ -181,7 +181,7 @@ def test_a_run_that_differs_is_refused():
 
 def test_random_directions_have_cosine_of_one_over_root_dimension():
     dimension = 400
-    observable = eomdl.secant(lambda p, a: jnp.sum(jnp.sin(p)), jnp.zeros(dimension), num_random=64)
+    observable = eomdl.geometry.secant(lambda p, a: jnp.sum(jnp.sin(p)), jnp.zeros(dimension), num_random=64)
     moments = np.asarray(jax.jit(observable)(normal(0, dimension), None))
     assert moments.shape == (67,)
     np.testing.assert_allclose(np.sqrt(np.mean(moments[3:] ** 2)), dimension**-0.5, rtol=0.25)
@@ -194,10 +194,10 @@ def test_the_equation_of_motion_has_the_geometry_of_gradient_descent():
             flow, START, 30, args=(HESSIAN, LINEAR), rtol=1e-9, atol=1e-9, estimate_error=False, **options
         )
 
-    real = eomdl.secants(descent, {"full": quadratic_loss})["full"]
+    real = eomdl.geometry.secants(descent, {"full": quadratic_loss})["full"]
     errors = []
     for order in (0, 1, 2):
-        model = eomdl.secants(along(order), {"full": quadratic_loss})["full"]
+        model = eomdl.geometry.secants(along(order), {"full": quadratic_loss})["full"]
         errors.append(np.nanmax(np.abs(model.rsi / real.rsi - 1)))
         assert model.parts_from(real, 0.5) is None
         assert model.parts_from(real, 1e-13) == 0
@@ -205,7 +205,7 @@ def test_the_equation_of_motion_has_the_geometry_of_gradient_descent():
 
 
 def test_parting_is_the_last_time():
-    real = eomdl.secants(descent, {"full": quadratic_loss})["full"]
+    real = eomdl.geometry.secants(descent, {"full": quadratic_loss})["full"]
     gamma = real.gamma.copy()
     gamma[[3, 10, 11]] += 1.0
     away = dataclasses.replace(real, gamma=gamma)
@@ -225,14 +225,14 @@ def test_frame_and_plot(to_minimum):
 
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="run: expected a function"):
-        eomdl.secants(3, {"full": net_loss})
+        eomdl.geometry.secants(3, {"full": net_loss})
     with pytest.raises(ValueError, match="losses: expected a dict"):
-        eomdl.secants(net_descent, net_loss)
+        eomdl.geometry.secants(net_descent, net_loss)
     with pytest.raises(ValueError, match=r"run: .*returns an eomdl.Trajectory"):
-        eomdl.secants(lambda **options: 1, {"full": net_loss})
+        eomdl.geometry.secants(lambda **options: 1, {"full": net_loss})
     with pytest.raises(ValueError, match="num_random: expected an integer >= 1"):
-        eomdl.secant(net_loss, NET, 0)
+        eomdl.geometry.secant(net_loss, NET, 0)
     with pytest.raises(ValueError, match="function: expected"):
         eomdl.on_batch(3)
     with pytest.raises(ValueError, match="params"):
-        eomdl.secants(net_descent, {"full": net_loss}, end={"other": jnp.ones(2)})
+        eomdl.geometry.secants(net_descent, {"full": net_loss}, end={"other": jnp.ones(2)})

@@ -67,7 +67,7 @@ def test_quadratic_has_its_exact_solution(flow):
     for k in range(num_steps + 1):
         exact = minimum + q @ (np.exp(rates * k * eta) * (q.T @ (x0 - minimum)))
         np.testing.assert_allclose(run.at(k), exact, atol=1e-9)
-    assert_close(run.final[0], run.at(num_steps), rtol=1e-9)
+    assert_close(run.end.state[0], run.at(num_steps), rtol=1e-9)
 
 
 @pytest.mark.parametrize("flow", up_to(4), ids=lambda f: f.name)
@@ -84,8 +84,8 @@ def test_ode_error_is_estimated_and_below_one_percent_of_the_model_error(flow):
     assert np.all(true_error[2:] <= run.ode_error[2:] + rounding)
     assert np.max(true_error) <= 0.01 * np.max(model_error) + rounding
     assert np.max(run.ode_error) <= 0.1 * np.max(model_error) + rounding  # the estimate tells them apart
-    assert run.stats["num_steps"] == run.stats["num_accepted_steps"] + run.stats["num_rejected_steps"]
-    assert run.stats["num_steps"] > 0
+    assert run.stats.num_steps == run.stats.num_accepted_steps + run.stats.num_rejected_steps
+    assert run.stats.num_steps > 0
     assert run.message == ""
 
 
@@ -94,7 +94,7 @@ def test_given_tolerances_are_used():
     errors = []
     for tol in (1e-4, 1e-7, 1e-10):
         run = eomdl.solve(EOM, VALLEY, 20, rtol=tol, atol=tol)
-        assert (float(run.stats["rtol"]), float(run.stats["atol"])) == (tol, tol)
+        assert (float(run.stats.rtol), float(run.stats.atol)) == (tol, tol)
         errors.append(distances(run, exact).max())
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
 
@@ -104,7 +104,7 @@ def test_estimate_can_be_left_out():
     without = eomdl.solve(EOM, VALLEY, 20, estimate_error=False)
     assert without.ode_error is None
     assert_identical(without.params, with_estimate.params)
-    assert without.stats["num_steps"] < with_estimate.stats["num_steps"]
+    assert without.stats.num_steps < with_estimate.stats.num_steps
 
 
 # ----------------------------------------------------------------- what is saved
@@ -118,7 +118,7 @@ def test_save_steps(save_steps, expected):
     run = eomdl.solve(EOM, VALLEY, 25, rtol=1e-11, atol=1e-11, save_steps=save_steps)
     np.testing.assert_array_equal(run.steps, expected)
     assert_close(run.params, jax.tree.map(lambda leaf: leaf[expected], whole.params), rtol=1e-9)
-    assert_close(run.final, whole.final, rtol=1e-9)
+    assert_close(run.end.state, whole.end.state, rtol=1e-9)
     assert run.ode_error.shape == (len(expected),)
 
 
@@ -214,7 +214,7 @@ def test_stochastic_descent_is_followed_step_by_step(flow):
         real = eomdl.descend(target_loss, VALLEY, optax.sgd(eta), num_steps, batches=batches)
         model = eomdl.solve(flow.make(target_loss, eta), VALLEY, num_steps, batches=batches)
         errors.append(distances(real, model).max())
-    assert eomdl.observed_order(rates, errors) == pytest.approx(flow.terms + 1, abs=0.1)
+    assert eomdl.errors.observed_order(rates, errors) == pytest.approx(flow.terms + 1, abs=0.1)
 
 
 # ---------------------------------------------------------------------- resume
@@ -232,7 +232,7 @@ def test_resumed_run_equals_the_uninterrupted_one(save_steps, tmp_path):
         np.testing.assert_allclose(resumed.times, whole.times, rtol=1e-14)
         assert_close(resumed.params, whole.params, rtol=1e-9)
         assert resumed.ode_error.shape == whole.ode_error.shape
-        assert int(resumed.final_step) == 25
+        assert int(resumed.end.step) == 25
 
 
 def test_resume_with_batches_leaves_no_trace():
@@ -259,8 +259,8 @@ def test_euler_with_one_ode_step_a_step_is_gradient_descent():
     real = eomdl.descend(valley_loss, VALLEY, SGD, 20)
     assert_close(run.params, real.params, rtol=1e-13)
     assert run.ode_error is None
-    assert "rtol" not in run.stats
-    assert int(run.stats["num_steps"]) == 20
+    assert run.stats.rtol is None
+    assert int(run.stats.num_steps) == 20
 
 
 @pytest.mark.parametrize("solver", [diffrax.Dopri8(), diffrax.Kvaerno5()], ids=lambda s: type(s).__name__)
@@ -275,7 +275,7 @@ def test_adjoint_can_be_given():
     # Forward mode goes through `ForwardMode` and not through the default, which is for reverse mode.
     def end(eta, adjoint):
         flow = eomdl.GradientFlow(valley_loss, eta)
-        return eomdl.solve(flow, VALLEY, 5, rtol=1e-10, atol=1e-10, adjoint=adjoint).final[0]["x"]
+        return eomdl.solve(flow, VALLEY, 5, rtol=1e-10, atol=1e-10, adjoint=adjoint).end.state[0]["x"]
 
     forward = jax.jvp(lambda eta: end(eta, diffrax.ForwardMode()), (0.1,), (1.0,))[1]
     reverse = jax.grad(lambda eta: end(eta, diffrax.DirectAdjoint()))(0.1)

@@ -42,8 +42,8 @@ def test_iterates_are_those_of_descend(name):
     ours = eomdl.iterate(step, VALLEY, 12)
     real = eomdl.descend(valley_loss, VALLEY, OPTIMIZERS[name], 12)
     assert_close(ours.params, real.params, rtol=1e-14)
-    floats = [x for x in jax.tree.leaves(real.final) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    assert_close(jax.tree.leaves(ours.final), floats, rtol=1e-14)
+    floats = [x for x in jax.tree.leaves(real.end.state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    assert_close(jax.tree.leaves(ours.end.state), floats, rtol=1e-14)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -67,7 +67,7 @@ def test_python_floats_become_arrays():
 def test_step_number_is_an_explicit_time(step, name):
     # A step of optax from the same floats with its counters at 7 is the step at k = 7.
     optimizer = OPTIMIZERS[name]
-    state = eomdl.iterate(step, VALLEY, 3).final
+    state = eomdl.iterate(step, VALLEY, 3).end.state
     full = optimizer.init(VALLEY)
     counted = jax.tree.map(lambda c: c + 7, eqx.filter(full, eqx.is_inexact_array, inverse=True))
     updates, _ = optimizer.update(jax.grad(valley_loss)(VALLEY, None), eqx.combine(state[1], counted), VALLEY)
@@ -171,14 +171,14 @@ def halved(state, args, k):
 def test_own_map_by_function():
     run = eomdl.iterate(halved, {"x": jnp.array([1.0, 2.0])}, 3)
     np.testing.assert_allclose(run.params["x"], [[1, 2], [0.5, 1], [1.25, 1.5], [2.625, 2.75]], rtol=1e-15)
-    assert_identical(run.final, run.at(3))
+    assert_identical(run.end.state, run.at(3))
 
 
 def test_own_map_by_subclass():
     step = Rotation(0.3)
     run = eomdl.iterate(step, jnp.ones(2), 5)
     np.testing.assert_allclose(run.params[:, 0], np.cos(0.3 * np.arange(6)), atol=1e-15)
-    np.testing.assert_allclose(run.final[1], np.full(2, -np.sin(1.5)), atol=1e-15)
+    np.testing.assert_allclose(run.end.state[1], np.full(2, -np.sin(1.5)), atol=1e-15)
     state = step.init(jnp.ones(2))
     assert_identical(step.increment(state, None, 0), jax.tree.map(jnp.subtract, step(state, None, 0), state))
 
@@ -230,5 +230,5 @@ def test_float32_stays():
     params = jax.tree.map(lambda x: x.astype(jnp.float32), VALLEY)
     for step in (ADAM, COSINE):
         run = eomdl.iterate(step, params, 3)
-        leaves = jax.tree.leaves((run.params, run.final, step.increment(step.init(params), None, 1.0)))
+        leaves = jax.tree.leaves((run.params, run.end.state, step.increment(step.init(params), None, 1.0)))
         assert {x.dtype for x in leaves} == {np.dtype("float32")}

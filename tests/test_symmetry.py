@@ -42,57 +42,63 @@ def relu_loss(params, args):
     return jnp.mean((net(params, x, jax.nn.relu) - y) ** 2)
 
 
-RESCALE = eomdl.Scaling([("layer0.w", 1), ("layer0.b", 0)], [("layer1.w", 0)])
+RESCALE = eomdl.symmetry.Scaling([("layer0.w", 1), ("layer0.b", 0)], [("layer1.w", 0)])
 
 
 def test_check_translation():
-    holds = eomdl.check_symmetry(label_loss, NET, eomdl.Translation(HEAD), LABEL_ARGS)
+    holds = eomdl.symmetry.check(label_loss, NET, eomdl.symmetry.Translation(HEAD), LABEL_ARGS)
     assert holds.holds
     assert holds.gradient < 1e-13 and holds.value < 1e-13
     assert "translation of layer1.w along axis -1: the symmetry holds" in holds.message
-    for symmetry in (eomdl.Translation(last_layer, 0), eomdl.Translation("layer0.w")):
-        broken = eomdl.check_symmetry(label_loss, NET, symmetry, LABEL_ARGS)
+    for symmetry in (eomdl.symmetry.Translation(last_layer, 0), eomdl.symmetry.Translation("layer0.w")):
+        broken = eomdl.symmetry.check(label_loss, NET, symmetry, LABEL_ARGS)
         assert not broken.holds
         assert broken.gradient > 1e-3 and broken.value > 1e-3
         assert "does not hold" in broken.message and f"{broken.gradient:.1e}" in broken.message
 
 
 def test_check_scale():
-    holds = eomdl.check_symmetry(scale_invariant_loss, SCALE, eomdl.Scaling(["w"]), SCALE_ARGS)
+    holds = eomdl.symmetry.check(scale_invariant_loss, SCALE, eomdl.symmetry.Scaling(["w"]), SCALE_ARGS)
     assert holds.holds
     assert holds.gradient < 1e-13 and holds.value < 1e-13
     for block in ("gain", lambda p: p):
-        broken = eomdl.check_symmetry(scale_invariant_loss, SCALE, eomdl.Scaling([block]), SCALE_ARGS)
+        broken = eomdl.symmetry.check(
+            scale_invariant_loss, SCALE, eomdl.symmetry.Scaling([block]), SCALE_ARGS
+        )
         assert not broken.holds
         assert broken.gradient > 1e-3 and broken.value > 1e-3
 
 
 def test_check_rescale():
-    assert eomdl.check_symmetry(relu_loss, NET, RESCALE, NET_ARGS).holds
-    whole = eomdl.Scaling(["layer0"], [last_layer])
-    assert eomdl.check_symmetry(relu_loss, NET, whole, NET_ARGS).holds
-    without_bias = eomdl.Scaling([("layer0.w", 1)], [("layer1.w", 0)])
-    assert not eomdl.check_symmetry(relu_loss, NET, without_bias, NET_ARGS).holds
+    assert eomdl.symmetry.check(relu_loss, NET, RESCALE, NET_ARGS).holds
+    whole = eomdl.symmetry.Scaling(["layer0"], [last_layer])
+    assert eomdl.symmetry.check(relu_loss, NET, whole, NET_ARGS).holds
+    without_bias = eomdl.symmetry.Scaling([("layer0.w", 1)], [("layer1.w", 0)])
+    assert not eomdl.symmetry.check(relu_loss, NET, without_bias, NET_ARGS).holds
 
 
 def test_checks_take_weight_decay_off():
     def decayed(loss):
         return eomdl.WeightDecay(eomdl.WeightDecay(loss, 0.1), 0.2)
 
-    assert eomdl.check_symmetry(decayed(label_loss), NET, eomdl.Translation(HEAD), LABEL_ARGS).holds
-    assert eomdl.check_symmetry(decayed(scale_invariant_loss), SCALE, eomdl.Scaling(["w"]), SCALE_ARGS).holds
+    assert eomdl.symmetry.check(decayed(label_loss), NET, eomdl.symmetry.Translation(HEAD), LABEL_ARGS).holds
+    assert eomdl.symmetry.check(
+        decayed(scale_invariant_loss), SCALE, eomdl.symmetry.Scaling(["w"]), SCALE_ARGS
+    ).holds
 
 
 def test_checks_see_a_slight_violation():
     def slightly(params, args):
         return label_loss(params, args) + 1e-4 * jnp.sum(last_layer(params))
 
-    symmetry = eomdl.Translation(HEAD)
-    assert not eomdl.check_symmetry(slightly, NET, symmetry, LABEL_ARGS).holds
-    assert eomdl.check_symmetry(slightly, NET, symmetry, LABEL_ARGS, tolerance=0.1).holds
+    symmetry = eomdl.symmetry.Translation(HEAD)
+    assert not eomdl.symmetry.check(slightly, NET, symmetry, LABEL_ARGS).holds
+    assert eomdl.symmetry.check(slightly, NET, symmetry, LABEL_ARGS, tolerance=0.1).holds
 
 
-@pytest.mark.parametrize("symmetry", [eomdl.Translation(HEAD), eomdl.Scaling(["layer0.w"]), RESCALE])
+@pytest.mark.parametrize(
+    "symmetry", [eomdl.symmetry.Translation(HEAD), eomdl.symmetry.Scaling(["layer0.w"]), RESCALE]
+)
 def test_transformations_form_a_group(symmetry):
     charge = symmetry.charge(NET)
     a, b = normal(31, *charge.shape), normal(32, *charge.shape)
@@ -114,7 +120,7 @@ def test_proposes_the_softmax_and_the_relu_units():
         x, labels = args
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(net(params, x, jax.nn.relu), labels))
 
-    found = eomdl.propose_symmetries(eomdl.WeightDecay(loss, 0.1), NET, LABEL_ARGS)
+    found = eomdl.symmetry.propose(eomdl.WeightDecay(loss, 0.1), NET, LABEL_ARGS)
     assert labels_of(found) == {
         "translation of layer1.b along axis 0",
         "translation of layer1.w along axis 1",
@@ -124,7 +130,7 @@ def test_proposes_the_softmax_and_the_relu_units():
 
 
 def test_proposes_every_symmetry_of_a_normalized_network():
-    found = eomdl.propose_symmetries(normalized_loss, NORMALIZED, LABEL_ARGS)
+    found = eomdl.symmetry.propose(normalized_loss, NORMALIZED, LABEL_ARGS)
     assert labels_of(found) == {
         "translation of first.b in every entry",
         "translation of head along axis 1",
@@ -142,7 +148,7 @@ def test_proposes_a_linear_layer_as_a_whole_where_units_do_not_line_up():
         return jnp.mean((h.reshape(len(x), 6) @ params["dense"] - y) ** 2)
 
     params = {"conv": normal(45, 2), "dense": normal(46, 6, 2)}
-    found = eomdl.propose_symmetries(loss, params, NET_ARGS)
+    found = eomdl.symmetry.propose(loss, params, NET_ARGS)
     assert labels_of(found) == {"rescale of conv against dense"}
 
 
@@ -151,45 +157,45 @@ def test_proposes_nothing_for_a_tanh_network():
         x, y = args
         return jnp.mean((net(params, x) - y) ** 2)
 
-    assert eomdl.propose_symmetries(loss, NET, NET_ARGS) == []
+    assert eomdl.symmetry.propose(loss, NET, NET_ARGS) == []
 
 
 def test_the_loss_is_looked_at_first():
     with pytest.raises(ValueError, match=r"loss: expected .*\(6, 2\)"):
-        eomdl.check_symmetry(lambda p, args: args[1] + p["layer1"]["b"][None], NET, RESCALE, NET_ARGS)
+        eomdl.symmetry.check(lambda p, args: args[1] + p["layer1"]["b"][None], NET, RESCALE, NET_ARGS)
 
 
 def test_proposals_for_a_loss_that_is_a_module():
-    found = eomdl.propose_symmetries(eomdl.GradientPenalty(label_loss, 0.0), NET, LABEL_ARGS)
+    found = eomdl.symmetry.propose(eomdl.losses.GradientPenalty(label_loss, 0.0), NET, LABEL_ARGS)
     assert "translation of layer1.w along axis 1" in labels_of(found)
 
 
 def test_names_of_blocks_that_do_not_exist():
-    for bad in (eomdl.Translation("layer1.v"), eomdl.Scaling([("layer_1.w", 0)])):
+    for bad in (eomdl.symmetry.Translation("layer1.v"), eomdl.symmetry.Scaling([("layer_1.w", 0)])):
         with pytest.raises(ValueError, match=r"block: expected the name of a block.*layer1\.w"):
-            eomdl.check_symmetry(label_loss, NET, bad, LABEL_ARGS)
+            eomdl.symmetry.check(label_loss, NET, bad, LABEL_ARGS)
     with pytest.raises(ValueError, match=r"nearest are .*'layer0\.b'"):
-        eomdl.block_norm("nothing like it")(NET, None)
+        eomdl.observe.block_norm("nothing like it")(NET, None)
     np.testing.assert_allclose(
-        eomdl.block_norm("layer1")(NET, None), np.linalg.norm(flat(NET["layer1"])), rtol=1e-14
+        eomdl.observe.block_norm("layer1")(NET, None), np.linalg.norm(flat(NET["layer1"])), rtol=1e-14
     )
 
 
 def test_wrong_symmetries():
     with pytest.raises(ValueError, match=r"axis: expected an axis of layer1\.w"):
-        eomdl.check_symmetry(label_loss, NET, eomdl.Translation(HEAD, 2), LABEL_ARGS)
+        eomdl.symmetry.check(label_loss, NET, eomdl.symmetry.Translation(HEAD, 2), LABEL_ARGS)
     with pytest.raises(ValueError, match="block: expected one array"):
-        eomdl.check_symmetry(label_loss, NET, eomdl.Translation("layer1"), LABEL_ARGS)
+        eomdl.symmetry.check(label_loss, NET, eomdl.symmetry.Translation("layer1"), LABEL_ARGS)
     with pytest.raises(ValueError, match="expected one number of units"):
-        eomdl.Scaling([("layer0.w", 0)], [("layer1.w", 0)]).charge(NET)
+        eomdl.symmetry.Scaling([("layer0.w", 0)], [("layer1.w", 0)]).charge(NET)
     with pytest.raises(ValueError, match="for all members or for none"):
-        eomdl.Scaling([("layer0.w", 0), "layer0.b"])
+        eomdl.symmetry.Scaling([("layer0.w", 0), "layer0.b"])
     with pytest.raises(ValueError, match="incoming: expected a list of blocks"):
-        eomdl.Scaling("layer0.w")
+        eomdl.symmetry.Scaling("layer0.w")
     with pytest.raises(ValueError, match="incoming: expected at least one block"):
-        eomdl.Scaling([])
-    with pytest.raises(ValueError, match=r"symmetry: expected an eomdl\.Translation"):
-        eomdl.check_symmetry(label_loss, NET, "layer1.w", LABEL_ARGS)
+        eomdl.symmetry.Scaling([])
+    with pytest.raises(ValueError, match=r"symmetry: expected an eomdl\.symmetry\.Translation"):
+        eomdl.symmetry.check(label_loss, NET, "layer1.w", LABEL_ARGS)
 
 
 # ------------------------------------------------------------ the theory's identities
@@ -213,42 +219,42 @@ ETA, DECAY = 0.05, 0.4
 def test_translation_law_of_gradient_descent_is_exact():
     # p_(k+1) = (1 - eta lambda) p_k: the rate is -log(1 - eta lambda)/eta at every step
     loss = eomdl.WeightDecay(label_loss, DECAY)
-    observe = {"p": eomdl.shift_component(last_layer)}
+    observe = {"p": eomdl.observe.shift_component(last_layer)}
     run = eomdl.descend(loss, NET, optax.sgd(ETA), 10, args=LABEL_ARGS, observe=observe)
     p = run.observables["p"]
     np.testing.assert_allclose(p, p[0][None] * (1 - ETA * DECAY) ** np.arange(11)[:, None], rtol=1e-10)
-    exact = eomdl.translation_decay_rate(ETA, DECAY, None)
+    exact = eomdl.symmetry.translation_decay_rate(ETA, DECAY, None)
     np.testing.assert_allclose(exact, -np.log(1 - ETA * DECAY) / ETA, rtol=1e-14)
-    np.testing.assert_allclose(eomdl.decay_rate(p, ETA), exact, rtol=1e-10)
+    np.testing.assert_allclose(eomdl.observe.decay_rate(p, ETA), exact, rtol=1e-10)
 
 
 @pytest.mark.parametrize("order", range(4))
 def test_translation_law_of_the_flows(order):
     loss = eomdl.WeightDecay(label_loss, DECAY)
     flow = eomdl.EquationOfMotion(loss, ETA, order)
-    observable = eomdl.shift_component(last_layer)
+    observable = eomdl.observe.shift_component(last_layer)
     series = sum(ETA ** (j - 1) * DECAY**j / j for j in range(1, order + 2))
-    predicted = eomdl.translation_decay_rate(ETA, DECAY, order)
+    predicted = eomdl.symmetry.translation_decay_rate(ETA, DECAY, order)
     np.testing.assert_allclose(predicted, series, rtol=1e-14)
-    velocity = eqx.filter_jit(eomdl.rate(observable, flow))(NET, LABEL_ARGS)
+    velocity = eqx.filter_jit(eomdl.observe.lie_derivative(observable, flow))(NET, LABEL_ARGS)
     np.testing.assert_allclose(velocity, -predicted * observable(NET, None), rtol=1e-10)
 
 
 def test_translation_numbers_of_the_paper():
-    rates = [eomdl.translation_decay_rate(0.01, 0.01, n) for n in (0, 1, 2, None)]
+    rates = [eomdl.symmetry.translation_decay_rate(0.01, 0.01, n) for n in (0, 1, 2, None)]
     np.testing.assert_allclose(rates[:2], [0.01, 0.0100005], rtol=1e-14)
     np.testing.assert_allclose(rates[2], 0.0100005 + 1e-4 * 1e-6 / 3, rtol=1e-14)
     np.testing.assert_allclose(rates[3], 0.010000500033, atol=1e-12)
-    assert eomdl.translation_decay_rate(0.1, 0.0, 3) == 0.0
+    assert eomdl.symmetry.translation_decay_rate(0.1, 0.0, 3) == 0.0
 
 
 def test_scale_law_of_gradient_descent_is_exact():
     loss = eomdl.WeightDecay(scale_only_loss, DECAY)
     gradient = lambda w, args: jnp.linalg.norm(jax.grad(scale_only_loss)(w, args))
-    observe = {"norm": eomdl.block_norm(), "gradient": gradient}
+    observe = {"norm": eomdl.observe.block_norm(), "gradient": gradient}
     run = eomdl.descend(loss, SCALE["w"], optax.sgd(ETA), 20, args=SCALE_ARGS, observe=observe)
     norm, gradient = run.observables["norm"], run.observables["gradient"]
-    after = eomdl.scale_norm_after_step(norm[:-1], gradient[:-1], ETA, DECAY)
+    after = eomdl.symmetry.scale_norm_after_step(norm[:-1], gradient[:-1], ETA, DECAY)
     np.testing.assert_allclose(norm[1:], after, rtol=1e-13)
     np.testing.assert_allclose(
         norm[1:] ** 2, (1 - ETA * DECAY) ** 2 * norm[:-1] ** 2 + ETA**2 * gradient[:-1] ** 2, rtol=1e-13
@@ -262,8 +268,10 @@ def test_scale_law_of_the_flows(order):
     w = SCALE["w"]
     norm = jnp.linalg.norm(w)
     gradient = jnp.linalg.norm(jax.grad(scale_only_loss)(w, SCALE_ARGS))
-    rate = eomdl.rate(lambda w, args: jnp.log(jnp.sum(w**2)), flow)(w, SCALE_ARGS)
-    np.testing.assert_allclose(eomdl.scale_norm_rate(norm, gradient, ETA, DECAY, order), rate, rtol=1e-12)
+    rate = eomdl.observe.lie_derivative(lambda w, args: jnp.log(jnp.sum(w**2)), flow)(w, SCALE_ARGS)
+    np.testing.assert_allclose(
+        eomdl.symmetry.scale_norm_rate(norm, gradient, ETA, DECAY, order), rate, rtol=1e-12
+    )
     by_hand = [-2 * DECAY, -(2 * DECAY + ETA * DECAY**2) + ETA * gradient**2 / norm**2][order]
     np.testing.assert_allclose(rate, by_hand, rtol=1e-12)
 
@@ -282,12 +290,12 @@ def test_equilibrium_norm_and_angle():
         radii.append(r)
         w = new
     assert radii[0] != pytest.approx(radii[-1], rel=0.1)
-    start = eomdl.equilibrium_norm(radii[0], c / radii[0], eta, decay)
-    end = eomdl.equilibrium_norm(radii[-1], c / radii[-1], eta, decay)
+    start = eomdl.symmetry.equilibrium_norm(radii[0], c / radii[0], eta, decay)
+    end = eomdl.symmetry.equilibrium_norm(radii[-1], c / radii[-1], eta, decay)
     np.testing.assert_allclose([start, end], radii[-1], rtol=1e-10)
     np.testing.assert_allclose(end**4, eta * c**2 / (decay * (2 - eta * decay)), rtol=1e-13)
-    np.testing.assert_allclose(eomdl.equilibrium_angle(eta, decay), angles[-1], rtol=1e-10)
-    np.testing.assert_allclose(eomdl.equilibrium_angle(1e-4, 1e-2), np.sqrt(2e-6), rtol=1e-6)
+    np.testing.assert_allclose(eomdl.symmetry.equilibrium_angle(eta, decay), angles[-1], rtol=1e-10)
+    np.testing.assert_allclose(eomdl.symmetry.equilibrium_angle(1e-4, 1e-2), np.sqrt(2e-6), rtol=1e-6)
 
 
 def test_rescaling_law():
@@ -299,9 +307,9 @@ def test_rescaling_law():
 
     params = {"u": normal(23, 3), "v": normal(24, 2)}
     balance = lambda p, args: jnp.sum(p["u"] ** 2) - jnp.sum(p["v"] ** 2)
-    conserved = eomdl.rate(balance, eomdl.GradientFlow(loss, ETA))(params, NET_ARGS)
+    conserved = eomdl.observe.lie_derivative(balance, eomdl.GradientFlow(loss, ETA))(params, NET_ARGS)
     np.testing.assert_allclose(conserved, 0, atol=1e-12)
-    broken = eomdl.rate(balance, eomdl.EquationOfMotion(loss, ETA, 1))(params, NET_ARGS)
+    broken = eomdl.observe.lie_derivative(balance, eomdl.EquationOfMotion(loss, ETA, 1))(params, NET_ARGS)
     expected = ETA * balance(jax.grad(loss)(params, NET_ARGS), None)
     np.testing.assert_allclose(broken, expected, rtol=1e-10)
     assert abs(expected) > 1e-3

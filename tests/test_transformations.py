@@ -98,10 +98,10 @@ def test_jit_is_traced_once_for_all_learning_rates():
     @jax.jit
     def final(eta):
         traces.append(1)
-        return end(eta).final
+        return end(eta).end.state.flow
 
     for eta in (0.1, 0.2, 0.3):
-        assert_close(final(eta), end(eta).final[:1], rtol=1e-7)
+        assert_close(final(eta), end(eta).end.state.flow, rtol=1e-7)
     assert len(traces) == 1
 
 
@@ -160,7 +160,7 @@ def test_vmap_of_descend():
 
 def test_gradient_with_respect_to_the_initial_point():
     def x_at_the_end(params):
-        return end(0.1, params).final[0]["x"]
+        return end(0.1, params).end.state[0]["x"]
 
     gradient = jax.grad(x_at_the_end)(VALLEY)
     h = 1e-4
@@ -174,7 +174,7 @@ def test_gradient_of_path_and_observables_with_respect_to_the_learning_rate():
     def area(eta):
         flow = eomdl.EquationOfMotion(valley_loss, eta)
         run = eomdl.solve(flow, VALLEY, 5, observe={"loss": valley_loss}, **TIGHT)
-        return jnp.sum(run.observables["loss"]) + jnp.sum(run.params["y"]) + run.final[0]["x"]
+        return jnp.sum(run.observables["loss"]) + jnp.sum(run.params["y"]) + run.end.state[0]["x"]
 
     h = 1e-4
     by_difference = (area(0.1 + h) - area(0.1 - h)) / (2 * h)
@@ -183,7 +183,7 @@ def test_gradient_of_path_and_observables_with_respect_to_the_learning_rate():
 
 def test_gradient_through_descend():
     def x_at_the_end(params):
-        return eomdl.descend(valley_loss, params, SGD, 5).final[0]["x"]
+        return eomdl.descend(valley_loss, params, SGD, 5).end.state[0]["x"]
 
     def by_hand(params):
         for _ in range(5):
@@ -200,7 +200,7 @@ def test_gradient_through_minibatches():
 
     def x_at_the_end(eta):
         flow = eomdl.EquationOfMotion(loss, eta)
-        return eomdl.solve(flow, VALLEY, 4, batches=jnp.arange(4.0), **TIGHT).final[0]["x"]
+        return eomdl.solve(flow, VALLEY, 4, batches=jnp.arange(4.0), **TIGHT).end.state[0]["x"]
 
     h = 1e-4
     by_difference = (x_at_the_end(0.1 + h) - x_at_the_end(0.1 - h)) / (2 * h)

@@ -5,7 +5,7 @@ from math import factorial
 
 import pytest
 
-from eomdl.counterterms.trees import (
+from eomdl.series.trees import (
     LEAF,
     iterate_weight,
     modified_equation,

@@ -1,20 +1,32 @@
-"""Continuous-time models of optimizers, one a file."""
+"""Continuous-time models of optimizers, one model a file."""
 
+from eomdl._end import Diagnostic
 from eomdl.flows.adam import AdamFlow, rmsprop_flow
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.equation_of_motion import EquationOfMotion
 from eomdl.flows.gradient import GradientFlow
 from eomdl.flows.interpolating import InterpolatingFlow
-from eomdl.flows.momentum import MomentumFlow, ReshufflingFlow
+from eomdl.flows.momentum import MomentumFlow
+from eomdl.flows.points import Points, choose_points, departure_from_identity
+from eomdl.flows.reshuffling import ReshufflingFlow
+from eomdl.flows.stride import step_data
+from eomdl.series.weights import minimax_weights, taylor_weights
 
 
 __all__ = [
     "AbstractFlow",
     "AdamFlow",
+    "Diagnostic",
     "EquationOfMotion",
     "GradientFlow",
     "InterpolatingFlow",
     "MomentumFlow",
+    "Points",
     "ReshufflingFlow",
+    "choose_points",
+    "departure_from_identity",
+    "minimax_weights",
     "rmsprop_flow",
+    "step_data",
+    "taylor_weights",
 ]

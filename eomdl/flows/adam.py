@@ -11,6 +11,7 @@ from eomdl import _check
 from eomdl._autodiff import descent_field
 from eomdl._types import Args, Loss, Params
 from eomdl.flows.base import AbstractFlow
+from eomdl.flows.memory import remembered
 
 
 class AdamFlow(AbstractFlow):
@@ -83,6 +84,25 @@ class AdamFlow(AbstractFlow):
             return u - factor * p / d
 
         return jax.tree.map(corrected, leading, share, d, product)
+
+    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """One step of the optimizer with its averages filled along the flow's own path."""
+
+        def average(function: Any, decay: jax.Array) -> Params:
+            return remembered(function, lambda x: self(t, x, args), state, decay, self.learning_rate)
+
+        def gradient(x: Params) -> Params:
+            return jax.grad(self.loss)(x, args)
+
+        def square(x: Params) -> Params:
+            return jax.tree.map(jnp.square, gradient(x))
+
+        def moved(x: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            h, eps, root = (jnp.asarray(c, x.dtype) for c in (self.learning_rate, self.eps, self.eps_root))
+            d = jnp.sqrt(jnp.maximum(v, 0) + root) + eps
+            return x - jnp.where(d > 0, h * m / jnp.where(d > 0, d, 1), 0)
+
+        return jax.tree.map(moved, state, average(gradient, self.b1), average(square, self.b2))
 
     def validate(self, params: Params, args: Args) -> None:
         _check.loss_is_scalar(self.loss, params, args)

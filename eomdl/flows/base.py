@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 from jax.typing import ArrayLike
 
+from eomdl._end import Diagnostic
 from eomdl._types import Args, Params, State
 
 
@@ -22,8 +23,16 @@ class AbstractFlow(eqx.Module):
 
     @property
     def stride(self) -> int:
-        """The flow passes through every m-th iterate; m = 1 but for strided flows."""
+        """The flow passes through every m-th iterate; m = 1 but for strided flows.
+
+        A flow of stride m sees the data of m steps: `eomdl.flows.step_data(args, n)` is that of the n-th.
+        """
         return 1
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether `refresh` does something: `solve` then integrates stride by stride."""
+        return False
 
     @abc.abstractmethod
     def __call__(self, t: ArrayLike, state: State, args: Args) -> State:
@@ -34,23 +43,41 @@ class AbstractFlow(eqx.Module):
         del args
         return params
 
+    def begin(self, params: Params, state: State, args: Args) -> State:
+        """The state that goes on where a real run ended with `params`, carrying `state`."""
+        del state
+        return self.init(params, args)
+
     def params(self, state: State) -> Params:
         """The parameters held in the state."""
         return state
 
-    def step(self, t: ArrayLike, state: State, args: Args) -> State | None:
-        """One step of the discrete map that this flow models; `None` if there is none.
+    def refresh(self, t: ArrayLike, state: State, args: Args) -> State:
+        """The state with what is carried beside the parameters made anew (re-tracked eigenvectors, say).
 
-        `solve` measures the flow's own defect against it to choose its tolerances.
+        Called at the start of every stride if `refreshes`; the parameters must stay as they are.
+        """
+        del t, args
+        return state
+
+    def step(self, t: ArrayLike, state: State, args: Args) -> State | None:
+        """`step_span(args)` steps of the discrete map that this flow models; `None` if there is none.
+
+        `solve` measures the flow's own error against it to choose its tolerances.
         """
         del t, state, args
         return None
+
+    def step_span(self, args: Args) -> int:
+        """How many steps of the optimizer `step` takes at once: 1, but where a model speaks of epochs only."""
+        del args
+        return 1
 
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the flow cannot start from `params`."""
         del params, args
 
-    def diagnostics(self, t: ArrayLike, state: State, args: Args) -> dict[str, jax.Array]:
-        """Named scalars that tell whether the model is valid here; recorded by `solve`."""
+    def diagnostics(self, t: ArrayLike, state: State, args: Args) -> dict[str, Diagnostic]:
+        """Named numbers that tell whether the model is valid here, each with its limit; recorded by `solve`."""
         del t, state, args
         return {}

@@ -6,11 +6,12 @@ from jax.typing import ArrayLike
 
 from eomdl import _check
 from eomdl._autodiff import descent_field
+from eomdl._end import Diagnostic
 from eomdl._types import Args, Loss, Params
-from eomdl.counterterms import modified_field
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.gradient import gradient_descent_step
-from eomdl.observables.curvature import sharpness
+from eomdl.observe.curvature import sharpness
+from eomdl.series.euler import modified_field
 
 
 class EquationOfMotion(AbstractFlow):
@@ -58,9 +59,16 @@ class EquationOfMotion(AbstractFlow):
     def validate(self, params: Params, args: Args) -> None:
         _check.loss_is_scalar(self.loss, params, args)
 
-    def diagnostics(self, t: ArrayLike, state: Params, args: Args) -> dict[str, jax.Array]:
-        """`eta_lambda_max`: the series in the learning rate needs it below 1."""
+    def diagnostics(self, t: ArrayLike, state: Params, args: Args) -> dict[str, Diagnostic]:
+        """`eta*lambda_max`: the series in the learning rate needs it below 1."""
         del t
         if self.order == 0:
             return {}
-        return {"eta_lambda_max": self.learning_rate * sharpness(self.loss)(state, args)}
+        return {
+            "eta*lambda_max": Diagnostic(
+                self.learning_rate * sharpness(self.loss)(state, args),
+                limit=1.0,
+                meaning="From 1 on the series in the learning rate has no limit, and more counter terms make it "
+                "worse: lower the learning rate, or take InterpolatingFlow(..., stride=2).",
+            )
+        }

@@ -10,11 +10,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eomdl import _check, _tree
-from eomdl._batches import batch_of
+from eomdl._end import Diagnostic
 from eomdl._types import Args, Params, State
 from eomdl.flows.base import AbstractFlow
-from eomdl.logarithm import difference_weights, taylor_weights
-from eomdl.step_maps import StepMap, as_step_map, check_step
+from eomdl.flows.stride import step_data
+from eomdl.maps.step_map import StepMap, as_step_map, check_step
+from eomdl.series.weights import difference_weights, taylor_weights
 
 
 class InterpolatingFlow(AbstractFlow):
@@ -36,11 +37,11 @@ class InterpolatingFlow(AbstractFlow):
         `(state, args, k) -> state` whose state is the parameters.
     - `step_size`: h, time per optimizer step; a leaf. It sets the clock alone.
     - `points`: K, the number of iterates, which is the formal order. More is not always better:
-        `eomdl.choose_points` looks at the path.
+        `eomdl.flows.choose_points` looks at the path.
     - `stride`: m. The flow passes through every m-th iterate; `solve` returns those between as one
         (two, ...) step of the map from there.
-    - `weights`: $b_0, \\dots, b_{K-1}$, e.g. `eomdl.minimax_weights(...)`; by default
-        `eomdl.taylor_weights(points)`, the equation above.
+    - `weights`: $b_0, \\dots, b_{K-1}$, e.g. `eomdl.flows.minimax_weights(...)`; by default
+        `eomdl.flows.taylor_weights(points)`, the equation above.
 
     **State:** the step map's, so parameters and optimizer state. Time in steps is t / h, which
     is what schedules and bias corrections see.
@@ -73,6 +74,10 @@ class InterpolatingFlow(AbstractFlow):
         del args
         return self.step_map.init(params)
 
+    def begin(self, params: Params, state: State, args: Args) -> State:
+        del args
+        return self.step_map.restore(state, params)
+
     def params(self, state: State) -> Params:
         return self.step_map.params(state)
 
@@ -85,7 +90,7 @@ class InterpolatingFlow(AbstractFlow):
         return self.step_map(state, args, t / self.step_size)
 
     def validate(self, params: Params, args: Args) -> None:
-        check_step(self.step_map, params, batch_of(args, 0))
+        check_step(self.step_map, params, step_data(args, 0))
         if _tree.is_traced(self, params, args):
             return
         ratio = float(_start_ratio(self, params, args))
@@ -98,9 +103,16 @@ class InterpolatingFlow(AbstractFlow):
                 stacklevel=3,
             )
 
-    def diagnostics(self, t: ArrayLike, state: State, args: Args) -> dict[str, jax.Array]:
-        """`last_difference`: the construction converges where it is below 1."""
-        return {"last_difference": self.last_difference(t, state, args)}
+    def diagnostics(self, t: ArrayLike, state: State, args: Args) -> dict[str, Diagnostic]:
+        """The last difference over the first: the construction converges where it is below 1."""
+        return {
+            "the last difference over the first": Diagnostic(
+                self.last_difference(t, state, args),
+                limit=1.0,
+                meaning="From 1 on the series of the logarithm has stopped converging, and more points make it "
+                "worse: see eomdl.flows.choose_points, try stride=2, or start after a few real steps.",
+            )
+        }
 
     def last_difference(self, t: ArrayLike, state: State, args: Args) -> jax.Array:
         """$|\\Delta^K \\theta| / |\\Delta \\theta|$ (K at least 2), the last difference against the first.
@@ -127,7 +139,7 @@ class InterpolatingFlow(AbstractFlow):
         def one(carry: tuple, at: tuple) -> tuple:
             x, totals = carry
             n, b = at
-            d = self.step_map.increment(x, batch_of(args, n), start + n)
+            d = self.step_map.increment(x, step_data(args, n), start + n)
             totals = [_tree.add(total, _tree.scale(w, d)) for total, w in zip(totals, b, strict=True)]
             return (_tree.add(x, d), totals), None
 

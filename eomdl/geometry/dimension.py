@@ -15,7 +15,7 @@ from tqdm import tqdm
 from eomdl import _check
 from eomdl._types import Args, Loss, Params
 from eomdl.geometry.path import path_length, rows
-from eomdl.trajectory import Trajectory
+from eomdl.runs.trajectory import Trajectory
 
 
 _FEWEST = 25  # points in a block: more than the 20 neighbours that scikit-dimension's MLE looks at

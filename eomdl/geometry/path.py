@@ -10,7 +10,7 @@ import numpy as np
 from eomdl import _check, _tree
 from eomdl._types import Args, Observable, Params
 from eomdl.flows.base import AbstractFlow
-from eomdl.trajectory import Trajectory
+from eomdl.runs.trajectory import Trajectory
 
 
 _STENCIL = 5  # rows that a derivative looks at: fourth order for x' and x'', second for x'''
@@ -105,8 +105,8 @@ def path_torsion(trajectory: Trajectory) -> np.ndarray:
 class PathShape:
     """Shape of a path at its n saved steps; every array of shape (n,).
 
-    `length`, `distance`, `curvature`, `torsion` as `eomdl.path_length`, `eomdl.distance_travelled`,
-    `eomdl.path_curvature` and `eomdl.path_torsion` give them.
+    `length`, `distance`, `curvature`, `torsion` as `eomdl.geometry.path_length`, `eomdl.geometry.distance_travelled`,
+    `eomdl.geometry.path_curvature` and `eomdl.geometry.path_torsion` give them.
     """
 
     steps: np.ndarray

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from eomdl.compare import Comparison
+from eomdl.errors.comparison import Comparison
 
 
 def plot_comparison(comparison: Comparison) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from eomdl.symmetry.conservation import Conservation
+from eomdl.symmetry.charges import Conservation
 
 
 def plot_conservation(charges: Mapping[str, Conservation]) -> Any:

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from eomdl.geometry.barriers import clusters
+from eomdl.geometry.connectivity import clusters
 
 
 def plot_barriers(steps: ArrayLike, matrices: ArrayLike, labels: ArrayLike) -> Any:
     """A picture of the barrier matrix at every checkpoint, runs in the order of their clusters.
 
-    **Arguments:** `steps`, shape (n,); `matrices`, shape (n, S, S), as from `eomdl.barriers`; `labels`, shape (S,), one
-    clustering for all panels (`eomdl.clusters` of one of the matrices), so that a panel shows what
+    **Arguments:** `steps`, shape (n,); `matrices`, shape (n, S, S), as from `eomdl.geometry.barriers`; `labels`, shape (S,), one
+    clustering for all panels (`eomdl.geometry.clusters` of one of the matrices), so that a panel shows what
     became of it.
 
     **Returns:** a `matplotlib.figure.Figure`; nothing is shown or written.

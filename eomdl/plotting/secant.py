@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from eomdl.geometry.secant import Secants
+from eomdl.geometry.restricted_secant import Secants
 
 
 def plot_secants(runs: Mapping[str, Secants]) -> Any:

@@ -40,7 +40,7 @@ def without_decay(loss: Loss) -> Loss:
     return loss
 
 
-def check_symmetry(
+def check(
     loss: Loss,
     params: Params,
     symmetry: AbstractSymmetry,
@@ -52,7 +52,7 @@ def check_symmetry(
     `eomdl.WeightDecay`, which breaks it, is taken off the loss first. Scale symmetry before a normalization with
     an epsilon holds up to that epsilon: the violation says how far.
 
-    **Arguments:** `symmetry`, an `eomdl.Translation` or `eomdl.Scaling`; `tolerance`, by default the square root of the
+    **Arguments:** `symmetry`, an `eomdl.symmetry.Translation` or `eomdl.symmetry.Scaling`; `tolerance`, by default the square root of the
     machine epsilon.
 
     **Cost:** one gradient and two losses.
@@ -61,7 +61,9 @@ def check_symmetry(
     """
     params = _check.params("params", params)
     if not isinstance(symmetry, AbstractSymmetry):
-        raise ValueError(f"symmetry: expected an eomdl.Translation or eomdl.Scaling, got {symmetry!r}")
+        raise ValueError(
+            f"symmetry: expected an eomdl.symmetry.Translation or eomdl.symmetry.Scaling, got {symmetry!r}"
+        )
     loss = without_decay(loss)
     _check.loss_is_scalar(loss, params, args)
     return _checked(loss, params, symmetry, args, jax.grad(loss)(params, args), _tolerance(params, tolerance))
@@ -100,7 +102,7 @@ def _gradient(loss: Loss, params: Params, args: Args) -> Params:
     return jax.grad(loss)(params, args)
 
 
-def propose_symmetries(
+def propose(
     loss: Loss, params: Params, args: Args = None, tolerance: float | None = None
 ) -> list[SymmetryCheck]:
     """The symmetries of single blocks and of pairs of layers that the loss has, found by trying.
@@ -111,7 +113,7 @@ def propose_symmetries(
     one with units and the same as a whole only the first is returned, as it implies the second.
 
     What it cannot see: symmetries of more than two layers, or of units that lie across an axis in a way that is not an
-    axis of the array. Name those yourself and `check_symmetry`.
+    axis of the array. Name those yourself and `check`.
 
     **Returns:** a list of `SymmetryCheck`, all of which hold.
 

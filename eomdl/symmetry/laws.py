@@ -47,7 +47,7 @@ def scale_norm_rate(
 
     Gradient flow (order 0): $-2\\lambda$. One counter term (order 1):
     $-(2\\lambda + \\eta\\lambda^2) + \\eta |\\nabla_A f|^2 / |\\theta_A|^2$, whatever other
-    parameters f has. For higher orders use `eomdl.rate`.
+    parameters f has. For higher orders use `eomdl.observe.lie_derivative`.
 
     **Raises:** `ValueError` for an order other than 0 and 1.
     """
@@ -56,7 +56,7 @@ def scale_norm_rate(
     if order == 1:
         decay = 2 * weight_decay + learning_rate * weight_decay**2
         return -decay + learning_rate * (gradient_norm / norm) ** 2
-    raise ValueError(f"order: expected 0 or 1 (eomdl.rate does the others), got {order!r}")
+    raise ValueError(f"order: expected 0 or 1 (eomdl.observe.lie_derivative does the others), got {order!r}")
 
 
 def equilibrium_norm(
@@ -85,7 +85,7 @@ def equilibrium_angle(
     """Angle per step at the equilibrium norm: $\\cos\\alpha = 1 - \\eta\\lambda / (1 + \\beta)$.
 
     About $\\sqrt{2\\eta\\lambda / (1 + \\beta)}$ (Wan et al. 2021, arXiv 2006.08419). It needs no assumption on the gradient: at
-    a constant norm the exact law of `eomdl.conservation` balances just so.
+    a constant norm the exact law of `eomdl.symmetry.conservation` balances just so.
     """
     return jnp.arccos(1 - jnp.asarray(learning_rate) * weight_decay / (1 + jnp.asarray(momentum)))
 

@@ -1,0 +1,135 @@
+"""Where a run is, what it has cost and how it ended: the words that maps, flows and runs share."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eomdl._types import STATIC, Params, State, record_type
+
+
+class RESULTS(eqx.Enumeration):
+    """How a run ended. Each message names the remedy."""
+
+    successful = ""
+    nonfinite = (
+        "The state became infinite or NaN, so the run stopped there. Use a smaller learning rate, or "
+        "float64 (jax.config.update('jax_enable_x64', True)); what was computed up to then is returned."
+    )
+    max_steps_reached = (
+        "The ODE solver used up its step limit, so the run stopped there. Raise `max_steps`, loosen `rtol` "
+        "and `atol`, or lower the order: past eta*lambda_max = 1 the terms grow without bound. An optimizer's "
+        "first steps may be too rough for any flow: start after them (`resume=` a real run)."
+    )
+    interrupted = "Interrupted from the keyboard. Continue with `resume=` this trajectory."
+    batches_exhausted = (
+        "`batches` ended before the run did. Give as many batches as steps, then continue with `resume=` "
+        "this trajectory."
+    )
+
+
+def result_where(condition: Any, this: Any, other: Any) -> Any:
+    """`this` item of `RESULTS` where the condition holds, else the `other`."""
+    return RESULTS.where(condition, this, other)
+
+
+@record_type
+class Diagnostic:
+    """A number that tells whether a model is valid: it is while `value` stays below `limit`.
+
+    - `value`: a scalar; in `Stats`, shape (m,), at the start and at the end of every stretch of the run.
+    - `limit`: where validity ends.
+    - `meaning`: what it means to reach the limit, and what to do then.
+    """
+
+    value: Any
+    limit: float = dataclasses.field(metadata=STATIC)
+    meaning: str = dataclasses.field(metadata=STATIC)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the limit was reached anywhere. NaN was not below it either."""
+        return not bool(np.all(np.asarray(self.value) < self.limit))
+
+    def note(self, name: str) -> str:
+        """The finding in words."""
+        return f"{name} reached {np.max(self.value):.2f} along the path. {self.meaning}"
+
+
+@record_type
+class Stats:
+    """What a run has cost from its first step on, and how it was made.
+
+    - `gradient_evaluations`: of `descend`, one a step.
+    - `num_steps`, `num_accepted_steps`, `num_rejected_steps`: ODE steps, of both integrations where the
+        error is estimated.
+    - `rtol`, `atol`: tolerances of the ODE solver, or None.
+    - `stride`: the flow passes through every m-th step.
+    - `flow`: which flow, with its numbers; empty for a real run.
+    - `diagnostics`: `{name: Diagnostic}` measured along the path.
+    """
+
+    gradient_evaluations: Any = 0
+    num_steps: Any = 0
+    num_accepted_steps: Any = 0
+    num_rejected_steps: Any = 0
+    rtol: Any = None
+    atol: Any = None
+    stride: int = dataclasses.field(metadata=STATIC, default=1)
+    flow: str = dataclasses.field(metadata=STATIC, default="")
+    diagnostics: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
+
+    def plus(self, counts: Mapping[str, Any]) -> "Stats":
+        """With these counts added."""
+        return dataclasses.replace(self, **{k: getattr(self, k) + v for k, v in counts.items()})
+
+    def diagnosed(self, found: Mapping[str, Diagnostic]) -> "Stats":
+        """With these diagnostics after those there are."""
+        if not found:
+            return self
+        longer = {
+            name: dataclasses.replace(
+                new, value=np.concatenate([self._values(name), np.atleast_1d(new.value)])
+            )
+            for name, new in found.items()
+        }
+        return dataclasses.replace(self, diagnostics=longer)
+
+    def _values(self, name: str) -> np.ndarray:
+        return np.asarray(self.diagnostics[name].value) if name in self.diagnostics else np.zeros(0)
+
+
+@record_type
+class End:
+    """Where a run is: what `resume=` takes, what a checkpoint holds.
+
+    - `step`: the step number.
+    - `state`: all that is carried on (parameters, optimizer state, both integrations of a flow), or None for
+        the state that a new run has at `params`.
+    - `params`: the parameters there.
+    - `stats`: `Stats` so far.
+    """
+
+    step: Any
+    state: State
+    params: Params
+    stats: Stats = dataclasses.field(default_factory=Stats)
+
+    def without_state(self) -> "End":
+        """The same step and parameters, to begin another optimizer at."""
+        return dataclasses.replace(self, state=None)
+
+
+def real_part(state: Any) -> Any:
+    """The floating-point arrays of an optimizer's state, None in place of counters and keys."""
+    return eqx.filter(state, eqx.is_inexact_array)
+
+
+def is_finite(tree: Any) -> jax.Array:
+    """Whether every floating-point leaf is finite."""
+    leaves = jax.tree.leaves(real_part(tree))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))

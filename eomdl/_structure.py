@@ -1,0 +1,133 @@
+"""The structure of a pytree in words: what survives the disk, and what two states are compared by.
+
+A node is described as `[kind, [[key, child], ...]]`, a leaf as "*", None as None. Lists, tuples, dicts and
+named tuples come back from the disk as they were; any other node comes back as a `Node`, which has the
+description of what it stands for.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+LEAF = "*"
+_PLAIN: dict[type, str] = {dict: "dict", list: "list", tuple: "tuple"}
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Node:
+    """A node read from a file whose class JSON cannot name: its kind, and its children by key."""
+
+    def __init__(self, kind: str, keys: list[Any], children: list[Any]):
+        self.kind, self.keys, self.children = kind, keys, children
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.children[self.keys.index(key)]
+
+    def __repr__(self) -> str:
+        return f"{self.kind}({dict(zip(self.keys, self.children, strict=True))})"
+
+    def tree_flatten_with_keys(self) -> tuple:
+        keys = [jax.tree_util.DictKey(key) for key in self.keys]
+        return list(zip(keys, self.children, strict=True)), (self.kind, tuple(self.keys))
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple, children: Any) -> "Node":
+        return cls(aux[0], list(aux[1]), list(children))
+
+
+def describe(tree: Any) -> Any:
+    """The structure in lists and strings that JSON keeps."""
+    if tree is None:
+        return None
+    children, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    if len(children) == 1 and children[0][0] == ():
+        return LEAF
+    return [_kind(tree), [[_key(path[0]), describe(child)] for path, child in children]]
+
+
+def _kind(node: Any) -> str:
+    if isinstance(node, Node):
+        return node.kind
+    return _PLAIN.get(type(node), f"{type(node).__module__}:{type(node).__qualname__}")
+
+
+def _key(entry: Any) -> Any:
+    key = getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None)))
+    return key if isinstance(key, str | int) and not isinstance(key, bool) else repr(key)
+
+
+def rebuild(description: Any, leaves: Iterator[Any]) -> Any:
+    """The pytree of a description; leaves are taken in its order."""
+    if description is None:
+        return None
+    if description == LEAF:
+        return next(leaves)
+    kind, items = description
+    keys = [key for key, _ in items]
+    children = [rebuild(child, leaves) for _, child in items]
+    if kind == "dict":
+        return dict(zip(keys, children, strict=True))
+    if kind in ("list", "tuple"):
+        return children if kind == "list" else tuple(children)
+    found = _named_tuple(kind)
+    if found is not None and list(found._fields) == keys:
+        return found._make(children)
+    return Node(kind, keys, children)
+
+
+def _named_tuple(kind: str) -> Any:
+    """The class, where it is a named tuple of a module that is imported already: a file imports nothing."""
+    module, _, name = kind.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    is_named = isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields")
+    return found if is_named else None
+
+
+def difference(a: Any, b: Any, where: str = "") -> str | None:
+    """The first place at which two descriptions differ, in words; None if they are the same."""
+    if a == b:
+        return None
+    if not isinstance(a, list) or not isinstance(b, list) or a[0] != b[0]:
+        return f"{_word(a)} in place of {_word(b)}{f' at {where}' if where else ''}"
+    if [key for key, _ in a[1]] != [key for key, _ in b[1]]:
+        keys = [[key for key, _ in x[1]] for x in (a, b)]
+        return f"children {keys[0]} in place of {keys[1]}{f' at {where}' if where else ''}"
+    for (key, x), (_, y) in zip(a[1], b[1], strict=True):
+        found = difference(x, y, f"{where}.{key}" if where else str(key))
+        if found:
+            return found
+    raise AssertionError("two descriptions differ, but in no place")
+
+
+def _word(description: Any) -> str:
+    if description is None:
+        return "nothing"
+    return "an array" if description == LEAF else f"a {description[0].partition(':')[2] or description[0]}"
+
+
+def restore(name: str, saved: Any, like: Any, hint: str = "") -> Any:
+    """`saved` in the structure and the dtypes of `like`.
+
+    **Raises:** `ValueError` naming the first place where structure or shape differ, with the hint.
+    """
+    hint = f"; {hint}" if hint else ""
+    found = difference(describe(saved), describe(like))
+    if found:
+        raise ValueError(f"{name}: expected the structure of this run's, got {found}{hint}")
+    structure = jax.tree.structure(like)
+    leaves = []
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(saved), strict=True
+    ):
+        if np.shape(old) != np.shape(new):
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"{name}{where}: expected shape {np.shape(new)}, got {np.shape(old)}{hint}")
+        leaves.append(jnp.asarray(old, jnp.asarray(new).dtype))
+    return structure.unflatten(leaves)

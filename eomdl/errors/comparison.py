@@ -1,0 +1,294 @@
+"""Hold flows against the real run, step by step."""
+
+import dataclasses
+import functools
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from eomdl import _check
+from eomdl._types import Params
+from eomdl.runs.files import read_npz, write_npz
+from eomdl.runs.trajectory import Trajectory
+
+
+_FORMAT = "eomdl.Comparison 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Errors of models against a reference run at the n steps that all of them saved.
+
+    - `steps`, `times`: shape (n,).
+    - `travelled`: distance of the reference from its start, $|\\theta_k - \\theta_0|$, (n,).
+    - `distance`: `{model: (n,)}`, $|\\theta^{model}_k - \\theta_k|$ over all parameters.
+    - `block_distance`: `{model: {block: (n,)}}`, the same for each top-level block.
+    - `ode_error`: `{model: (n,)}`, estimate of the ODE solver's share of `distance`; the
+        rest is the model's own. Absent for a model without an estimate.
+    - `differences`: `{model: {observable: (n, ...)}}`, model minus reference.
+    - `notes`: what a reader must know: runs that failed, models outside their validity.
+
+    Distances are empty where a run was made with `save_params=False`.
+    """
+
+    steps: np.ndarray
+    times: np.ndarray
+    travelled: np.ndarray
+    distance: dict[str, np.ndarray]
+    block_distance: dict[str, dict[str, np.ndarray]]
+    ode_error: dict[str, np.ndarray]
+    differences: dict[str, dict[str, np.ndarray]]
+    notes: tuple[str, ...]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models, in the order given."""
+        return tuple(self.differences)
+
+    @property
+    def relative_distance(self) -> dict[str, np.ndarray]:
+        """`distance / travelled`: nan where the reference has not moved."""
+        moved = np.where(self.travelled > 0, self.travelled, np.nan)
+        return {model: d / moved for model, d in self.distance.items()}
+
+    def at_multiples_of(self, stride: int) -> "Comparison":
+        """The comparison at the steps that are multiples of `stride`: what a strided flow predicts itself.
+
+        **Raises:** `ValueError` if there are none.
+        """
+        stride = _check.integer("stride", stride, 1)
+        keep = self.steps % stride == 0
+        if not keep.any():
+            raise ValueError(f"stride: expected a divisor of a saved step, got {stride} with {self.steps}")
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "notes"}
+        return dataclasses.replace(self, **jax.tree.map(lambda x: x[keep], arrays))
+
+    def table(self) -> str:
+        """The comparison as text: a row a model, then the notes."""
+        at = np.unique(np.linspace(0, len(self.steps) - 1, 4).round().astype(int))[1:]
+        if len(self.steps) == 1:
+            at = np.array([0])
+        table = Table(title="Distance to the reference run")
+        table.add_column("model")
+        if self.distance:
+            for i in at:
+                table.add_column(f"step {self.steps[i]}", justify="right")
+            table.add_column("largest", justify="right")
+            table.add_column("largest / travelled", justify="right")
+            table.add_column("ODE error <=", justify="right")
+        names = sorted({name for d in self.differences.values() for name in d})
+        for name in names:
+            table.add_column(f"largest |{name} difference|", justify="right")
+        for model in self.models:
+            cells = []
+            if model in self.distance:
+                d = self.distance[model]
+                cells += [f"{d[i]:.2e}" for i in at]
+                cells += [f"{d.max():.2e}", f"{d.max() / max(self.travelled.max(), 1e-300):.1e}"]
+                cells.append(f"{self.ode_error[model].max():.1e}" if model in self.ode_error else "-")
+            elif self.distance:
+                cells += ["-"] * (len(at) + 3)
+            for name in names:
+                difference = self.differences[model].get(name)
+                cells.append("-" if difference is None else f"{np.abs(difference).max():.2e}")
+            table.add_row(model, *cells)
+        text = io.StringIO()
+        console = Console(file=text, width=30 + 22 * len(table.columns), legacy_windows=False)
+        console.print(table)
+        return text.getvalue() + "".join(f"! {note}\n" for note in self.notes)
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame, a row for each model and step. Needs `pandas`."""
+        import pandas as pd
+
+        frames = []
+        for model in self.models:
+            columns: dict[str, Any] = {"model": model, "step": self.steps, "time": self.times}
+            if model in self.distance:
+                columns |= {
+                    "distance": self.distance[model],
+                    "relative_distance": self.relative_distance[model],
+                }
+                columns |= {f"distance {b}": d for b, d in self.block_distance[model].items()}
+            if model in self.ode_error:
+                columns["ode_error"] = self.ode_error[model]
+            for name, difference in self.differences[model].items():
+                if difference.ndim == 1:
+                    columns[f"difference {name}"] = difference
+                else:
+                    flat = difference.reshape(len(difference), -1)
+                    columns[f"difference {name} (norm)"] = np.linalg.norm(flat, axis=1)
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self) -> Any:
+        """Distance against steps with the ODE error under it; a matplotlib figure."""
+        from eomdl.plotting import plot_comparison
+
+        return plot_comparison(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.npz` file: arrays and JSON, no pickle."""
+        arrays = {"steps": self.steps, "times": self.times, "travelled": self.travelled}
+        index: dict[str, list[tuple[str, str]]] = {}
+        for field, group in _flat_groups(self).items():
+            index[field] = list(group)
+            arrays |= {f"{field}:{i}": value for i, value in enumerate(group.values())}
+        write_npz(
+            path,
+            arrays,
+            {"format": _FORMAT, "models": self.models, "index": index, "notes": self.notes},
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> "Comparison":
+        """Read what `save` wrote; `ValueError` if the file is something else or truncated."""
+        arrays, meta = read_npz(path, _FORMAT)
+        nested: dict[str, dict[str, dict[str, np.ndarray]]] = {
+            field: {model: {} for model in meta["models"]} for field in ("block_distance", "differences")
+        }
+        flat: dict[str, dict[str, np.ndarray]] = {"distance": {}, "ode_error": {}}
+        for field, keys in meta["index"].items():
+            for i, (model, name) in enumerate(keys):
+                value = arrays[f"{field}:{i}"]
+                if field in flat:
+                    flat[field][model] = value
+                else:
+                    nested[field][model][name] = value
+        blocks = {model: b for model, b in nested["block_distance"].items() if model in flat["distance"]}
+        return Comparison(
+            steps=arrays["steps"],
+            times=arrays["times"],
+            travelled=arrays["travelled"],
+            block_distance=blocks,
+            differences=nested["differences"],
+            notes=tuple(meta["notes"]),
+            **flat,
+        )
+
+
+def _flat_groups(c: Comparison) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+    return {
+        "distance": {(m, ""): d for m, d in c.distance.items()},
+        "ode_error": {(m, ""): d for m, d in c.ode_error.items()},
+        "block_distance": {(m, b): d for m, group in c.block_distance.items() for b, d in group.items()},
+        "differences": {(m, n): d for m, group in c.differences.items() for n, d in group.items()},
+    }
+
+
+def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, smooth: int = 1) -> Comparison:
+    """Errors of `trajectories` (models, usually flows) against the `reference` run.
+
+    ```python
+    comparison = eomdl.compare(gd, {"gradient flow": path})
+    print(comparison.table())
+    ```
+
+    Everything is taken at the steps that all runs saved. A flow of stride m predicts every m-th
+    step by itself, and those between through steps of its map; the notes say so, and
+    `Comparison.at_multiples_of` picks the ones it predicts by itself.
+
+    **Arguments:** `smooth`: compare means over that many consecutive steps
+    (`Trajectory.smoothed`), of the reference and of the models: past the edge of stability
+    `smooth=2` compares the middle of the oscillation.
+
+    **Returns:** `eomdl.Comparison`: distances over all parameters and per top-level block,
+    relative to the distance travelled; differences of every observable that both have;
+    the ODE solver's own error beside them.
+
+    **Raises:** `ValueError` if the runs have no saved step in common, or parameters that
+    differ in structure or shape. **Warns** where a model left its validity on its path by its own
+    diagnostics (`Trajectory.warnings`).
+    """
+    smooth = _check.integer("smooth", smooth, 1)
+    _check_runs(reference, trajectories)
+    runs = {"reference": reference, **{f"trajectories[{k!r}]": run for k, run in trajectories.items()}}
+    if smooth > 1:
+        runs = {name: run.smoothed(smooth) for name, run in runs.items()}
+    steps = functools.reduce(np.intersect1d, (np.asarray(run.steps) for run in runs.values()))
+    if len(steps) == 0:
+        raise ValueError(
+            "trajectories: expected a saved step in common, got "
+            + ", ".join(f"{name}: {np.asarray(run.steps)[[0, -1]]}..." for name, run in runs.items())
+        )
+    real, *others = (run.rows(np.searchsorted(np.asarray(run.steps), steps)) for run in runs.values())
+    models = dict(zip(trajectories, others, strict=True))
+    apart = {
+        name: jax.tree.map(np.subtract, run.params, real.params)
+        for name, run in models.items()
+        if run.params is not None and real.params is not None
+    }
+    known_times = [run.times for run in (real, *others) if not np.all(np.isnan(run.times))]
+    start = jax.tree.map(lambda x: np.asarray(x)[:1], runs["reference"].params)
+    travelled = np.zeros(len(steps))
+    if real.params is not None:
+        travelled = row_norms(jax.tree.map(np.subtract, real.params, start))
+    return Comparison(
+        steps=steps,
+        times=known_times[0] if known_times else real.times,
+        travelled=travelled,
+        distance={name: row_norms(d) for name, d in apart.items()},
+        block_distance={
+            name: {b: row_norms(d) for b, d in top_level_blocks(tree).items()} for name, tree in apart.items()
+        },
+        ode_error={name: run.ode_error for name, run in models.items() if run.ode_error is not None},
+        differences={name: _differences(name, run, real) for name, run in models.items()},
+        notes=_notes(reference, trajectories),
+    )
+
+
+def _check_runs(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> None:
+    if not isinstance(reference, Trajectory):
+        raise ValueError(f"reference: expected an eomdl.Trajectory, got {type(reference).__name__}")
+    if not isinstance(trajectories, Mapping) or not trajectories:
+        raise ValueError(f"trajectories: expected a dict {{name: eomdl.Trajectory}}, got {trajectories!r}")
+    for key, run in trajectories.items():
+        name = f"trajectories[{key!r}]"
+        if not isinstance(run, Trajectory):
+            raise ValueError(f"{name}: expected an eomdl.Trajectory, got {type(run).__name__}")
+        if reference.params is not None and run.params is not None:
+            first, expected = (jax.tree.map(lambda x: x[0], r.params) for r in (run, reference))
+            _check.same_structure(f"{name}.params", first, "reference.params", expected)
+
+
+def _differences(name: str, run: Trajectory, real: Trajectory) -> dict[str, np.ndarray]:
+    """Model minus reference of every observable that both have."""
+    found = {}
+    for key in run.observables.keys() & real.observables.keys():
+        value, expected = run.observables[key], real.observables[key]
+        if value.shape != expected.shape:
+            raise ValueError(
+                f"trajectories[{name!r}].observables[{key!r}]: expected the reference's shape, "
+                f"{expected.shape[1:]} a step, got {value.shape[1:]}"
+            )
+        found[key] = value - expected
+    return {key: found[key] for key in run.observables if key in found}
+
+
+def _notes(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> tuple[str, ...]:
+    """What a reader must know of every run; what is out of its validity is warned of as well."""
+    notes = [f"reference: {reference.message}"] if reference.message else []
+    for name, run in trajectories.items():
+        notes += [f"{name}: {note}" for note in run.notes]
+        for warning in run.warnings:
+            warnings.warn(f"{name}: {warning}", stacklevel=3)
+    return tuple(notes)
+
+
+def row_norms(tree: Any) -> np.ndarray:
+    """Euclidean norm of every row over all leaves."""
+    squares = [np.sum(np.square(x.reshape(len(x), -1)), axis=1) for x in jax.tree.leaves(tree)]
+    return np.sqrt(np.sum(squares, axis=0))
+
+
+def top_level_blocks(params: Params) -> dict[str, Params]:
+    """The children of the pytree's root, by name."""
+    children, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is not params)
+    return {jax.tree_util.keystr(path, simple=True): child for path, child in children}

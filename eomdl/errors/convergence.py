@@ -1,0 +1,103 @@
+"""How the error of a flow depends on the learning rate."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from eomdl._types import Args, Loss, Params
+from eomdl.errors.comparison import compare
+from eomdl.flows.base import AbstractFlow
+from eomdl.runs.continuous import solve
+from eomdl.runs.discrete import descend
+
+
+@dataclasses.dataclass(frozen=True)
+class Convergence:
+    """Errors against real runs over a set of learning rates, each of shape (m,).
+
+    `order` is the slope of $\\log$ `errors` against $\\log$ `learning_rates`; `ode_errors`
+    the ODE solver's share.
+    """
+
+    learning_rates: np.ndarray
+    num_steps: np.ndarray
+    errors: np.ndarray
+    ode_errors: np.ndarray
+
+    @property
+    def order(self) -> float:
+        return observed_order(self.learning_rates, self.errors)
+
+
+def observed_order(learning_rates: ArrayLike, errors: ArrayLike) -> float:
+    """Least-squares slope of log error against log learning rate."""
+    x, y = np.log(np.asarray(learning_rates, float)), np.log(np.asarray(errors, float))
+    if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 or not np.all(np.isfinite([x, y])):
+        raise ValueError(
+            "errors: expected positive errors at two learning rates or more, got "
+            f"learning_rates={learning_rates}, errors={errors}"
+        )
+    return float(np.polyfit(x, y, 1)[0])
+
+
+_sgd = functools.cache(optax.sgd)  # jit knows an optimizer by identity: the same one twice compiles once
+
+
+def convergence_study(
+    flow: Callable[[Any], AbstractFlow],
+    loss: Loss,
+    params: Params,
+    learning_rates: Sequence[float],
+    *,
+    time: float | None = None,
+    warmup: float = 0.0,
+    optimizer: Callable[[float], optax.GradientTransformation] = _sgd,
+    args: Args = None,
+) -> Convergence:
+    """Error of a flow against the real run for several learning rates, and its order.
+
+    With `time` the distance at that fixed time (order n + 1 for the equation of motion with n
+    counter terms); without it after one step (order n + 2).
+
+    **Arguments:** `flow` and `optimizer` make a flow and an optimizer from a learning rate;
+    `optimizer` is `optax.sgd` by default. `warmup`: time of the real run before the flow starts from where
+    it is, with the optimizer's state where the flow carries it: an optimizer's memory fills first.
+    Time is counted in the flow's `step_size` per step.
+
+    **Raises:** `ValueError` if `time` or `warmup` is not a whole number of steps of every learning rate.
+    """
+
+    def whole(name: str, time: float, step: float) -> int:
+        count = round(time / step)
+        if abs(count * step - time) > 1e-9 * time:
+            raise ValueError(f"{name}: expected a multiple of every step size, got {time} with {step}")
+        return count
+
+    counts, errors, ode_errors = [], [], []
+    for rate in learning_rates:
+        made, real_optimizer = flow(rate), optimizer(float(rate))
+        step = float(made.step_size)
+        begin = whole("warmup", warmup, step)
+        count = made.stride if time is None else whole("time", time, step)
+        if count < 1:
+            raise ValueError(
+                f"time: expected at least one step of every learning rate, got {time} with {step}"
+            )
+        ends = [begin, begin + count]
+        start = None
+        if begin:
+            start = descend(loss, params, real_optimizer, begin, args=args, save_steps=[begin])
+        real = descend(loss, params, real_optimizer, ends[1], args=args, save_steps=ends, resume=start)
+        model = solve(made, params, ends[1], args=args, save_steps=ends, resume=start)
+        comparison = compare(real, {"model": model})
+        counts.append(count)
+        errors.append(comparison.distance["model"][-1])
+        ode_errors.append(comparison.ode_error["model"][-1])
+    return Convergence(
+        np.asarray(learning_rates, float), np.array(counts), np.array(errors), np.array(ode_errors)
+    )

@@ -1,0 +1,102 @@
+"""Where on the path the error of a flow arises: its error in one step."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from eomdl._end import End
+from eomdl._types import Args, State
+from eomdl.errors.comparison import row_norms
+from eomdl.flows.base import AbstractFlow
+from eomdl.runs.continuous import solve
+from eomdl.runs.data import Window, stacked_window
+from eomdl.runs.trajectory import Trajectory
+
+
+def local_error(
+    flow: AbstractFlow,
+    reference: Trajectory,
+    *,
+    args: Args = None,
+    batches: Any = None,
+    steps: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One-step discretization error of a flow at points of the real path.
+
+    $d_k = |\\varphi_{mh}(\\theta_k) - \\theta_{k+m}|$: the flow restarted at the reference's
+    own point, for the time of one step (of m steps, for a flow of stride m). $O(\\eta^{n+2})$
+    for the equation of motion with n counter terms, $O(h^{K+1})$ for K points. A flow that carries
+    an optimizer's state is restarted with the state that its map has there.
+
+    **Arguments:** `reference` with saved `params`; `args` and `batches` (stacked) as it was
+    run with; `steps` k to look at, by default up to 16 spread over the path.
+
+    **Returns:** `(steps, errors)`, each of shape (m,).
+
+    **Cost:** one ODE solve of one step for each of the steps, and the map up to the last of them where the flow
+    carries an optimizer's state.
+
+    **Raises:** `ValueError` if steps k and k + m are not saved.
+    """
+    stride = flow.stride
+    if reference.params is None:
+        raise ValueError("reference: expected saved params, got a run with save_params=False")
+    chosen = _chosen(reference, stride, steps)
+    window = stacked_window(args, batches)
+    errors = []
+    for k, state in zip(chosen, _states(flow, reference, chosen, window), strict=True):
+        here, end = reference.at(k), int(k + stride)
+        path = solve(
+            flow,
+            here,
+            end,
+            args=window.stride(k, stride),
+            resume=End(int(k), state, here),
+            save_steps=[end],
+            estimate_error=False,
+            diagnose=False,
+        )
+        difference = jax.tree.map(lambda a, b: np.asarray(a[-1:] - b), path.params, reference.at(end))
+        errors.append(float(row_norms(difference)[0]))
+    return chosen, np.array(errors)
+
+
+def _chosen(reference: Trajectory, stride: int, steps: Sequence[int] | None) -> np.ndarray:
+    saved = np.asarray(reference.steps)
+    possible = saved[np.isin(saved + stride, saved) & (saved % stride == 0)]
+    spread = np.linspace(0, len(possible) - 1, min(16, len(possible))).round().astype(int)
+    chosen = possible[spread] if steps is None else np.asarray(steps)
+    if len(chosen) == 0 or not np.all(np.isin(chosen, possible)):
+        raise ValueError(
+            f"steps: expected multiples of the stride {stride} saved together with the step {stride} later, got "
+            f"{steps} of {saved}"
+        )
+    return chosen
+
+
+def _states(
+    flow: AbstractFlow, reference: Trajectory, chosen: np.ndarray, window: Window
+) -> Iterator[State | None]:
+    """The state of the flow's map at points of the real path; None where it is the parameters only."""
+    state, at = flow.init(reference.at(reference.steps[0]), window.at(0)), 0
+    for k in chosen:
+        if jax.tree.structure(state) == jax.tree.structure(flow.params(state)):
+            yield None
+            continue
+        if at == 0 and reference.steps[0] != 0:
+            raise ValueError(
+                f"reference: expected step 0 to be saved, from where {type(flow).__name__} runs its map to get the "
+                f"optimizer's state, got {reference.steps}"
+            )
+        for n in range(at, int(k)):
+            state = _step(flow, np.asarray(n), state, window)
+        at = int(k)
+        yield state
+
+
+@eqx.filter_jit
+def _step(flow: AbstractFlow, k: Any, state: State, window: Window) -> State:
+    return flow.step(k * flow.step_size, state, window.at(k))

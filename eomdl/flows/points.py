@@ -1,0 +1,170 @@
+"""What a path says about the logarithm of its step map: how many points, how far from the identity."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matfree import decomp
+
+from eomdl import _check, _tree
+from eomdl._end import End
+from eomdl._types import Args, Params, State
+from eomdl.maps.step_map import StepMap, as_step_map, check_step
+from eomdl.series.weights import difference_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """What `choose_points` found.
+
+    - `points`: the best number of points.
+    - `terms`: shape (max_points,), the mean size along the path of the first term left out by
+        1, 2, ..., max_points points, in units of the first difference.
+    """
+
+    points: int
+    terms: np.ndarray
+
+
+def choose_points(
+    step_map: StepMap,
+    params: Params,
+    num_steps: int,
+    *,
+    args: Args = None,
+    stride: int = 1,
+    max_points: int = 8,
+    start: End | None = None,
+) -> Points:
+    """The number of points whose first term left out is smallest along the real path.
+
+    $K = \\arg\\min_K \\sum_k \\frac{1}{K+1} |\\Delta^{K+1} \\theta_k|$ over the iterates $\\theta_k$ of the real run: the series
+    of the logarithm is asymptotic at best where the map changes from step to step, and is
+    then cut at its smallest term.
+
+    **Arguments:** `step_map`, `stride`: as in `eomdl.InterpolatingFlow`; `params`, `num_steps`, `args`: the
+    run to look at; `max_points`: the most to consider; `start`: where a real run ended (`trajectory.end`), to
+    begin there, its steps included in `num_steps`.
+
+    **Returns:** `eomdl.flows.Points`.
+
+    **Cost:** one step of the map for each of `num_steps` and `stride * (max_points + 1)` more, memory for
+    `max_points + 2` copies of the parameters. The differences of the real iterates are what
+    the flow would compute, so there is nothing else to evaluate.
+
+    **Raises:** `ValueError` for a wrong argument or a run that becomes non-finite.
+    """
+    step_map = as_step_map(step_map)
+    num_steps = _check.integer("num_steps", num_steps, 1)
+    stride = _check.integer("stride", stride, 1)
+    max_points = _check.integer("max_points", max_points, 1)
+    params = _check.params("params", params)
+    check_step(step_map, params, args)
+    state, first = _start(step_map, params, start)
+    if first >= num_steps:
+        raise ValueError(f"num_steps: expected more than the {first} steps of start, got {num_steps}")
+    count = max((num_steps - first) // stride, 1)
+    sizes = np.asarray(_term_sizes(step_map, state, np.asarray(first), args, count, stride, max_points))
+    if not np.all(np.isfinite(sizes)):
+        raise ValueError("params: expected a run that stays finite, got infinite or NaN differences")
+    return Points(int(np.argmin(sizes[1:])) + 1, sizes[1:] / sizes[0])
+
+
+def _start(step_map: StepMap, params: Params, start: End | None) -> tuple[State, int]:
+    if start is None:
+        return step_map.init(params), 0
+    if not isinstance(start, End):
+        raise ValueError(f"start: expected an eomdl.runs.End (trajectory.end), got {type(start).__name__}")
+    if start.state is None:
+        return step_map.init(start.params), int(start.step)
+    return step_map.restore(start.state, start.params), int(start.step)
+
+
+@eqx.filter_jit
+def _term_sizes(
+    step_map: StepMap, state: State, start: Any, args: Args, count: int, stride: int, max_points: int
+) -> jax.Array:
+    """Mean of $|\\Delta^j \\theta| / j$ over the path, j = 1 ... max_points + 1."""
+    weights = jnp.asarray(
+        np.stack(
+            [np.pad(difference_weights(j), (0, max_points + 1 - j)) / j for j in range(1, max_points + 2)]
+        )
+    )
+
+    def advance(carry: tuple, _: None) -> tuple:
+        def one(n: jax.Array, carry: tuple) -> tuple:
+            x, k, total = carry
+            d = step_map.increment(x, args, k)
+            return _tree.add(x, d), k + 1, _tree.add(total, step_map.params(d))
+
+        x, k = carry
+        zero = _tree.zeros_like(step_map.params(x))
+        x, k, d = jax.lax.fori_loop(0, stride, one, (x, k, zero))
+        return (x, k), d
+
+    def look(carry: tuple, _: None) -> tuple:
+        here, window, sums = carry  # the increments d_0 ... d_max_points, from the oldest on
+        sizes = jax.vmap(
+            lambda w: _tree.norm(
+                jax.tree.map(lambda leaf: jnp.tensordot(w.astype(leaf.dtype), leaf, 1), window)
+            )
+        )(weights)
+        here, d = advance(here, None)
+        window = jax.tree.map(lambda w, new: jnp.concatenate([w[1:], new[None]]), window, d)
+        return (here, window, sums + sizes), None
+
+    k = start.astype(jnp.result_type(float))
+    window: Any
+    here, window = jax.lax.scan(advance, (state, k), length=max_points + 1)
+    (_, _, sums), _ = jax.lax.scan(look, (here, window, jnp.zeros(max_points + 1)), length=count)
+    return sums / count
+
+
+def departure_from_identity(
+    step_map: StepMap,
+    params: Params,
+    *,
+    args: Args = None,
+    stride: int = 1,
+    num_matvecs: int = 16,
+    start: End | None = None,
+) -> float:
+    """$\\max |\\mu - 1|$ over the multipliers $\\mu$ (eigenvalues of $D\\Psi$) of a step map.
+
+    For gradient descent this is $\\eta \\lambda_{max}$ (or $\\eta |\\lambda_{min}|$ if larger): the `bound` of
+    `eomdl.flows.minimax_weights`, measured. From 1 on the Taylor series of the logarithm diverges.
+
+    **Arguments:** as in `eomdl.flows.choose_points`; `num_matvecs`: size of the Krylov space.
+
+    **Cost:** `num_matvecs` Jacobian-vector products of the map (`matfree`'s Arnoldi iteration), about 2.7
+    gradients each, times the stride.
+
+    **Raises:** `ValueError` for a wrong argument.
+    """
+    step_map = as_step_map(step_map)
+    params = _check.params("params", params)
+    stride = _check.integer("stride", stride, 1)
+    num_matvecs = _check.integer("num_matvecs", num_matvecs, 1)
+    check_step(step_map, params, args)
+    state, first = _start(step_map, params, start)
+    depth = min(num_matvecs, _tree.size(state))
+    hessenberg = np.asarray(_hessenberg(step_map, state, np.asarray(float(first)), args, stride, depth))
+    return float(np.abs(np.linalg.eigvals(np.nan_to_num(hessenberg))).max())
+
+
+@eqx.filter_jit
+def _hessenberg(step_map: StepMap, state: State, k: Any, args: Args, stride: int, depth: int) -> jax.Array:
+    """The map's Jacobian less the identity, on a Krylov space of dimension `depth`."""
+
+    def increment(x: State) -> State:
+        total = _tree.zeros_like(x)
+        for n in range(stride):
+            total = _tree.add(total, step_map.increment(_tree.add(x, total), args, k + n))
+        return total
+
+    start = _tree.random_normal(jax.random.key(0), state)
+    arnoldi = decomp.hessenberg(depth, reortho="full", reortho_vjp="full", custom_vjp=False)
+    return arnoldi(lambda v: jax.jvp(increment, (state,), (v,))[1], start).J_small

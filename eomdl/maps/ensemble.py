@@ -1,0 +1,217 @@
+"""Many seeds in one compiled program: a step map on a stack of states, and what comes out of it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from eomdl import _check, _tree
+from eomdl._end import RESULTS, Stats
+from eomdl._types import Args, Observable, Params, State
+from eomdl.maps.step_map import StepMap, as_step_map
+
+
+class EnsembleState(NamedTuple):
+    """The state of an `Ensemble` of S members.
+
+    - `members`: the states of the members, leaves with leading axis S.
+    - `alive`: shape (S,), 1.0 for a member that is stepped, 0.0 for one that is frozen.
+    - `reached`: shape (S,), the number of the last step at which each member was finite.
+    """
+
+    members: State
+    alive: jax.Array
+    reached: jax.Array
+
+
+class Ensemble(StepMap):
+    """S runs of one step map side by side, $x^{(s)}_{k+1} = \\Psi(x^{(s)}_k, k)$, $s = 1 \\dots S$, as one step map.
+
+    `eomdl.iterate(eomdl.Ensemble(step_map), eomdl.maps.stack(starts), num_steps, ...)` runs many seeds in
+    one compiled program, with all that `iterate` has. Params have a leading axis S in every
+    leaf; observables see them so (see `eomdl.maps.each`); `eomdl.maps.members` takes the result apart.
+
+    **Arguments:**
+
+    - `step_map`: an `eomdl.StepMap`, or a function `(state, args, k) -> state`.
+    - `args_axis`: what the members see of a step's data (its batch, or `args` where there
+        are no batches), as `in_axes` of `jax.vmap`: None, all of it; 0, each its own part
+        of the leading axis; or a tuple of these, for args that are a tuple.
+
+    **A member that diverges** ends neither the run nor spoils the others: a step into a
+    non-finite state is not taken, the member stays at its last finite state, and `alive` and
+    `reached` in the state (`Trajectory.end.state`) say so. `eomdl.maps.members` drops its rows from there on.
+
+    **Exactness.** Members do not mix: another start of one leaves the others as they were, bit
+    for bit. A member agrees with the same run made alone bit for bit where the map is made of
+    elementwise operations, else to rounding: products over a stack of matrices add in another
+    order, and an unstable run magnifies that.
+
+    **Cost:** S steps of the map, frozen members included.
+
+    **Raises:** `ValueError` for a wrong argument; from `.init` for params without a common leading axis
+    or not finite.
+    """
+
+    step_map: StepMap
+    args_axis: Any = eqx.field(static=True)
+
+    def __init__(self, step_map: Any, args_axis: int | tuple | None = None):
+        self.step_map = as_step_map(step_map)
+        self.args_axis = _axis(args_axis)
+
+    def init(self, params: Params) -> EnsembleState:
+        params = _check.params("params", params)
+        size = stacked_size("params", params)
+        if not _tree.is_traced(params) and not np.all(_finite(params)):
+            (bad,) = np.nonzero(~np.asarray(_finite(params)))
+            raise ValueError(f"params: expected finite numbers, got others in members {bad.tolist()}")
+        real = jnp.result_type(float)
+        return EnsembleState(
+            jax.vmap(self.step_map.init)(params), jnp.ones(size, real), jnp.zeros(size, real)
+        )
+
+    def params(self, state: EnsembleState) -> Params:
+        return jax.vmap(self.step_map.params)(state.members)
+
+    def __call__(self, state: EnsembleState, args: Args, k: ArrayLike) -> EnsembleState:
+        new = self._each(self.step_map, state, args, k)
+        return _taken(state, new, new, k)
+
+    def increment(self, state: EnsembleState, args: Args, k: ArrayLike) -> EnsembleState:
+        d = self._each(self.step_map.increment, state, args, k)
+        new = _taken(state, _tree.add(state.members, d), d, k)
+        zero = _tree.zeros_like(state.members)
+        return EnsembleState(
+            _where(new.alive > 0.5, d, zero), new.alive - state.alive, new.reached - state.reached
+        )
+
+    def _each(self, function: Any, state: EnsembleState, args: Args, k: ArrayLike) -> State:
+        return jax.vmap(function, in_axes=(0, self.args_axis, None))(state.members, args, k)
+
+
+def _taken(old: EnsembleState, new: State, looked_at: State, k: ArrayLike) -> EnsembleState:
+    """`new` for the members that are alive and whose step is finite, `old` for the others."""
+    alive = (old.alive > 0.5) & _finite(new) & _finite(looked_at)
+    return EnsembleState(
+        _where(alive, new, old.members),
+        alive.astype(old.alive.dtype),
+        jnp.where(alive, jnp.asarray(k, old.reached.dtype) + 1, old.reached),
+    )
+
+
+def _finite(stacked: Any) -> jax.Array:
+    """Which members are finite in every leaf, shape (S,)."""
+    leaves = [jnp.all(jnp.isfinite(x), axis=tuple(range(1, jnp.ndim(x)))) for x in jax.tree.leaves(stacked)]
+    return jnp.all(jnp.stack(leaves), axis=0)
+
+
+def _where(condition: jax.Array, this: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), this, other)
+
+
+def _axis(value: Any) -> Any:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, tuple):
+        return tuple(_axis(v) for v in value)
+    raise ValueError(
+        f"args_axis: expected None, an integer or a tuple of these (in_axes of jax.vmap), got {value!r}"
+    )
+
+
+def stacked_size(name: str, stacked: Any) -> int:
+    """The length of the leading axis that all leaves share; `ValueError` if there is none."""
+    shapes = sorted({np.shape(leaf)[:1] for leaf in jax.tree.leaves(stacked)})
+    if len(shapes) != 1 or len(shapes[0]) == 0 or shapes[0][0] == 0:
+        raise ValueError(
+            f"{name}: expected leaves with one leading axis, the members (see eomdl.maps.stack), got leading axes "
+            f"{shapes}"
+        )
+    return shapes[0][0]
+
+
+def stack(params: Sequence[Params]) -> Params:
+    """One pytree from several of the same structure: leaves with a new leading axis S.
+
+    **Raises:** `ValueError` if there is none, or if structures or shapes differ.
+    """
+    if len(params) == 0:
+        raise ValueError("params: expected at least one pytree, got an empty sequence")
+    params = [_check.params(f"params[{i}]", p) for i, p in enumerate(params)]
+    for i, p in enumerate(params[1:], 1):
+        _check.same_structure(f"params[{i}]", p, "params[0]", params[0])
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+
+class _Each(eqx.Module):
+    """A module and no closure, so that two of the same observable share a compiled program."""
+
+    observable: Observable
+    args_axis: Any = eqx.field(static=True)
+
+    def __call__(self, params: Params, args: Args) -> jax.Array:
+        return jax.vmap(self.observable, in_axes=(0, self.args_axis))(params, args)
+
+
+def each(observable: Observable, args_axis: int | tuple | None = None) -> Observable:
+    """The observable of every member of an ensemble: $O(\\theta^{(s)})$, shape (S, ...).
+
+    `args_axis`: as in `eomdl.Ensemble`, for the `args` of the run. **Cost:** S times the observable's.
+    """
+    return _Each(_check.function("observable", observable), _axis(args_axis))
+
+
+def members(trajectory: Any) -> list[Any]:
+    """One `eomdl.Trajectory` for each member, from a run (`eomdl.iterate`) of an `eomdl.Ensemble`.
+
+    Params lose their axis of members, and so does every observable that has one (as from
+    `eomdl.maps.each`); observables of the ensemble as a whole are left out, as are `stats` and `ode_error`.
+    A frozen member has the rows up to the last step at which it was finite, and the result
+    `RESULTS.nonfinite`. `end` goes on with `resume=` in `eomdl.iterate` of the members' step map.
+
+    **Raises:** `ValueError` if the trajectory is no run of an ensemble.
+    """
+    state = ensemble_state(trajectory)
+    alive, reached = np.asarray(state.alive) > 0.5, np.asarray(state.reached)
+
+    def member(s: int) -> Any:
+        rows = trajectory.rows(np.asarray(trajectory.steps) <= reached[s] + 0.5)
+        end = dataclasses.replace(
+            trajectory.end,
+            step=round(float(reached[s])),
+            state=jax.tree.map(lambda x: x[s], state.members),
+            params=jax.tree.map(lambda x: np.asarray(x)[s], trajectory.final_params),
+            stats=Stats(),
+        )
+        return dataclasses.replace(
+            rows,
+            params=jax.tree.map(lambda x: x[:, s], rows.params),
+            observables={
+                name: x[:, s] for name, x in rows.observables.items() if np.shape(x)[1:2] == (len(reached),)
+            },
+            ode_error=None,
+            result=trajectory.result if alive[s] else RESULTS.nonfinite,
+            end=end,
+        )
+
+    return [member(s) for s in range(len(reached))]
+
+
+def ensemble_state(trajectory: Any) -> EnsembleState:
+    """The state at the end of an ensemble's run.
+
+    **Raises:** `ValueError` if the trajectory is no ensemble's.
+    """
+    state = getattr(getattr(trajectory, "end", None), "state", None)
+    if not isinstance(state, EnsembleState):
+        raise ValueError(
+            "trajectory: expected a run (iterate) of an eomdl.Ensemble, got one whose final state is a "
+            f"{type(state).__name__}"
+        )
+    return state

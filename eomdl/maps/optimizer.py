@@ -1,0 +1,153 @@
+"""The step map of any optax optimizer."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from eomdl import _check, _tree
+from eomdl._types import Args, Loss, Params, State
+from eomdl.maps.step_map import StepMap
+
+
+ExtraArgs = Callable[[Params, Args], dict[str, Any]]
+
+
+class OptimizerStep(StepMap):
+    """What `optimizer_step` makes."""
+
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    extra_args: ExtraArgs | None = None
+
+    def init(self, params: Params) -> State:
+        params = _check.params("params", params)
+        _require_counters(self.optimizer, params)
+        floats = eqx.filter(self.optimizer.init(params), eqx.is_inexact_array)
+        # A weak type would become another type in the first step.
+        strong = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), floats)
+        return params, strong
+
+    def params(self, state: State) -> Params:
+        return state[0]
+
+    def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
+        updates, new = self._update(state, args, k)
+        return optax.apply_updates(state[0], updates), new
+
+    def increment(self, state: State, args: Args, k: ArrayLike) -> State:
+        updates, new = self._update(state, args, k)
+        return updates, _tree.sub(new, state[1])
+
+    def _update(self, state: State, args: Args, k: ArrayLike) -> tuple[Params, Any]:
+        params, floats = state
+        start = self.optimizer.init(params)
+        real = jax.tree.map(eqx.is_inexact_array, start)
+        time = jnp.asarray(k, jnp.result_type(float))
+        counters = jax.tree.map(lambda c: c + time, eqx.filter(start, real, inverse=True))
+        update = gradient_update(self.loss, self.optimizer, self.extra_args)
+        updates, new = update(params, eqx.combine(floats, counters), args)
+        # A schedule of a real counter may give another dtype than one of an integer.
+        same = jax.tree.map(lambda x, old: x.astype(old.dtype), eqx.filter(new, real), floats)
+        return updates, same
+
+
+def optimizer_step(
+    loss: Loss, optimizer: optax.GradientTransformation, extra_args: ExtraArgs | None = None
+) -> OptimizerStep:
+    """The step map of any optax optimizer on a loss.
+
+    $(\\theta, s)_{k+1} = \\Psi((\\theta, s)_k, k)$ with the optimizer's floating-point state s
+    (momenta, averages of squares, ...). Step counters are not state: Adam's bias
+    correction and learning-rate schedules become explicit functions of the real step number k.
+
+    **Arguments:**
+
+    - `loss`: function `(params, args) -> scalar`.
+    - `optimizer`: any `optax.GradientTransformation` whose integers are all step counters.
+    - `extra_args`: for optimizers whose update needs more than the gradient, a function
+        `(params, args) -> dict` of those keyword arguments, e.g.
+        `lambda p, a: {"value": loss(p, a)}`.
+
+    **Returns:** a `StepMap`: `.init(params) -> state`, `(state, args, k) -> state`,
+    `.params(state)`, `.increment(state, args, k)`. The state is `(params, optimizer state)`, with
+    `None` in place of the counters.
+
+    **Where it makes sense.** Every optimizer can be stepped, but a flow needs a map that
+    is near the identity and smooth. Updates by sign (Lion, signSGD) jump by a whole step
+    wherever a sign changes; clipping has kinks only. Random, accumulating (`MultiSteps`)
+    and line-search optimizers carry integers or keys that are not counters, and are refused.
+
+    **Cost** of a step: one gradient. **Raises:** `ValueError` for a wrong argument; from
+    `.init` if the optimizer has integer state that is not a counter.
+    """
+    _check.function("loss", loss)
+    _check.optimizer(optimizer)
+    if extra_args is not None and not callable(extra_args):
+        raise ValueError(f"extra_args: expected a function (params, args) -> dict, got {extra_args!r}")
+    return OptimizerStep(loss, optimizer, extra_args)
+
+
+def gradient_update(
+    loss: Loss, optimizer: optax.GradientTransformation, extra_args: ExtraArgs | None
+) -> Callable[[Params, Any, Args], tuple[Params, Any]]:
+    """`(params, optimizer state, args) -> (updates, new optimizer state)`."""
+
+    def update(params: Params, optimizer_state: Any, args: Args) -> tuple[Params, Any]:
+        gradient = jax.grad(loss)(params, args)
+        extra = {} if extra_args is None else extra_args(params, args)
+        try:
+            return optax.with_extra_args_support(optimizer).update(gradient, optimizer_state, params, **extra)
+        except TypeError as error:
+            missing = re.search(r"missing \d+ required keyword-only arguments?: (.*)", str(error))
+            if missing is None:
+                raise
+            raise ValueError(
+                "extra_args: expected a function (params, args) -> dict that gives this optimizer "
+                f"{missing[1]}, got {sorted(extra) if extra else extra_args}"
+            ) from error
+
+    return update
+
+
+def _require_counters(optimizer: optax.GradientTransformation, params: Params) -> None:
+    """Every leaf of the optimizer's state is real, or an integer that counts the steps."""
+    with jax.ensure_compile_time_eval():
+        params = jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype), params)
+        states = [optimizer.init(params)]
+        described = jax.tree_util.tree_leaves_with_path(states[0])
+        others = [
+            (i, jax.tree_util.keystr(path), leaf)
+            for i, (path, leaf) in enumerate(described)
+            if not eqx.is_inexact_array(leaf)
+        ]
+        if not others:
+            return
+        expected = "real arrays and integers that count the steps"
+        for _, where, leaf in others:
+            dtype = getattr(leaf, "dtype", type(leaf).__name__)
+            if np.shape(leaf) != () or not jnp.issubdtype(dtype, jnp.integer):
+                raise ValueError(
+                    f"optimizer: expected a state of {expected}, got {dtype} {np.shape(leaf)} at {where}"
+                )
+        # What the probe is fed does not matter: only how the integers move.
+        value = jnp.ones(())
+        extra = {"value": value, "grad": params, "value_fn": lambda p, *a, **kw: _tree.vdot(p, p)}
+        for _ in range(2):
+            _, state = optax.with_extra_args_support(optimizer).update(params, states[-1], params, **extra)
+            states.append(state)
+        leaves = [jax.tree.leaves(state) for state in states]
+        for i, where, leaf in others:
+            values = [int(ls[i]) for ls in leaves]
+            if values != [int(leaf), int(leaf) + 1, int(leaf) + 2]:
+                raise ValueError(
+                    f"optimizer: expected a state of {expected}, got an integer that goes "
+                    f"{', '.join(map(str, values))} at {where}; `eomdl.descend` runs such an optimizer, "
+                    "but it has no flow"
+                )

@@ -1,0 +1,85 @@
+"""Step maps: one step of an optimizer as a function of a floating-point state and time."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from eomdl import _check, _structure, _tree
+from eomdl._end import real_part
+from eomdl._types import Args, Params, State
+
+
+class StepMap(eqx.Module):
+    """A discrete optimizer as a map $x_{k+1} = \\Psi(x_k, k)$ on a state of real arrays.
+
+    To write your own, subclass and define `__call__`; override `init` and `params` where
+    the state holds more than the parameters, and `increment` where $\\Psi(x, k) - x$ is
+    known without the rounding of that subtraction.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
+        """$\\Psi(x, k)$: pure; the step number k is a real number."""
+
+    def init(self, params: Params) -> State:
+        """The state that starts at `params`. `ValueError` if there is none."""
+        return params
+
+    def params(self, state: State) -> Params:
+        """The parameters held in the state."""
+        return state
+
+    def restore(self, state: State, params: Params) -> State:
+        """The state of this map where a real run ended in `state`, with `params` in it.
+
+        Its floating-point part, or `params` where the map carries nothing else. `ValueError` if it is the state of
+        another map.
+        """
+        start = self.init(params)
+        if start is params:
+            return params
+        hint = "begin with the state of a new run by `resume.without_state()`"
+        return _structure.restore("end.state", real_part(state), start, hint)
+
+    def increment(self, state: State, args: Args, k: ArrayLike) -> State:
+        """$\\Psi(x, k) - x$."""
+        return _tree.sub(self(state, args, k), state)
+
+
+class _FunctionStep(StepMap):
+    function: Callable[[State, Args, ArrayLike], State]
+
+    def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
+        return self.function(state, args, k)
+
+
+def as_step_map(step_map: Any) -> StepMap:
+    """A `StepMap` as it is; a function `(state, args, k) -> state` whose state is the parameters."""
+    if isinstance(step_map, StepMap):
+        return step_map
+    if isinstance(step_map, optax.GradientTransformation) or not callable(step_map):
+        raise ValueError(
+            "step_map: expected an eomdl.StepMap, such as eomdl.optimizer_step(loss, optimizer), or a "
+            f"function (state, args, k) -> state, got {step_map!r}"
+        )
+    return _FunctionStep(step_map)
+
+
+def check_step(step_map: StepMap, params: Params, args: Args) -> None:
+    """The map keeps structure, shapes and dtypes of its state, which is real arrays alone."""
+    state = _check.params("step_map.init(params)", step_map.init(params))
+    k = jnp.zeros((), jnp.result_type(float))
+    new = _check.shape_of("step_map", "a function (state, args, k) -> state", step_map, state, args, k)
+    _check.same_structure("step_map(state, args, k)", new, "its state", state)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(state), strict=True):
+        if a.dtype != b.dtype:
+            raise ValueError(
+                f"step_map(state, args, k){jax.tree_util.keystr(path)}: expected the dtype of its state, "
+                f"{b.dtype}, got {a.dtype}"
+            )

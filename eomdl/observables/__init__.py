@@ -1,1 +1,0 @@
-"""Functions `(params, args) -> array` to be followed along a path, one theme a file."""

@@ -1,0 +1,16 @@
+"""Functions `(params, args) -> array` to be followed along a path, and what to make of them."""
+
+from eomdl.observe.batch import on_batch
+from eomdl.observe.curvature import sharpness
+from eomdl.observe.norms import angle_per_step, block_norm, decay_rate, lie_derivative, shift_component
+
+
+__all__ = [
+    "angle_per_step",
+    "block_norm",
+    "decay_rate",
+    "lie_derivative",
+    "on_batch",
+    "sharpness",
+    "shift_component",
+]

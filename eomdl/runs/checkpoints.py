@@ -1,0 +1,234 @@
+"""Checkpoints of a run on disk: on a schedule, at events, to go on or branch off from."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from eomdl import _check, _structure
+from eomdl._end import End
+from eomdl._types import Args, Observable, Params
+from eomdl.runs.plan import saved_steps
+from eomdl.runs.trajectory import Trajectory, concatenated, summary
+
+
+def logarithmic_steps(num_steps: int, per_decade: int = 8) -> np.ndarray:
+    """Step numbers 0, 1, ... `num_steps`, evenly spaced in their logarithm, `per_decade` to a factor of 10.
+
+    For `save_steps` and for the `schedule` of `Checkpoints`: most of what happens, happens early.
+
+    **Raises:** `ValueError` if an argument is not an integer >= 1.
+    """
+    num_steps = _check.integer("num_steps", num_steps, 1)
+    per_decade = _check.integer("per_decade", per_decade, 1)
+    count = int(np.ceil(np.log10(num_steps) * per_decade)) + 1
+    spread = np.geomspace(1, num_steps, count).round().astype(int)
+    return np.unique(np.concatenate([[0], spread, [num_steps]]))
+
+
+class Crossing:
+    """An event: a recorded scalar observable passes a level between two saved steps.
+
+    At the first recorded step k with $o_{k-1} < c \\le o_k$ (`rising`), or $o_{k-1} > c \\ge o_k$; every time. A
+    run that begins on the far side has no event until it has come back. Recorded are the saved steps, those of
+    the schedule, and every 1024th of a stretch.
+
+    **Arguments:** `observable`, its name in `observe`; `level` c, such as $2/\\eta$ for the sharpness; `rising`.
+
+    **Raises:** `ValueError` for a wrong argument.
+    """
+
+    def __init__(self, observable: str, level: float, rising: bool = True):
+        if not isinstance(observable, str):
+            raise ValueError(f"observable: expected the name of an observable, got {observable!r}")
+        if not np.ndim(level) == 0 or not np.isfinite(level):
+            raise ValueError(f"level: expected a finite number, got {level!r}")
+        self.observable, self.level, self.rising = observable, float(level), rising
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Whether the event is at each of the values, shape (n,) -> (n - 1,): not known of the first.
+
+        NaN is no value: what comes after it is held against the last one that is.
+        """
+        sign = 1.0 if self.rising else -1.0
+        last = _filled(np.asarray(values, float))[:-1]
+        return (sign * values[1:] >= sign * self.level) & (sign * last < sign * self.level)
+
+
+class Checkpoints:
+    """A folder of checkpoints, each the whole state of a run at one step.
+
+    Pass it to `descend`, `iterate` or `solve` as `checkpoints=`; the run writes the steps of the schedule
+    and of the events. A checkpoint is a `Trajectory` of one row, in a file of its own that is written
+    aside and moved into place: a killed process leaves the earlier ones readable.
+
+    - `store.at(k)` reads one; `resume=store.at(k).end` goes on from it, and with something changed in the call
+        makes a branch. With nothing changed a real run is reproduced bit for bit, a flow to
+        within its ODE error.
+    - `store.latest` is where the last one is, an `eomdl.runs.End`, or None, so that
+        `descend(..., resume=store.latest, checkpoints=store)` begins a run and continues a killed one.
+    - `store.steps`, `len(store)`, iteration (one in memory at a time), `store.events`.
+
+    **Arguments:**
+
+    - `folder`: made if it does not exist.
+    - `schedule`: an integer n for steps 0, n, 2n, ... and the last; or step numbers, such as
+        `eomdl.runs.logarithmic_steps(num_steps)`.
+    - `events`: `{name: eomdl.runs.Crossing}`, looked for at the recorded steps.
+    - `like`: parameters of the structure to read, where it is not of dicts, lists and tuples.
+
+    **Cost:** of a checkpoint, writing the state; of an event, at most one more stretch of the run (up to 256 saved
+    steps), which is repeated to have the state there.
+
+    **Raises:** `ValueError` for a wrong argument. A run raises it before its first step, and nothing is
+    overwritten, where the folder holds checkpoints later than its start, or of other parameters.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        schedule: int | Sequence[int] | np.ndarray = 100,
+        *,
+        events: Mapping[str, Crossing] | None = None,
+        like: Params | None = None,
+    ):
+        self.folder = Path(folder)
+        if np.ndim(schedule) == 0:
+            _check.integer("schedule", schedule, 1)
+        if events is not None and not (
+            isinstance(events, Mapping) and all(isinstance(e, Crossing) for e in events.values())
+        ):
+            raise ValueError(f"events: expected a dict {{name: eomdl.runs.Crossing}}, got {events!r}")
+        self._schedule, self._events, self._like = schedule, dict(events or {}), like
+        self._before: dict[str, float] = {}  # the last value of each event's observable
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Step numbers of the checkpoints there are, increasing."""
+        found = (re.fullmatch(r"step-(\d+)\.npz", path.name) for path in self.folder.glob("step-*.npz"))
+        return np.array(sorted(int(m[1]) for m in found if m), int)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return (self.at(int(step)) for step in self.steps)
+
+    @property
+    def latest(self) -> End | None:
+        """Where the last checkpoint is, or None where there is none yet."""
+        steps = self.steps
+        return self.at(int(steps[-1])).end if len(steps) else None
+
+    @property
+    def events(self) -> dict[str, np.ndarray]:
+        """`{event: step numbers}` of the checkpoints that are there for an event."""
+        found: dict[str, list[int]] = {}
+        for step in self.steps:
+            for name in Trajectory.events_in(self._path(step)):
+                found.setdefault(name, []).append(int(step))
+        return {name: np.array(steps) for name, steps in found.items()}
+
+    def at(self, step: int) -> Trajectory:
+        """The checkpoint of a step.
+
+        **Raises:** `ValueError` if there is none, or its file is damaged or does not fit `like`.
+        """
+        path = self._path(step)
+        if not path.exists():
+            raise ValueError(
+                f"step: expected one of the checkpoints {summary(self.steps)} in {self.folder}, got {step}"
+            )
+        return Trajectory.load(path, self._like)
+
+    def observe(
+        self, observe: Mapping[str, Observable], args: Args = None, *, progress: bool = False
+    ) -> Trajectory:
+        """Observables at every checkpoint, read one at a time: memory is flat in their number.
+
+        **Returns:** a `Trajectory` without parameters. **Cost:** the observables, once a checkpoint.
+        """
+        steps = self.steps
+        if len(steps) == 0:
+            raise ValueError(f"folder: expected checkpoints, got none in {self.folder}")
+        first = self.at(steps[0])
+        functions = _check.observables(observe, first.at(steps[0]), lambda f: args)
+        rows = []
+        for step in tqdm(steps, desc="checkpoints", disable=not progress):
+            row = self.at(step)
+            values = jax.device_get(_observed(functions, row.at(step), args))
+            observables = {name: np.asarray(value)[None] for name, value in values.items()}
+            rows.append(dataclasses.replace(row, params=None, observables=observables, ode_error=None))
+        return concatenated(rows)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:010d}.npz"
+
+    # ------------------------------------------------------- what a run calls
+
+    def begin(self, num_steps: int, start: End, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+        """Raise if a run from `start` must not write here; the steps of its schedule."""
+        for name, event in self._events.items():
+            if event.observable not in shapes:
+                raise ValueError(
+                    f"events: expected the name of an observable in observe, {sorted(shapes)}, got "
+                    f"{event.observable!r}"
+                )
+            if shapes[event.observable] != ():
+                raise ValueError(
+                    f"events[{name!r}]: expected a scalar observable, got {event.observable!r} of shape "
+                    f"{shapes[event.observable]}"
+                )
+        old = self.steps
+        if len(old) and old[-1] > start.step:
+            raise ValueError(
+                f"checkpoints: expected a folder without checkpoints after step {start.step}, where the run begins, "
+                f"got {summary(old)} in {self.folder}; nothing was overwritten: go on with resume=store.latest, or give a "
+                "branch a folder of its own"
+            )
+        if len(old):
+            hint = (
+                f"the checkpoints in {self.folder} are of other parameters or another optimizer; "
+                "nothing was overwritten"
+            )
+            _structure.restore("checkpoints", self.at(int(old[-1])).end.state, start.state, hint)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._before = {}
+        steps = saved_steps("schedule", num_steps, self._schedule)
+        self._fixed = steps[(steps >= start.step) & ~np.isin(steps, old)]
+        return self._fixed
+
+    def due(
+        self, steps: np.ndarray, observables: Mapping[str, np.ndarray], good: np.ndarray
+    ) -> list[tuple[int, list[str]]]:
+        """(row, events there) of the rows to write."""
+        rows: dict[int, list[str]] = {int(i): [] for i in np.flatnonzero(good & np.isin(steps, self._fixed))}
+        for name, event in self._events.items():
+            values = np.asarray(observables[event.observable], float)
+            known = np.append(self._before.get(name, np.nan), values)
+            for i in np.flatnonzero(event(known) & good):
+                rows.setdefault(int(i), []).append(name)
+            self._before[name] = float(_filled(known)[-1])
+        return sorted(rows.items())
+
+    def write(self, checkpoint: Trajectory, events: list[str]) -> None:
+        """Write one row, unless it is there."""
+        path = self._path(int(checkpoint.end.step))
+        if not path.exists():
+            checkpoint.save(path, events)
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    """Each NaN replaced by the last value before it that is none."""
+    known = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
+    return values[known]
+
+
+@eqx.filter_jit
+def _observed(observe: dict[str, Observable], params: Params, args: Args) -> dict[str, jax.Array]:
+    return {name: f(params, args) for name, f in observe.items()}

@@ -1,0 +1,155 @@
+"""Real runs: any optax optimizer, or any step map, step by step."""
+
+from typing import Any, Unpack
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from eomdl import _check, _structure
+from eomdl._end import RESULTS
+from eomdl._types import Args, Loss, Params, State
+from eomdl.maps.optimizer import ExtraArgs, gradient_update
+from eomdl.maps.step_map import StepMap, as_step_map, check_step
+from eomdl.runs.data import Window
+from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span, scan_rows
+from eomdl.runs.options import RunOptions, Setup, set_up
+from eomdl.runs.trajectory import Trajectory
+
+
+def descend(
+    loss: Loss,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    *,
+    step_size: ArrayLike | None = None,
+    extra_args: ExtraArgs | None = None,
+    **options: Unpack[RunOptions],
+) -> Trajectory:
+    """Train: `num_steps` steps of an optax optimizer, $\\theta_{k+1} = \\theta_k + u(\\nabla L(\\theta_k))$.
+
+    ```python
+    run = eomdl.descend(loss, params, optax.sgd(0.1), 100, args=data, observe={"loss": loss})
+    ```
+
+    **Arguments:**
+
+    - `loss`: function `(params, args) -> scalar`.
+    - `params`: where to start; a pytree of floating-point arrays.
+    - `optimizer`: any `optax.GradientTransformation`. The same object twice compiles once.
+    - `num_steps`: number of steps from the beginning of the run.
+    - `step_size`: time per step, for `Trajectory.times`; nan if not given, since optax
+        does not tell an optimizer's learning rate. `compare` works on steps.
+    - `extra_args`: as in `eomdl.optimizer_step`, for optimizers whose update needs more
+        than the gradient.
+    - `options`: `args`, `batches`, `observe`, `save_params`, `save_steps`, `progress`, `resume`,
+        `checkpoints`, `throw`: see `eomdl.runs.RunOptions`.
+
+    **Returns:** `eomdl.Trajectory`. A run that becomes non-finite, runs out of batches or
+    is interrupted (Ctrl-C) returns the part computed, with a `result` and `message` that
+    say so.
+
+    **Cost:** one gradient a step, and the observables.
+
+    **Raises:** `ValueError` for a wrong argument.
+    """
+    _check.optimizer(optimizer)
+    setup = set_up("descend", params, num_steps, options)
+    _check.loss_is_scalar(loss, setup.params, setup.data.example)
+    return _run(_Descent(loss, optimizer, extra_args), setup, step_size, gradients=1)
+
+
+def iterate(
+    step_map: StepMap,
+    params: Params,
+    num_steps: int,
+    *,
+    step_size: ArrayLike | None = None,
+    **options: Unpack[RunOptions],
+) -> Trajectory:
+    """Run any step map, $x_{k+1} = \\Psi(x_k, k)$: `eomdl.descend` for maps of your own.
+
+    ```python
+    run = eomdl.iterate(lambda w, args, k: 0.9 * w, jnp.ones(3), 100)
+    ```
+
+    **Arguments:** `step_map`, an `eomdl.StepMap` or a function `(state, args, k) -> state` whose state
+    is the parameters; `params`, `num_steps` and `step_size` as in `eomdl.descend`; `options`: see
+    `eomdl.runs.RunOptions`.
+
+    **Returns:** `eomdl.Trajectory`; its `end.state` is the state of the map.
+
+    **Cost:** one evaluation of the map a step, and the observables.
+
+    **Raises:** `ValueError` for a wrong argument, and for a map that changes the structure,
+    shapes or dtypes of its state.
+    """
+    step_map = as_step_map(step_map)
+    setup = set_up("iterate", params, num_steps, options)
+    check_step(step_map, setup.params, setup.data.example)
+    return _run(step_map, setup, step_size, gradients=0)
+
+
+class _Descent(StepMap):
+    """The optimizer as optax has it: the counters in its state are integers, k is not looked at."""
+
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    extra_args: ExtraArgs | None = None
+
+    def init(self, params: Params) -> State:
+        return params, self.optimizer.init(params)
+
+    def params(self, state: State) -> Params:
+        return state[0]
+
+    def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
+        update = gradient_update(self.loss, self.optimizer, self.extra_args)
+        params, optimizer_state = state
+        updates, optimizer_state = update(params, optimizer_state, args)
+        return optax.apply_updates(params, updates), optimizer_state
+
+
+class _Discrete(AbstractDynamics):
+    """A step map, step by step; `gradients` are counted for each step."""
+
+    step_map: StepMap
+    time_step: Any
+    gradients: int = eqx.field(static=True)
+
+    @property
+    def step_size(self) -> Any:
+        return self.time_step
+
+    def advance(self, state: State, span: Span, window: Window) -> Advanced:
+        state, rows, steps = _iterate(self.step_map, self.gradients, state, span, window)
+        counts = {"gradient_evaluations": steps}
+        return Advanced(state, rows, {}, None, RESULTS.successful, counts)
+
+    def params(self, state: State, step: int, window: Window) -> Params:
+        return self.step_map.params(state)
+
+
+def _run(step_map: StepMap, setup: Setup, step_size: ArrayLike | None, gradients: int) -> Trajectory:
+    time_step = jnp.nan if step_size is None else _check.positive_scalar("step_size", step_size)
+    state = step_map.init(setup.starting_params)
+    if setup.begin is not None and setup.begin.state is not None:
+        hint = "another optimizer begins anew with `resume.without_state()`"
+        state = _structure.restore("resume.end.state", setup.begin.state, state, hint)
+    return setup.run(_Discrete(step_map, time_step, gradients), state)
+
+
+@eqx.filter_jit
+def _iterate(
+    step_map: StepMap, gradients: int, state: State, span: Span, window: Window
+) -> tuple[State, Params, jax.Array]:
+    """The state at the end, the parameters of every row, the number of gradients."""
+
+    def step(k: jax.Array, state: State) -> State:
+        return step_map(state, window.at(k), k.astype(jnp.result_type(float)))
+
+    state, rows = scan_rows(step, state, lambda k, state: step_map.params(state), span)
+    return state, rows, gradients * jnp.sum(span.gaps)

@@ -1,0 +1,209 @@
+"""One compiled program that carries a flow over a span: the only file that calls diffrax's solver."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from eomdl import _tree
+from eomdl._end import RESULTS, result_where
+from eomdl._types import Args, Params, State, StateObservable
+from eomdl.flows.base import AbstractFlow
+from eomdl.flows.stride import step_data
+from eomdl.runs.data import Window
+from eomdl.runs.dynamics import Span, scan_rows
+
+
+class Integrator(eqx.Module):
+    """How diffrax is to integrate; `dt0` in steps."""
+
+    solver: diffrax.AbstractSolver
+    adjoint: diffrax.AbstractAdjoint
+    max_steps: int = eqx.field(static=True)
+    dt0: jax.Array
+
+
+class _Problem(eqx.Module):
+    """The ODE of a flow, on the clock of steps from `base` on, in units in which the solver weighs its state."""
+
+    flow: AbstractFlow
+    integrator: Integrator
+    controller: diffrax.AbstractStepSizeController
+    units: State
+    base: jax.Array
+
+    def field(self, s: Any, y: State, args: Args) -> State:
+        h = self.flow.step_size
+        velocity = self.flow((self.base + s) * h, self.out_of_units(y), args)
+        return _tree.scale(h, self.in_units(velocity))
+
+    def in_units(self, x: State) -> State:
+        return x if self.units is None else jax.tree.map(jnp.multiply, self.units, x)
+
+    def out_of_units(self, y: State) -> State:
+        return y if self.units is None else jax.tree.map(jnp.divide, y, self.units)
+
+    def solve(self, x: State, s0: Any, s1: Any, args: Args, saveat: diffrax.SaveAt) -> diffrax.Solution:
+        """From step base + s0 to base + s1."""
+        time = _tree.dtype(x)
+        with _no_callbacks():
+            return diffrax.diffeqsolve(
+                diffrax.ODETerm(self.field),
+                self.integrator.solver,
+                jnp.asarray(s0, time),
+                jnp.asarray(s1, time),
+                self.integrator.dt0.astype(time),
+                self.in_units(x),
+                args,
+                saveat=saveat,
+                stepsize_controller=self.controller,
+                adjoint=self.integrator.adjoint,
+                max_steps=self.integrator.max_steps,
+                throw=False,
+            )
+
+
+@contextlib.contextmanager
+def _no_callbacks() -> Iterator[None]:
+    """Trace diffrax's checks of its own arguments without a callback to the host.
+
+    A program with a callback is kept by no compilation cache and runs it on device 0. What would be checked is
+    made here (steps in order, a first step forward); a check in a user's loss makes the state NaN, which the
+    run reports. Equinox has no other way to say this than an environment variable that it reads at import.
+    """
+    errors = cast(Any, eqx)._errors
+    before = errors.EQX_ON_ERROR
+    if "EQX_ON_ERROR" not in os.environ:
+        errors.EQX_ON_ERROR = "nan"
+    try:
+        yield
+    finally:
+        errors.EQX_ON_ERROR = before
+
+
+@eqx.filter_jit
+def integrate(
+    flow: AbstractFlow,
+    integrator: Integrator,
+    controller: diffrax.AbstractStepSizeController,
+    units: State,
+    observe_state: dict[str, StateObservable],
+    state: State,
+    span: Span,
+    window: Window,
+) -> tuple[State, tuple, Any, dict[str, jax.Array]]:
+    """Record, then integrate over the gap, for every gap: final state, R records, result, counts.
+
+    A flow of stride m is carried from one multiple of m to the next: `state` is that at
+    the last multiple of m up to the start.
+    """
+    problem = _Problem(flow, integrator, controller, units, span.start - span.start % flow.stride)
+    if window.batches is None and not flow.refreshes:
+        return _at_once(problem, observe_state, state, span, window)
+    return _stride_by_stride(problem, observe_state, state, span, window)
+
+
+def _at_once(
+    problem: _Problem, observe_state: dict[str, StateObservable], state: State, span: Span, window: Window
+) -> tuple[State, tuple, Any, dict[str, jax.Array]]:
+    """One ODE problem, the rows interpolated."""
+    flow, m = problem.flow, problem.flow.stride
+    args = window.args
+    time = _tree.dtype(state)
+    plain = m == 1 and not observe_state
+
+    def save(s: Any, y: State, args: Args) -> Any:
+        return flow.params(problem.out_of_units(y)) if plain else y
+
+    steps = span.steps
+    ts = (steps - steps % m - problem.base).astype(time)
+    subs = (diffrax.SubSaveAt(ts=ts, fn=save), diffrax.SubSaveAt(t1=True))
+    end = span.end - span.end % m - problem.base
+    solution = problem.solve(state, 0, end, args, diffrax.SaveAt(subs=subs))
+    rows, last = cast(tuple, solution.ys)
+    records: Any = (rows, {})
+    if not plain:
+        records = jax.lax.map(
+            lambda row: record(flow, observe_state, row[0], problem.out_of_units(row[1]), window),
+            (steps, rows),
+        )
+    final = problem.out_of_units(jax.tree.map(lambda x: x[0], last))
+    return final, records, _result(solution), _counts(solution)
+
+
+def _stride_by_stride(
+    problem: _Problem, observe_state: dict[str, StateObservable], state: State, span: Span, window: Window
+) -> tuple[State, tuple, Any, dict[str, jax.Array]]:
+    """An ODE problem for every stride, with its own data."""
+    flow, m = problem.flow, problem.flow.stride
+
+    def step(k: jax.Array, carry: tuple) -> tuple:
+        """The stride that step k is the last of."""
+        x, result, counts = carry
+        first = k + 1 - m
+        data = window.stride(first, m)
+        if flow.refreshes:
+            x = flow.refresh(first * flow.step_size, x, data)
+        s0 = first - problem.base
+        solution = problem.solve(x, s0, s0 + m, data, diffrax.SaveAt(t1=True))
+        # Once failed, non-finite from there on: the rows after it must not pass for a path.
+        failed = solution.result != diffrax.RESULTS.successful
+        new = problem.out_of_units(jax.tree.map(lambda leaf: leaf[0], solution.ys))
+        x = jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), new)
+        result = result_where(result == RESULTS.successful, _result(solution), result)
+        return x, result, jax.tree.map(jnp.add, counts, _counts(solution))
+
+    def stride(k: jax.Array, carry: tuple) -> tuple:
+        return step(k, carry) if m == 1 else jax.lax.cond(k % m == m - 1, step, lambda k, c: c, k, carry)
+
+    zero = jnp.zeros((), jnp.asarray(0).dtype)
+    carry = (state, jax.tree.map(jnp.asarray, RESULTS.successful), dict.fromkeys(_COUNTS, zero))
+    (state, result, counts), records = scan_rows(
+        stride, carry, lambda k, c: record(flow, observe_state, k, c[0], window), span
+    )
+    return state, records, result, counts
+
+
+def record(
+    flow: AbstractFlow, observe_state: dict[str, StateObservable], k: Any, x: State, window: Window
+) -> tuple[Params, dict[str, jax.Array]]:
+    """The prediction of iterate k from the state at the multiple of m before it."""
+    m = flow.stride
+    args = window.stride(k - k % m, m)
+    for n in range(m - 1):
+        t, data = (k - k % m + n) * flow.step_size, step_data(args, n)
+        # By cond, so that steps not taken cost nothing.
+        x = jax.lax.cond(n < k % m, lambda x, t=t, d=data: flow.step(t, x, d), lambda x: x, x)
+    return flow.params(x), {name: f(k * flow.step_size, x, args) for name, f in observe_state.items()}
+
+
+@eqx.filter_jit
+def params_at(flow: AbstractFlow, k: Any, x: State, window: Window) -> Params:
+    """The parameters of iterate k from the state at the multiple of m before it."""
+    return record(flow, {}, k, x, window)[0]
+
+
+@eqx.filter_jit
+def diagnostics_at(flow: AbstractFlow, k: Any, x: State, window: Window) -> dict[str, Any]:
+    """The flow's diagnostics at the multiple of m before step k, with the data of the stride before it."""
+    m = flow.stride
+    here = k - k % m
+    data = window.stride(jnp.maximum(here - m, window.first) if window.batches is not None else here, m)
+    return flow.diagnostics(here * flow.step_size, x, data)
+
+
+_COUNTS = ("num_steps", "num_accepted_steps", "num_rejected_steps")
+
+
+def _counts(solution: diffrax.Solution) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(solution.stats[name], jnp.asarray(0).dtype) for name in _COUNTS}
+
+
+def _result(solution: diffrax.Solution) -> Any:
+    ok = solution.result == diffrax.RESULTS.successful
+    return result_where(ok, RESULTS.successful, RESULTS.max_steps_reached)

@@ -1,0 +1,197 @@
+"""The options that `descend`, `iterate` and `solve` share: declared, documented and checked once."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import diffrax
+import numpy as np
+
+from eomdl import _check, _structure, _tree
+from eomdl._end import End
+from eomdl._types import Args, Observable, Params, State
+from eomdl.runs.checkpoints import Checkpoints
+from eomdl.runs.data import AbstractData, open_data
+from eomdl.runs.dynamics import AbstractDynamics
+from eomdl.runs.loop import Loop, run_traced
+from eomdl.runs.plan import plan, plan_at_once, saved_steps
+from eomdl.runs.record import Record, column_shapes
+from eomdl.runs.trajectory import Trajectory, joined
+
+
+class RunOptions(TypedDict, total=False):
+    """Options of `eomdl.descend`, `eomdl.iterate` and `eomdl.solve`.
+
+    - `args`: data, passed to the loss (unless there are `batches`) and to the observables.
+    - `batches`: data for the loss, one batch for each step: a pytree of arrays with leading axis
+        `num_steps`, or a list or iterator that yields one batch for each step.
+    - `observe`: `{name: function (params, args) -> array}`, recorded at every saved step.
+        With `batches` the observables still see `args`, the full data set, say; those made by
+        `eomdl.on_batch` see the step's own batch.
+    - `save_params`: False keeps only the observables; memory is then flat in `num_steps` but
+        for them.
+    - `save_steps`: an integer n saves steps 0, n, 2n, ... and the last; a sequence saves
+        these step numbers. (Reverse-mode `jax.grad` through the run needs n = 1.)
+    - `progress`: True for a tqdm bar, or a diffrax progress meter.
+    - `resume`: a run to go on from, to `num_steps` in all. Of a `Trajectory` the rows come first; of an
+        `End` (`trajectory.end`, `Checkpoints.latest`) there are none, and the row of its step is recorded anew.
+        What is changed in the call makes a branch: the learning rate, `batches`, the loss; with
+        `resume.without_state()` another optimizer. (A rate that sits in the optimizer's state, as with
+        `optax.inject_hyperparams`, stays the old one.) An iterator in `batches` must begin at the first
+        step still to do.
+    - `checkpoints`: an `eomdl.Checkpoints`, which writes the whole state to disk on its schedule.
+    - `throw`: raise `RuntimeError` where the run fails instead of returning what it has.
+    """
+
+    args: Args
+    batches: Any | Iterable[Any]
+    observe: Mapping[str, Observable] | None
+    save_params: bool
+    save_steps: int | Sequence[int]
+    progress: bool | diffrax.AbstractProgressMeter
+    resume: Trajectory | End | None
+    checkpoints: Checkpoints | None
+    throw: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run that has been asked for, its options checked.
+
+    - `begin`: where it goes on, or None for a new run.
+    - `before`: the rows that come first, or None.
+    """
+
+    params: Params
+    num_steps: int
+    data: AbstractData
+    record: Record
+    begin: End | None
+    before: Trajectory | None
+    checkpoints: Checkpoints | None
+    meter: diffrax.AbstractProgressMeter
+    throw: bool
+
+    @property
+    def start(self) -> int:
+        """The first step."""
+        return 0 if self.begin is None else int(self.begin.step)
+
+    @property
+    def starting_params(self) -> Params:
+        """Where the state begins: at `params`, or where an earlier run ended."""
+        if self.begin is None:
+            return self.params
+        return _structure.restore("resume.end.params", self.begin.params, self.params)
+
+    def run(self, dynamics: AbstractDynamics, state: State, state_columns: Iterable[str] = ()) -> Trajectory:
+        """Carry the state on to `num_steps`; `state_columns` are what the dynamics records itself."""
+        begin = End(self.start, state, None) if self.begin is None else self.begin
+        begin = dataclasses.replace(begin, step=self.start, state=state, params=self.params)
+        self._check_joinable({*self.record.observe, *state_columns})
+        traced = _tree.is_traced(dynamics, state, self.data.args, self.data.example)
+        saved = self.record.steps
+        if traced:
+            if self.checkpoints is not None:
+                raise ValueError("checkpoints: expected a run outside jit, vmap and grad, got traced values")
+            planned = plan_at_once(self.start, self.num_steps, saved)
+            trajectory = run_traced(dynamics, begin, planned, self.record, self.data)
+        else:
+            cuts = self._checkpointed(begin)
+            size = max(_tree.size(self.params), 1 if self.data.in_arrays else _tree.size(self.data.example))
+            planned = plan(self.start, self.num_steps, saved, cuts, size)
+            loop = Loop(planned, self.record, self.data, self.checkpoints, self.meter)
+            trajectory = loop.run(dynamics, begin)
+        if self.before is not None:
+            trajectory = joined(self.before, trajectory)
+        if self.throw and not _tree.is_traced(trajectory.result._value) and trajectory.message:
+            raise RuntimeError(trajectory.message)
+        return trajectory
+
+    def _checkpointed(self, begin: End) -> np.ndarray:
+        if self.checkpoints is None:
+            return np.array([], int)
+        shapes = column_shapes(self.record.observe, self.params, self.data.seen_by)
+        return self.checkpoints.begin(self.num_steps, begin, shapes)
+
+    def _check_joinable(self, observed: set[str]) -> None:
+        run, save_params = self.before, self.record.save_params
+        if run is not None and ((run.params is not None) != save_params or set(run.observables) != observed):
+            raise ValueError(
+                "resume: expected a run with the same save_params and observe, got "
+                f"save_params={run.params is not None}, observe={sorted(run.observables)}; "
+                "go on from its end with `resume=run.end`"
+            )
+
+
+_DEFAULTS = RunOptions(
+    args=None,
+    batches=None,
+    observe=None,
+    save_params=True,
+    save_steps=1,
+    progress=False,
+    resume=None,
+    checkpoints=None,
+    throw=False,
+)
+
+
+def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, stride: int = 1) -> Setup:
+    """The options of a run, checked. **Raises:** `ValueError`; `TypeError` for an option there is none of."""
+    unknown = sorted(set(options) - set(_DEFAULTS))
+    if unknown:
+        raise TypeError(
+            f"{verb}() got an unexpected keyword argument {unknown[0]!r}; there is {list(_DEFAULTS)}"
+        )
+    given: Any = {**_DEFAULTS, **options}
+    num_steps = _check.integer("num_steps", num_steps, 1)
+    params = _check.params("params", params)
+    begin, before = _resumed(given["resume"], num_steps)
+    start = 0 if begin is None else begin.step
+    data = open_data(given["args"], given["batches"], num_steps, start, stride)
+    steps = saved_steps("save_steps", num_steps, given["save_steps"])
+    last = start - 1 if before is None else max(before.steps, default=-1)
+    checkpoints = given["checkpoints"]
+    if not isinstance(checkpoints, Checkpoints | None):
+        raise ValueError(f"checkpoints: expected an eomdl.Checkpoints, got {checkpoints!r}")
+    return Setup(
+        params=params,
+        num_steps=num_steps,
+        data=data,
+        record=Record(
+            _check.observables(given["observe"], params, data.seen_by),
+            steps[steps > last],
+            given["save_params"],
+        ),
+        begin=begin,
+        before=before,
+        checkpoints=checkpoints,
+        meter=_meter(given["progress"]),
+        throw=given["throw"],
+    )
+
+
+def _resumed(resume: Any, num_steps: int) -> tuple[End | None, Trajectory | None]:
+    """Where to go on, and the rows that come first."""
+    if resume is None:
+        return None, None
+    if not isinstance(resume, Trajectory | End):
+        raise ValueError(
+            f"resume: expected an eomdl.Trajectory, an eomdl.runs.End or None, got {type(resume).__name__}"
+        )
+    end = resume.end if isinstance(resume, Trajectory) else resume
+    end = dataclasses.replace(end, step=int(end.step))
+    if end.step > num_steps:
+        raise ValueError(f"resume: expected a run of at most num_steps = {num_steps} steps, got {end.step}")
+    if not isinstance(resume, Trajectory):
+        return end, None
+    # Not the rows behind the state: those of a run that failed there.
+    behind = np.asarray(resume.steps) > end.step
+    return end, resume.rows(~behind) if behind.any() else resume
+
+
+def _meter(progress: bool | diffrax.AbstractProgressMeter) -> diffrax.AbstractProgressMeter:
+    if isinstance(progress, diffrax.AbstractProgressMeter):
+        return progress
+    return diffrax.TqdmProgressMeter(refresh_steps=1) if progress else diffrax.NoProgressMeter()

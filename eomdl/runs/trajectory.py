@@ -1,0 +1,255 @@
+"""A path through weight space: the one type for real runs and for flows."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from eomdl import _structure, _tree
+from eomdl._end import RESULTS, Diagnostic, End, Stats
+from eomdl._types import Params, record_type
+from eomdl.runs.files import Tree, read_meta, read_npz, write_npz
+
+
+_COLUMN = {"column": True}
+
+
+@record_type
+class Trajectory:
+    """States of one run at its saved steps; step k of the optimizer sits at time $k\\eta$.
+
+    Columns, with one row for each of the n saved steps:
+
+    - `steps`: saved step numbers, shape (n,).
+    - `times`: the same in units of time, `steps * step_size`, shape (n,); nan where the
+        optimizer's learning rate is not known.
+    - `params`: the parameters, leaves with leading axis n, or None if they were not saved.
+    - `observables`: `{name: array of shape (n, ...)}`.
+    - `ode_error`: for flows, an estimate of the ODE solver's own error in the parameters
+        (Euclidean distance) at each saved step, shape (n,); None for real runs.
+
+    And of the whole run:
+
+    - `result`: an item of `eomdl.RESULTS`; `message` puts it in words.
+    - `end`: an `eomdl.runs.End`, where the run is: the last state reached, from which `resume=`
+        continues. `stats` and `final_params` are its `stats` and `params`.
+
+    A pytree: `jax.vmap` over `solve` gives a batch of them.
+
+    ```python
+    run = eomdl.descend(loss, params, optax.sgd(0.1), 100)
+    run.at(50), run.steps, run.message
+    ```
+    """
+
+    steps: Any = dataclasses.field(metadata=_COLUMN)
+    times: Any = dataclasses.field(metadata=_COLUMN)
+    params: Params | None = dataclasses.field(metadata=_COLUMN)
+    observables: dict[str, Any] = dataclasses.field(metadata=_COLUMN)
+    ode_error: Any = dataclasses.field(metadata=_COLUMN)
+    result: Any
+    end: End
+
+    def __repr__(self) -> str:
+        columns = ", ".join(["params"] * (self.params is not None) + list(self.observables))
+        if _tree.is_traced(self.steps, self.result._value):
+            return f"Trajectory({columns})"
+        return f"Trajectory({columns}; steps={summary(self.steps)}; {self.message or 'successful'})"
+
+    @property
+    def stats(self) -> Stats:
+        """What the run has cost, and its diagnostics."""
+        return self.end.stats
+
+    @property
+    def final_params(self) -> Params:
+        """The parameters at the end, saved or not."""
+        return self.end.params
+
+    @property
+    def message(self) -> str:
+        """The result in words: at which step, why, and what to do. Empty if successful."""
+        if np.ndim(self.result._value) > 0:
+            return cast(Any, RESULTS)[self.result]
+        if bool(self.result == RESULTS.successful):
+            return ""
+        last = max([*self.steps, self.end.step])
+        return f"Stopped after step {last}. {cast(Any, RESULTS)[self.result]}"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Where the model left its validity, by its own diagnostics."""
+        return tuple(d.note(name) for name, d in self.stats.diagnostics.items() if d.exceeded)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know: a run that failed, a model outside its validity, a stride."""
+        stride = self.stats.stride
+        between = f"a flow of stride {stride} predicts the multiples of {stride}; the steps between are those moved on by its map."
+        return (*[self.message] * bool(self.message), *[between] * (stride > 1), *self.warnings)
+
+    def map_columns(self, function: Callable[[Any], Any]) -> "Trajectory":
+        """A function of arrays with leading axis n applied to every column."""
+        return dataclasses.replace(
+            self, **{name: jax.tree.map(function, getattr(self, name)) for name in _COLUMNS}
+        )
+
+    def rows(self, index: Any) -> "Trajectory":
+        """Only these rows: a slice, integers or booleans of shape (n,), as NumPy takes them."""
+        return self.map_columns(lambda column: np.asarray(column)[index])
+
+    def at(self, step: int) -> Params:
+        """The parameters at a saved step. Raises `ValueError` if it was not saved."""
+        if self.params is None:
+            raise ValueError("params: expected saved parameters, got a run with save_params=False")
+        (index,) = np.nonzero(np.asarray(self.steps) == step)
+        if len(index) == 0:
+            raise ValueError(f"step: expected a saved step, {summary(self.steps)}, got {step}")
+        return jax.tree.map(lambda leaf: leaf[index[0]], self.params)
+
+    def smoothed(self, window: int = 2) -> "Trajectory":
+        """Means over w = `window` consecutive steps: row k is the mean of $\\theta_k, \\dots, \\theta_{k+w-1}$.
+
+        What oscillates with a period of w steps drops out: at the edge of stability w = 2 leaves the
+        path in the middle of the valley. Observables are averaged too, `ode_error` kept (the largest
+        of the window); the last w - 1 steps drop out.
+
+        **Raises:** `ValueError` if the saved steps have gaps or are fewer than w.
+        """
+        window = operator.index(window)
+        steps = np.asarray(self.steps)
+        if window < 1 or len(steps) < window or np.any(np.diff(steps) != 1):
+            raise ValueError(
+                f"window: expected an integer from 1 to the number of saved steps, all consecutive, got {window} "
+                f"with saved {summary(steps)}"
+            )
+
+        def windows(x: Any) -> np.ndarray:
+            return np.lib.stride_tricks.sliding_window_view(np.asarray(x), window, axis=0)
+
+        def mean(x: Any) -> np.ndarray:
+            return np.mean(windows(x), axis=-1, dtype=np.asarray(x).dtype)
+
+        return dataclasses.replace(
+            self.rows(slice(len(steps) - window + 1)),
+            params=jax.tree.map(mean, self.params),
+            observables=jax.tree.map(mean, self.observables),
+            ode_error=None if self.ode_error is None else np.max(windows(self.ode_error), axis=-1),
+        )
+
+    def without_state(self) -> "Trajectory":
+        """This run with what it carries beside the parameters dropped.
+
+        `resume=` then begins at its last step and parameters with the state that a new run has there: with
+        another optimizer, say.
+        """
+        return dataclasses.replace(self, end=self.end.without_state())
+
+    def save(self, path: str | Path, events: Sequence[str] = ()) -> None:
+        """Write one `.npz` file (NumPy arrays and JSON, no pickle), replacing it as a whole.
+
+        `events`: names to find it by, see `eomdl.Checkpoints`.
+        """
+        arrays: dict[str, Any] = {}
+        meta: dict[str, Any] = {"format": _FORMAT, "result": int(self.result._value), "events": list(events)}
+        for name, tree in self._trees().items():
+            Tree.write(name, tree, arrays, meta)
+        stats = {f.name: getattr(self.stats, f.name) for f in dataclasses.fields(Stats)}
+        diagnostics = stats.pop("diagnostics")
+        meta["stats"] = {
+            k: v if isinstance(v, str | None) else np.asarray(v).item() for k, v in stats.items()
+        }
+        meta["diagnostics"] = {name: [d.limit, d.meaning] for name, d in diagnostics.items()}
+        write_npz(path, arrays, meta)
+
+    @staticmethod
+    def events_in(path: str | Path) -> list[str]:
+        """The events that a file was saved with; its arrays are not read."""
+        return read_meta(path, _FORMAT)["events"]
+
+    def _trees(self) -> dict[str, Any]:
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        end = {f"end.{name}": getattr(self.end, name) for name in ("step", "state", "params")}
+        return columns | end | {"diagnostics values": {k: d.value for k, d in self.stats.diagnostics.items()}}
+
+    @staticmethod
+    def load(path: str | Path, like: Params | None = None) -> "Trajectory":
+        """Read what `save` wrote.
+
+        Dicts, lists, tuples and named tuples come back as they were. For parameters that are another
+        pytree give one as `like`; without it its nodes come back as plain nodes with the children by key.
+        The state in `end` is put in its own structure by `resume=`.
+
+        Raises `ValueError` if the file is not such a file, is truncated, or does not fit `like`.
+        """
+        arrays, meta = read_npz(path, _FORMAT)
+        trees = {name: Tree.read(name, arrays, meta) for name in _TREES}
+        if like is not None:
+            trees["end.params"] = _like("like", trees["end.params"], like, path, 0)
+            trees["params"] = _like("like", trees["params"], like, path, 1)
+        diagnostics = {
+            name: Diagnostic(trees["diagnostics values"][name], *meta["diagnostics"][name])
+            for name in meta["diagnostics"]
+        }
+        end = End(
+            int(trees["end.step"]),
+            trees["end.state"],
+            trees["end.params"],
+            Stats(**meta["stats"], diagnostics=diagnostics),
+        )
+        columns = {name: tree for name, tree in trees.items() if name in _COLUMNS}
+        return Trajectory(**columns, result=_result_from_index(meta["result"]), end=end)
+
+
+_COLUMNS = tuple(f.name for f in dataclasses.fields(Trajectory) if f.metadata.get("column"))
+_TREES = (*_COLUMNS, "end.step", "end.state", "end.params", "diagnostics values")
+_FORMAT = "eomdl.Trajectory 3"
+
+
+def joined(first: Trajectory, second: Trajectory) -> Trajectory:
+    """One trajectory from a run and its continuation."""
+    if second.ode_error is not None and first.ode_error is None:
+        first = dataclasses.replace(first, ode_error=np.full(len(first.steps), np.nan))
+    if second.ode_error is None:
+        first = dataclasses.replace(first, ode_error=None)
+    return concatenated([first, second])
+
+
+def concatenated(runs: list[Trajectory]) -> Trajectory:
+    """The rows of all, one after the other; the rest is that of the last."""
+    if len(runs) == 1:
+        return runs[0]
+    xp = jax.numpy if _tree.is_traced(runs) else np
+    columns = {
+        name: jax.tree.map(lambda *parts: xp.concatenate(parts), *(getattr(run, name) for run in runs))
+        for name in _COLUMNS
+    }
+    return dataclasses.replace(runs[-1], **columns)
+
+
+def summary(steps: Any) -> str:
+    """A few of the step numbers."""
+    return np.array2string(np.asarray(steps), threshold=8, edgeitems=3)
+
+
+def _result_from_index(index: int) -> Any:
+    (item,) = [item for item in RESULTS._name_to_item.values() if int(item._value) == index]
+    return item
+
+
+def _like(name: str, tree: Any, like: Params, path: str | Path, leading: int) -> Any:
+    """The tree in the structure of `like`, whose shapes it has after `leading` axes."""
+    if tree is None:
+        return None
+    shapes = [np.shape(leaf)[leading:] for leaf in jax.tree.leaves(tree)]
+    found = _structure.difference(_structure.describe(tree), _structure.describe(like))
+    if found or shapes != [np.shape(leaf) for leaf in jax.tree.leaves(like)]:
+        raise ValueError(
+            f"{name}: expected leaves of shapes {shapes} in the structure of {path}, got "
+            f"{jax.tree.structure(like)} {found or ''}"
+        )
+    return jax.tree.structure(like).unflatten(jax.tree.leaves(tree))

@@ -1,0 +1,81 @@
+"""Elementary differentials of rooted trees, and linear combinations of them.
+
+$F(\\bullet) = f$ and $F([t_1, \\dots, t_m]) = f^{(m)}(F(t_1), \\dots, F(t_m))$
+(Hairer, Lubich & Wanner 2006, III.1). Three rules keep the cost down, all of them
+multilinearity:
+
+- trees that differ in one branch alone are summed in that branch before $f$ is
+  differentiated: $a f'(u) + b f'(v) = f'(a u + b v)$;
+- a combination of one tree keeps its scalar outside, so that every derivative runs
+  along a plain $F(t)$ and XLA recognises the parts it has computed already;
+- $f'(w)$ rides along with one second derivative, $f''(u, v) + f'(w)$ being a single
+  derivative of $(x, u) \\mapsto f'(x) u$.
+"""
+
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+from eomdl import _tree
+from eomdl._autodiff import directional_derivative
+from eomdl._types import Params, VectorField
+from eomdl.series.trees import LEAF, Tree
+
+
+class ElementaryDifferentials:
+    """The elementary differentials of `f` at the point `x`, each computed once."""
+
+    def __init__(self, f: VectorField, x: Params):
+        self._f = f
+        self._x = x
+        self._values: dict[Tree, Params] = {LEAF: f(x)}
+
+    def __getitem__(self, tree: Tree) -> Params:
+        """$F(t)(x)$."""
+        if tree not in self._values:
+            self._values[tree] = self.combination({tree: 1.0})
+        return self._values[tree]
+
+    def combination(self, coefficients: dict[Tree, Any]) -> Params:
+        """$\\sum_t c_t F(t)(x)$; the scalars $c_t$ may be traced."""
+        last_branch: dict[Tree, dict[Tree, Any]] = {}
+        terms = []
+        for tree, c in coefficients.items():
+            if tree == LEAF:
+                terms.append(_tree.scale(c, self[LEAF]))
+            else:
+                last_branch.setdefault(tree[:-1], {})[tree[-1]] = c
+        linear = last_branch.pop((), None)
+        for branches, inner in last_branch.items():
+            c, v = self._scaled(inner)
+            if linear is not None and len(branches) == 1:
+                b, w = self._scaled(linear)
+                value = self._second_and_first(self[branches[0]], v, _tree.scale(b / c, w))
+                linear = None
+            else:
+                directions = [*(self[branch] for branch in branches), v]
+                value = directional_derivative(self._f, directions)(self._x)
+            terms.append(_tree.scale(c, value))
+        if linear is not None:
+            b, w = self._scaled(linear)
+            terms.append(_tree.scale(b, directional_derivative(self._f, [w])(self._x)))
+        total = terms[0]
+        for term in terms[1:]:
+            total = _tree.add(total, term)
+        return total
+
+    def _scaled(self, coefficients: dict[Tree, Any]) -> tuple[ArrayLike, Params]:
+        """The combination as scalar times vector, the vector a plain $F(t)$ if it can be."""
+        if len(coefficients) == 1:
+            ((tree, c),) = coefficients.items()
+            return c, self[tree]
+        return 1.0, self.combination(coefficients)
+
+    def _second_and_first(self, u: Params, v: Params, w: Params) -> Params:
+        """$f''(u, v) + f'(w)$."""
+
+        def first(x: Params, u: Params) -> Params:
+            return jax.jvp(self._f, (x,), (u,))[1]
+
+        return jax.jvp(first, (self._x, u), (v, w))[1]

@@ -1,0 +1,88 @@
+"""The logarithm of a map from its own iterates: which weights.
+
+With increments $d_i = x_{i+1} - x_i$ of the iterates of a map $\\Psi$ near the identity,
+$\\log \\Psi \\, (x) = \\sum_j \\frac{(-1)^{j+1}}{j} \\Delta^j x = \\sum_i b_i d_i$, where
+$\\sum_i b_i z^i$ stands for $\\log(z)/(z - 1)$ on the multipliers z of the map
+(Gelfreich & Vieiro 2018).
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+from eomdl import _check
+
+
+def taylor_weights(points: int) -> np.ndarray:
+    """$b_0, \\dots, b_{K-1}$ with $\\sum_i b_i z^i = \\sum_{m<K} \\frac{(-1)^m}{m+1} (z-1)^m$.
+
+    Formal order K = `points`. **Raises:** `ValueError` if `points` is not an integer >= 1.
+    """
+    points = _check.integer("points", points, 1)
+    exact = [
+        # (z - 1)^m = sum_i C(m, i) (-1)^(m-i) z^i
+        sum(Fraction((-1) ** i * math.comb(m, i), m + 1) for m in range(i, points))
+        for i in range(points)
+    ]
+    return np.array([float(b) for b in exact])
+
+
+def difference_weights(order: int) -> np.ndarray:
+    """$\\Delta^{j} x = \\sum_i c_i d_i$ for j = `order` >= 1: signed binomials, j of them."""
+    n = order - 1
+    return np.array([(-1.0) ** (n - i) * math.comb(n, i) for i in range(order)])
+
+
+def minimax_weights(points: int, bound: float, order: int | None = None) -> np.ndarray:
+    """Weights of least error for every multiplier in $[1 - B, 1]$ rather than near 1 alone.
+
+    $\\min_b \\max_{z \\in [1-B, 1]} |\\sum_i b_i z^i - \\log(z)/(z-1)|$ among the weights of formal
+    order p. For gradient descent B bounds $\\eta \\lambda_{max}$ along the path.
+
+    **Arguments:** `points` K; `bound` B, 0 < B < 1, such as 1.2 times
+    `eomdl.flows.departure_from_identity(...)`; `order` p, 1 <= p <= K, by default K // 2.
+
+    **Returns:** $b_0, \\dots, b_{K-1}$, for `InterpolatingFlow(..., weights=...)`.
+
+    **Raises:** `ValueError` for a wrong argument.
+    """
+    from scipy.optimize import linprog
+
+    points = _check.integer("points", points, 1)
+    order = max(points // 2, 1) if order is None else _check.integer("order", order, 1)
+    if order > points:
+        raise ValueError(f"order: expected at most points = {points}, got {order}")
+    bound = float(_check.positive_scalar("bound", bound))
+    if bound >= 1:
+        raise ValueError(f"bound: expected a number < 1, where the logarithm ends, got {bound}")
+    # In y = (1 - z)/B: y^p T_j(2y - 1) are the free directions; what Taylor leaves is to be fitted.
+    y = 0.5 - 0.5 * np.cos(np.linspace(0, np.pi, 40 * points))
+    m = np.arange(order, 400)
+    rest = np.sum((bound * y[:, None]) ** m / (m + 1), axis=1) if bound < 0.9 else _rest(bound * y, order)
+    free = points - order
+    basis = [np.polynomial.chebyshev.Chebyshev.basis(j, domain=[0, 1])(y) * y**order for j in range(free)]
+    taylor = np.array([1 / (j + 1) for j in range(order)] + [0.0] * free)  # in powers of (1 - z)
+    if free:
+        size = float(np.abs(rest).max())
+        matrix, ones = np.stack(basis, axis=1), np.ones((len(y), 1))
+        target = rest / size
+        fit = linprog(
+            np.append(np.zeros(free), 1.0),
+            A_ub=np.block([[matrix, -ones], [-matrix, -ones]]),
+            b_ub=np.concatenate([target, -target]),
+            bounds=[(None, None)] * free + [(0, None)],
+        )
+        fitted = np.polynomial.chebyshev.Chebyshev(size * fit.x[:free], domain=[0, 1])
+        series = np.asarray(fitted.convert(kind=np.polynomial.Polynomial).coef, float)
+        taylor[order : order + len(series)] = series / bound ** np.arange(order, order + len(series))
+    # (1 - z)^j = sum_i C(j, i) (-z)^i
+    return np.array(
+        [sum(taylor[j] * math.comb(j, i) * (-1.0) ** i for j in range(i, points)) for i in range(points)]
+    )
+
+
+def _rest(w: np.ndarray, order: int) -> np.ndarray:
+    """$-\\log(1-w)/w$ less its first terms."""
+    w = np.where(w == 0, np.finfo(float).tiny, w)
+    return -np.log1p(-w) / w - np.sum(w[:, None] ** np.arange(order) / (np.arange(order) + 1), axis=1)

@@ -1,0 +1,196 @@
+"""The charges of a run against what is predicted for them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from eomdl import _check
+from eomdl._types import Params
+from eomdl.runs.trajectory import Trajectory
+from eomdl.symmetry.groups import AbstractSymmetry, Scaling, Translation
+
+
+@dataclasses.dataclass(frozen=True)
+class Conservation:
+    """The charge of one symmetry along a run, and its predictions, at n consecutive steps.
+
+    - `symmetry`: in words.
+    - `steps`: shape (n,).
+    - `charge`: (n, ...), measured, a value for every unit.
+    - `laws`: `{law: (n, ...)}`, made of the start, the learning rate, decay and momentum, and (but for gradient flow)
+        the sizes of the updates measured along the real path.
+    - `models`: `{name: (n, ...)}`, the charges of flows integrated from the start alone; nan where they did not get.
+    """
+
+    symmetry: str
+    steps: np.ndarray
+    charge: np.ndarray
+    laws: dict[str, np.ndarray]
+    models: dict[str, np.ndarray]
+
+    @property
+    def predictions(self) -> dict[str, np.ndarray]:
+        """Laws and models together."""
+        return self.laws | self.models
+
+    @property
+    def change(self) -> float:
+        """The largest change of the charge along the run, Euclidean norm over units."""
+        return float(np.max(_sizes(self.charge - self.charge[:1])))
+
+    @property
+    def errors(self) -> dict[str, np.ndarray]:
+        """`{prediction: (n,)}`: distance to the measured charge, Euclidean norm over units."""
+        return {name: _sizes(values - self.charge) for name, values in self.predictions.items()}
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame: a row a step, summed over units, with the error of each prediction. Needs `pandas`."""
+        import pandas as pd
+
+        def total(values: np.ndarray) -> np.ndarray:
+            return values.reshape(len(values), -1).sum(axis=1)
+
+        columns = {"step": self.steps, "measured": total(self.charge)}
+        columns |= {name: total(values) for name, values in self.predictions.items()}
+        columns |= {f"error {name}": values for name, values in self.errors.items()}
+        return pd.DataFrame(columns)
+
+
+def conservation(
+    run: Trajectory,
+    symmetry: AbstractSymmetry,
+    *,
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    momentum: ArrayLike = 0.0,
+    models: Mapping[str, Trajectory] | None = None,
+) -> Conservation:
+    """A charge Q along a real run of SGD, held against its laws and against flows.
+
+    Where the loss has the symmetry, $\\langle \\partial_\\alpha, \\nabla f \\rangle = 0$ leaves of the heavy-ball step (coupled decay
+    $\\lambda$, any minibatch), with $\\Delta_k = \\theta_{k+1} - \\theta_k$ and the product $\\langle a, b \\rangle_S$ whose square is the charge,
+
+    - **exact** (scalings): $Q_{k+1} = Q_k + 2 P_k + N_k$, $P_k = \\beta (P_{k-1} + N_{k-1}) - \\eta\\lambda Q_k$, with the measured
+        $N_k = \\langle \\Delta_k, \\Delta_k \\rangle_S$; translations: $p_{k+1} = p_k - \\eta m_{k+1}$, $m_{k+1} = \\beta m_k + \\lambda p_k$. Without momentum
+        $Q_{k+1} = (1 - \\eta\\lambda)^2 Q_k + \\eta^2 \\langle \\nabla f, \\nabla f \\rangle_S$.
+    - **gradient flow**: $\\dot Q = -2\\lambda Q$, $\\dot p = -\\lambda p$, with $h = \\eta / (1 - \\beta)$ the time of a step.
+    - **first order** (one counter term; with momentum that of `eomdl.flows.MomentumFlow`), $\\kappa = (1 + \\beta) / (1 - \\beta)$:
+        $\\dot Q = -(2\\lambda + h\\kappa\\lambda^2) Q + h\\kappa \\langle \\nabla f, \\nabla f \\rangle_S$, integrated with $\\nabla f + \\lambda\\theta$ of each
+        step, averaged over the memory ($-\\Delta_k / h$), and $\\dot p = -(\\lambda + h\\kappa\\lambda^2/2) p$.
+
+    The exact law holds to rounding, which tests symmetry, optimizer and arguments at once. Orders beyond are those
+    of `models`: flows integrated from the start, which predict the path as well.
+
+    **Arguments:**
+
+    - `run`: of `optax.sgd(learning_rate, momentum)` on a loss with `eomdl.WeightDecay(f, weight_decay)`; parameters saved
+        at consecutive steps. If it does not begin at step 0, its first update is taken as given.
+    - `symmetry`: an `eomdl.symmetry.Translation` or `eomdl.symmetry.Scaling` of f (see `eomdl.symmetry.check`).
+    - `models`: `{name: trajectory}` with saved parameters.
+
+    **Returns:** `eomdl.symmetry.Conservation`. **Cost:** no gradients: all is read off the saved parameters.
+
+    **Raises:** `ValueError` for a wrong argument.
+
+    Source: after Kunin et al. 2021 (arXiv 2012.04728); the exact laws are derived here.
+    """
+    if not isinstance(run, Trajectory):
+        raise ValueError(f"run: expected an eomdl.Trajectory, got {type(run).__name__}")
+    if not isinstance(symmetry, Translation | Scaling):
+        raise ValueError(
+            f"symmetry: expected an eomdl.symmetry.Translation or eomdl.symmetry.Scaling, got {symmetry!r}"
+        )
+    if run.params is None:
+        raise ValueError("run: expected saved params, got a run with save_params=False")
+    steps = np.asarray(run.steps)
+    if len(steps) < 2 or np.any(np.diff(steps) != 1):
+        raise ValueError("run: expected parameters saved at two or more consecutive steps, got others")
+    eta, decay, beta = (
+        float(x)
+        for x in (
+            _check.positive_scalar("learning_rate", learning_rate),
+            _check.nonnegative_scalar("weight_decay", weight_decay),
+            _check.fraction("momentum", momentum),
+        )
+    )
+    params = jax.tree.map(np.asarray, run.params)
+    charge = _rows(symmetry.charge, params)
+    numbers = (int(steps[0]) == 0, eta, decay, beta)
+    if isinstance(symmetry, Translation):
+        laws = _translation_laws(charge, *numbers)
+    else:
+        laws = _scaling_laws(symmetry, params, charge, *numbers)
+    predicted = {}
+    for name, model in (models or {}).items():
+        if not isinstance(model, Trajectory) or model.params is None:
+            raise ValueError(
+                f"models[{name!r}]: expected an eomdl.Trajectory with saved params, got {type(model)}"
+            )
+        values = np.full(charge.shape, np.nan)
+        _, here, there = np.intersect1d(steps, model.steps, return_indices=True)
+        values[here] = _rows(symmetry.charge, jax.tree.map(np.asarray, model.params))[there]
+        predicted[name] = values
+    return Conservation(symmetry.label, steps, charge, laws, predicted)
+
+
+def _translation_laws(
+    charge: np.ndarray, from_rest: bool, eta: float, decay: float, beta: float
+) -> dict[str, np.ndarray]:
+    exact = charge.copy()
+    buffer = decay * charge[0] if from_rest else (charge[0] - charge[1]) / eta
+    for k in range(len(charge) - 1):
+        exact[k + 1] = exact[k] - eta * buffer
+        buffer = beta * buffer + decay * exact[k + 1]
+    h = eta / (1 - beta)
+    rates = {"gradient flow": decay, "first order": decay + h * (1 + beta) / (1 - beta) * decay**2 / 2}
+    flows = {name: charge[:1] * np.exp(-rate * h * _column(charge)) for name, rate in rates.items()}
+    return {"exact": exact} | flows
+
+
+def _scaling_laws(
+    symmetry: Scaling,
+    params: Params,
+    charge: np.ndarray,
+    from_rest: bool,
+    eta: float,
+    decay: float,
+    beta: float,
+) -> dict[str, np.ndarray]:
+    h, kappa = eta / (1 - beta), (1 + beta) / (1 - beta)
+    before = jax.tree.map(lambda leaf: leaf[:-1], params)
+    update = jax.tree.map(lambda leaf: np.diff(leaf, axis=0), params)
+    square = _rows(symmetry.pair, update, update)
+    exact = charge.copy()
+    inner = -eta * decay * charge[0] if from_rest else _rows(symmetry.pair, before, update)[0]
+    for k in range(len(square)):
+        exact[k + 1] = exact[k] + 2 * inner + square[k]
+        inner = beta * (inner + square[k]) - eta * decay * exact[k + 1]
+
+    # The velocity is the gradient averaged over the memory: so a gradient that stays counts kappa
+    # times, and the noise of minibatches, forgotten from step to step, once.
+    rate = 2 * decay + 2 * h * kappa * decay**2
+    growth = kappa / h * square
+    kept = np.exp(-rate * h)
+    weight = h if rate == 0 else -np.expm1(-rate * h) / rate
+    first = charge.copy()
+    for k in range(len(square)):
+        first[k + 1] = kept * first[k] + weight * growth[k]
+    flow = charge[:1] * np.exp(-2 * decay * h * _column(charge))
+    return {"exact": exact, "gradient flow": flow, "first order": first}
+
+
+def _column(charge: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... along the first axis."""
+    return np.arange(len(charge)).reshape(-1, *[1] * (charge.ndim - 1))
+
+
+def _rows(function: Any, *trees: Params) -> np.ndarray:
+    return np.asarray(jax.jit(jax.vmap(function))(*trees))
+
+
+def _sizes(values: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(values.reshape(len(values), -1), axis=1)
