@@ -15,7 +15,7 @@ from eomdl._types import Args, Loss, Params, VectorField
 
 
 def descent_field(loss: Loss, args: Args) -> VectorField:
-    """$f(\\theta) = -\\nabla L(\\theta)$, at the cost of one gradient."""
+    r"""$f(\theta) = -\nabla L(\theta)$, at the cost of one gradient."""
     return lambda params: _tree.scale(-1.0, jax.grad(loss)(params, args))
 
 
@@ -25,7 +25,7 @@ def hessian_vector_product(loss: Loss, params: Params, args: Args, vector: Param
 
 
 def directional_derivative(f: Callable[[Any], Any], directions: Sequence[Any]) -> Callable[[Any], Any]:
-    """$x \\mapsto f^{(m)}(x)(v_1, \\dots, v_m)$ for m = `len(directions)`."""
+    r"""$x \mapsto f^{(m)}(x)(v_1, \dots, v_m)$ for m = `len(directions)`."""
     for direction in directions:
         f = _along(f, direction)
     return f

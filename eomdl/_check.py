@@ -1,6 +1,6 @@
 """Argument checks: one `ValueError` form, "name: expected ..., got ...".
 
-Values that are traced cannot be looked at and pass; shapes and dtypes are always checked.
+Traced values are not known and pass; shapes and dtypes are always checked.
 """
 
 import operator
@@ -84,8 +84,12 @@ def params(name: str, value: Params) -> Params:
 
 def shape_of(name: str, expected: str, function: Callable, *inputs: Any) -> Any:
     """Shape and dtype of the function's output, without evaluating it."""
+    return _tried(name, expected, jax.eval_shape, function, *inputs)
+
+
+def _tried(name: str, expected: str, call: Callable, function: Callable, *inputs: Any) -> Any:
     try:
-        return jax.eval_shape(function, *inputs)
+        return call(function, *inputs)
     except Exception as error:
         hint = " (args is None: was the data not passed?)" if any(x is None for x in inputs) else ""
         got = f"a function that raised {type(error).__name__}: {error}{hint}"
@@ -97,15 +101,14 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args) -> None:
     expected = "a function (params, args) -> real scalar"
     if not callable(loss):
         raise _wrong("loss", expected, repr(loss))
-    out = shape_of("loss", expected, loss, params, args)
-    if not hasattr(out, "shape") or out.shape != ():
-        raise _wrong("loss", expected, f"output {out}")
-    if not jnp.issubdtype(out.dtype, jnp.floating):
+    traced = _tree.is_traced(loss, params, args)
+    out = _tried("loss", expected, jax.eval_shape if traced else _value, loss, params, args)
+    if not isinstance(out, float) and getattr(out, "shape", None) != ():
+        raise _wrong("loss", expected, f"output of shape {getattr(out, 'shape', None)}: {out!r:.80}")
+    if not jnp.issubdtype(jnp.result_type(out), jnp.floating):
         raise _wrong("loss", expected, f"output of dtype {out.dtype}")
-    if not _tree.is_traced(params, args):
-        value = _value(loss, params, args)
-        if not _tree.is_traced(value) and not np.isfinite(value):
-            raise _wrong("loss", "a finite value at the initial params", float(value))
+    if not traced and not _tree.is_traced(out) and not np.isfinite(out):
+        raise _wrong("loss", "a finite value at the initial params", float(out))
 
 
 @eqx.filter_jit
@@ -137,7 +140,7 @@ def optimizer(value: Any) -> None:
 def observables(
     observe: Mapping[str, Observable] | None, params: Params, seen_by: Callable[[Observable], Args]
 ) -> dict[str, Observable]:
-    """Named functions `(params, args) -> array`, tried once on shapes alone with what each sees."""
+    """Named functions `(params, args) -> array`, tried once on shapes only, each with the data that it sees."""
     if observe is None:
         return {}
     if not isinstance(observe, Mapping):
@@ -155,7 +158,7 @@ def observables(
 def state_observables(
     observe: Mapping[str, StateObservable] | None, state: Any, args: Args
 ) -> dict[str, StateObservable]:
-    """Named functions `(t, state, args) -> array`, tried once on shapes alone."""
+    """Named functions `(t, state, args) -> array`, tried once on shapes only."""
     expected = "a dict {name: function (t, state, args) -> array}"
     if observe is not None and not isinstance(observe, Mapping):
         raise _wrong("observe_state", expected, repr(observe))

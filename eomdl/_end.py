@@ -32,6 +32,11 @@ class RESULTS(eqx.Enumeration):
     )
 
 
+def succeeded(result: Any) -> bool:
+    """Whether a run did; it is known of most without looking at an array."""
+    return result is RESULTS.successful or bool(result == RESULTS.successful)
+
+
 def result_where(condition: Any, this: Any, other: Any) -> Any:
     """`this` item of `RESULTS` where the condition holds, else the `other`."""
     return RESULTS.where(condition, this, other)

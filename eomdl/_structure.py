@@ -113,7 +113,7 @@ def _word(description: Any) -> str:
 
 
 def restore(name: str, saved: Any, like: Any, hint: str = "") -> Any:
-    """`saved` in the structure and the dtypes of `like`.
+    """`saved` in the structure and the dtypes of `like`, and what comes from the disk on its devices.
 
     **Raises:** `ValueError` naming the first place where structure or shape differ, with the hint.
     """
@@ -129,5 +129,13 @@ def restore(name: str, saved: Any, like: Any, hint: str = "") -> Any:
         if np.shape(old) != np.shape(new):
             where = jax.tree_util.keystr(path)
             raise ValueError(f"{name}{where}: expected shape {np.shape(new)}, got {np.shape(old)}{hint}")
-        leaves.append(jnp.asarray(old, jnp.asarray(new).dtype))
+        leaves.append(_placed(old, new))
     return structure.unflatten(leaves)
+
+
+def _placed(saved: Any, like: Any) -> jax.Array:
+    """An array in the dtype of another, and where that one is if it was put there."""
+    array = jnp.asarray(saved, jnp.result_type(like))
+    from_disk = not isinstance(saved, jax.Array)
+    put = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer) and like.committed
+    return jax.device_put(array, like.sharding) if from_disk and put else array

@@ -1,4 +1,4 @@
-"""The pytree algebra: `optax.tree`, and the little it does not have."""
+"""The pytree algebra: `optax.tree`, and the few functions that it does not have."""
 
 from typing import Any
 

@@ -2,7 +2,6 @@
 
 import equinox as eqx
 import jax
-from jax.typing import ArrayLike
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Loss, Params
@@ -12,27 +11,28 @@ __all__ = ["GradientPenalty", "WeightDecay"]
 
 
 class WeightDecay(eqx.Module):
-    """L2 weight decay as part of the loss: $L(\\theta) = f(\\theta) + \\frac{\\lambda}{2} |\\theta|^2$.
+    r"""L2 weight decay as part of the loss: $L(\theta) = f(\theta) + \frac{\lambda}{2} |\theta|^2$.
 
-    Gradient descent on it is `optax.sgd` with weight decay $\\lambda$ (coupled, not that
-    of AdamW). Written into the loss, decay is seen by every derivative, so the counter
-    terms are those of the decayed run.
+    ```python
+    decayed = eomdl.WeightDecay(loss, 1e-3)
+    run = eomdl.descend(decayed, params, optax.sgd(0.1), 100, args=data)
+    ```
+
+    Gradient descent on it is `optax.sgd` with weight decay $\lambda$ (coupled, not that
+    of AdamW). As the decay is part of the loss, every derivative contains it, and the counter
+    terms are those of the run with decay.
 
     **Arguments:**
 
     - `loss`: function `(params, args) -> scalar`.
-    - `weight_decay`: $\\lambda$, a finite number >= 0, in units of 1/time. A leaf of the
+    - `weight_decay`: $\lambda$, a finite number >= 0, in units of 1/time. It is a leaf of the
         pytree: another value does not recompile.
 
     **Raises:** `ValueError` if `weight_decay` is negative or not finite.
     """
 
-    loss: Loss
-    weight_decay: jax.Array
-
-    def __init__(self, loss: Loss, weight_decay: ArrayLike):
-        self.loss = _check.function("loss", loss)
-        self.weight_decay = _check.nonnegative_scalar("weight_decay", weight_decay)
+    loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
+    weight_decay: jax.Array = eqx.field(converter=lambda x: _check.nonnegative_scalar("weight_decay", x))
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
         value = self.loss(params, args)
@@ -41,25 +41,20 @@ class WeightDecay(eqx.Module):
 
 
 class GradientPenalty(eqx.Module):
-    """$\\tilde L(\\theta) = L(\\theta) + c \\, |\\nabla L(\\theta)|^2$: the modified loss.
+    r"""$\tilde L(\theta) = L(\theta) + c \, |\nabla L(\theta)|^2$: the modified loss.
 
-    With $c = \\eta/4$ gradient flow on it is the first-order modified flow of gradient descent (Barrett &
-    Dherin 2021, arXiv 2009.11162, eq. 7); training on it makes that regularization explicit. The
-    coefficient is a leaf of the pytree.
+    With $c = \eta/4$ gradient flow on it is the first-order modified flow of gradient descent (Barrett &
+    Dherin 2021, arXiv 2009.11162, eq. 7); training on it makes that regularization explicit.
 
-    **Arguments:** `loss` L; `coefficient` $c \\ge 0$.
+    **Arguments:** `loss` L; `coefficient` $c \ge 0$, a leaf of the pytree.
 
     **Cost** of its gradient: about 2.7 gradients of L (one Hessian-vector product).
 
     **Raises:** `ValueError` if the coefficient is not a finite number >= 0.
     """
 
-    loss: Loss
-    coefficient: jax.Array
-
-    def __init__(self, loss: Loss, coefficient: ArrayLike):
-        self.loss = _check.function("loss", loss)
-        self.coefficient = _check.nonnegative_scalar("coefficient", coefficient)
+    loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
+    coefficient: jax.Array = eqx.field(converter=lambda x: _check.nonnegative_scalar("coefficient", x))
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
         value, gradient = jax.value_and_grad(self.loss)(params, args)

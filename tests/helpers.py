@@ -1,8 +1,7 @@
-"""Two registries, `FLOWS` and `PROBLEMS`, and the losses that the tests share.
+"""Problems with known answers, in `PROBLEMS`, and the losses that the tests share.
 
-A new flow is tested by being listed in `FLOWS`, a new closed form by being listed in
-`PROBLEMS`. Losses and optimizers are made once, here: JAX caches compiled programs by the
-identity of the function.
+A new closed form is tested by being listed. (Flows are listed in `registry.py`.) Losses and optimizers
+are made once, here: JAX caches compiled programs by the identity of the function.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,31 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-
-import eomdl
-
-
-# ---------------------------------------------------------------- flows
-
-
-class Flow(NamedTuple):
-    name: str
-    make: Callable[[Any, Any], eomdl.AbstractFlow]  # (loss, learning rate) -> flow
-    terms: int  # number of counter terms; the error at fixed time is O(eta^(terms + 1))
-
-
-def _equation_of_motion(order: int) -> Flow:
-    return Flow(
-        f"EoM {order}", lambda loss, eta: eomdl.EquationOfMotion(loss, learning_rate=eta, order=order), order
-    )
-
-
-FLOWS = [Flow("gradient flow", eomdl.GradientFlow, 0), *(_equation_of_motion(n) for n in range(7))]
-
-
-def up_to(terms: int) -> list[Flow]:
-    """Gradient flow, and the equation of motion with 1 ... `terms` counter terms."""
-    return [flow for flow in FLOWS if flow.terms <= terms and flow.name != "EoM 0"]
 
 
 # ------------------------------------------------- problems with known answers
@@ -126,7 +100,13 @@ def valley_loss(params, args):
     return 0.5 * (y - jnp.sin(x)) ** 2 + 0.25 * jnp.log(1 + x**2) * (1.5 + jnp.cos(y))
 
 
+def pulled_loss(params, pull):
+    """The valley with data: another smooth function of two parameters for every number."""
+    return valley_loss(params, None) + pull * params["x"] * params["y"]
+
+
 VALLEY = {"x": jnp.array(1.2), "y": jnp.array(-0.7)}
+VALLEY_REST = {"x": jnp.array(0.0), "y": jnp.array(0.0)}  # a minimum, whatever the pull
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
@@ -222,6 +202,18 @@ def assert_identical(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+COMPILED: list[str] = []  # grows by one whenever XLA compiles
+
+
+def _on_event(event, duration, **kwargs):
+    del duration, kwargs
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
 def counted(loss: Callable[[Any, Any], jax.Array]) -> tuple[Callable[[Any, Any], jax.Array], list[int]]:

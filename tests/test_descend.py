@@ -224,8 +224,8 @@ def test_ctrl_c_keeps_what_was_computed():
     assert part.result == eomdl.RESULTS.interrupted
     assert "resume" in part.message
     reached = int(part.end.step)
-    assert 256 <= reached <= 700
-    assert part.steps[-1] <= reached
+    assert reached == 700  # the batches there were are used
+    np.testing.assert_array_equal(part.steps, np.arange(701))
     np.testing.assert_array_equal(part.params, whole.params[: len(part.steps)])
     resumed = eomdl.descend(
         target_loss, jnp.zeros(1), ADAM, 900, batches=iter(targets[reached:]), resume=part

@@ -1,4 +1,4 @@
-"""Hold flows against the real run, step by step."""
+"""Compare models with the real run, step by step."""
 
 import dataclasses
 import functools
@@ -10,8 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from eomdl import _check
 from eomdl._types import Params
@@ -24,16 +22,22 @@ _FORMAT = "eomdl.Comparison 1"
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Errors of models against a reference run at the n steps that all of them saved.
+    r"""Errors of models against a reference run at the n steps that all of them saved.
+
+    ```python
+    comparison = eomdl.compare(gd, {"gradient flow": path})
+    print(comparison.table())
+    error = comparison.relative_distance["gradient flow"][-1]
+    ```
 
     - `steps`, `times`: shape (n,).
-    - `travelled`: distance of the reference from its start, $|\\theta_k - \\theta_0|$, (n,).
-    - `distance`: `{model: (n,)}`, $|\\theta^{model}_k - \\theta_k|$ over all parameters.
+    - `travelled`: distance of the reference from its start, $|\theta_k - \theta_0|$, (n,).
+    - `distance`: `{model: (n,)}`, $|\theta^{model}_k - \theta_k|$ over all parameters.
     - `block_distance`: `{model: {block: (n,)}}`, the same for each top-level block.
     - `ode_error`: `{model: (n,)}`, estimate of the ODE solver's share of `distance`; the
         rest is the model's own. Absent for a model without an estimate.
     - `differences`: `{model: {observable: (n, ...)}}`, model minus reference.
-    - `notes`: what a reader must know: runs that failed, models outside their validity.
+    - `notes`: runs that failed, models outside their validity.
 
     Distances are empty where a run was made with `save_params=False`.
     """
@@ -54,12 +58,12 @@ class Comparison:
 
     @property
     def relative_distance(self) -> dict[str, np.ndarray]:
-        """`distance / travelled`: nan where the reference has not moved."""
+        """`distance / travelled`; NaN where the reference has not moved."""
         moved = np.where(self.travelled > 0, self.travelled, np.nan)
         return {model: d / moved for model, d in self.distance.items()}
 
     def at_multiples_of(self, stride: int) -> "Comparison":
-        """The comparison at the steps that are multiples of `stride`: what a strided flow predicts itself.
+        """The comparison at the multiples of `stride`, the steps that a strided flow predicts itself.
 
         **Raises:** `ValueError` if there are none.
         """
@@ -71,7 +75,11 @@ class Comparison:
         return dataclasses.replace(self, **jax.tree.map(lambda x: x[keep], arrays))
 
     def table(self) -> str:
-        """The comparison as text: a row a model, then the notes."""
+        """The comparison as text: one row per model, then the notes."""
+        # rich takes a tenth of the package's own import time, and most users of the package never print.
+        from rich.console import Console
+        from rich.table import Table
+
         at = np.unique(np.linspace(0, len(self.steps) - 1, 4).round().astype(int))[1:]
         if len(self.steps) == 1:
             at = np.array([0])
@@ -105,7 +113,7 @@ class Comparison:
         return text.getvalue() + "".join(f"! {note}\n" for note in self.notes)
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame, a row for each model and step. Needs `pandas`."""
+        """A pandas DataFrame with one row per model and step. Needs `pandas`."""
         import pandas as pd
 
         frames = []
@@ -129,7 +137,7 @@ class Comparison:
         return pd.concat(frames, ignore_index=True)
 
     def plot(self) -> Any:
-        """Distance against steps with the ODE error under it; a matplotlib figure."""
+        """Distance against steps with the ODE error below it, as a matplotlib figure."""
         from eomdl.plotting import plot_comparison
 
         return plot_comparison(self)
@@ -191,20 +199,22 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
     print(comparison.table())
     ```
 
-    Everything is taken at the steps that all runs saved. A flow of stride m predicts every m-th
-    step by itself, and those between through steps of its map; the notes say so, and
-    `Comparison.at_multiples_of` picks the ones it predicts by itself.
+    All errors are taken at the steps that all runs saved. A flow of stride m predicts every m-th
+    step by itself, and the steps between by its map; the notes say so, and
+    `Comparison.at_multiples_of` keeps the steps that it predicts by itself.
 
-    **Arguments:** `smooth`: compare means over that many consecutive steps
-    (`Trajectory.smoothed`), of the reference and of the models: past the edge of stability
-    `smooth=2` compares the middle of the oscillation.
+    **Arguments:**
+
+    - `reference`: the real run. `trajectories`: `{name: trajectory}` of the models.
+    - `smooth`: compare means over this many consecutive steps (`Trajectory.smoothed`), of the reference
+        and of the models. Past the edge of stability `smooth=2` compares the middle of the oscillation.
 
     **Returns:** `eomdl.Comparison`: distances over all parameters and per top-level block,
     relative to the distance travelled; differences of every observable that both have;
-    the ODE solver's own error beside them.
+    and the ODE solver's own error.
 
     **Raises:** `ValueError` if the runs have no saved step in common, or parameters that
-    differ in structure or shape. **Warns** where a model left its validity on its path by its own
+    differ in structure or shape. **Warns** where a model left its validity on its path according to its own
     diagnostics (`Trajectory.warnings`).
     """
     smooth = _check.integer("smooth", smooth, 1)
@@ -266,14 +276,14 @@ def _differences(name: str, run: Trajectory, real: Trajectory) -> dict[str, np.n
         if value.shape != expected.shape:
             raise ValueError(
                 f"trajectories[{name!r}].observables[{key!r}]: expected the reference's shape, "
-                f"{expected.shape[1:]} a step, got {value.shape[1:]}"
+                f"{expected.shape[1:]} per step, got {value.shape[1:]}"
             )
         found[key] = value - expected
     return {key: found[key] for key in run.observables if key in found}
 
 
 def _notes(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> tuple[str, ...]:
-    """What a reader must know of every run; what is out of its validity is warned of as well."""
+    """The notes of every run; warns of the models that left their validity."""
     notes = [f"reference: {reference.message}"] if reference.message else []
     for name, run in trajectories.items():
         notes += [f"{name}: {note}" for note in run.notes]

@@ -18,10 +18,10 @@ from eomdl.runs.discrete import descend
 
 @dataclasses.dataclass(frozen=True)
 class Convergence:
-    """Errors against real runs over a set of learning rates, each of shape (m,).
+    r"""Errors against real runs over a set of learning rates, each of shape (m,).
 
-    `order` is the slope of $\\log$ `errors` against $\\log$ `learning_rates`; `ode_errors`
-    the ODE solver's share.
+    `order` is the slope of $\log$ `errors` against $\log$ `learning_rates`; `ode_errors` are
+    the ODE solver's share of the errors.
     """
 
     learning_rates: np.ndarray
@@ -31,11 +31,15 @@ class Convergence:
 
     @property
     def order(self) -> float:
+        """The observed order."""
         return observed_order(self.learning_rates, self.errors)
 
 
 def observed_order(learning_rates: ArrayLike, errors: ArrayLike) -> float:
-    """Least-squares slope of log error against log learning rate."""
+    """Least-squares slope of log error against log learning rate.
+
+    **Raises:** `ValueError` for errors that are not positive, or fewer than two learning rates.
+    """
     x, y = np.log(np.asarray(learning_rates, float)), np.log(np.asarray(errors, float))
     if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 or not np.all(np.isfinite([x, y])):
         raise ValueError(
@@ -61,13 +65,17 @@ def convergence_study(
 ) -> Convergence:
     """Error of a flow against the real run for several learning rates, and its order.
 
-    With `time` the distance at that fixed time (order n + 1 for the equation of motion with n
-    counter terms); without it after one step (order n + 2).
+    With `time`, the distance at that fixed time (order n + 1 for the equation of motion with n
+    counter terms); without it, the distance after one step (order n + 2).
 
     **Arguments:** `flow` and `optimizer` make a flow and an optimizer from a learning rate;
-    `optimizer` is `optax.sgd` by default. `warmup`: time of the real run before the flow starts from where
-    it is, with the optimizer's state where the flow carries it: an optimizer's memory fills first.
-    Time is counted in the flow's `step_size` per step.
+    `optimizer` is `optax.sgd` by default. `warmup`: the time of the real run after which the flow starts, at the
+    real run's end, with the optimizer's state where the flow carries it, so that the optimizer's memory fills first.
+    One step counts as the flow's `step_size`.
+
+    **Returns:** `eomdl.errors.Convergence`.
+
+    **Cost:** one real run and one flow for each learning rate.
 
     **Raises:** `ValueError` if `time` or `warmup` is not a whole number of steps of every learning rate.
     """

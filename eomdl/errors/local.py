@@ -1,4 +1,4 @@
-"""Where on the path the error of a flow arises: its error in one step."""
+"""The local error of a flow, in one step, at points of the real path."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,20 +24,20 @@ def local_error(
     batches: Any = None,
     steps: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One-step discretization error of a flow at points of the real path.
+    r"""The local error of a flow, in one step, at points of the real path.
 
-    $d_k = |\\varphi_{mh}(\\theta_k) - \\theta_{k+m}|$: the flow restarted at the reference's
-    own point, for the time of one step (of m steps, for a flow of stride m). $O(\\eta^{n+2})$
+    $d_k = |\varphi_{mh}(\theta_k) - \theta_{k+m}|$: the flow starts at a point of the reference and runs
+    for the time of one step (of m steps, for a flow of stride m). It is $O(\eta^{n+2})$
     for the equation of motion with n counter terms, $O(h^{K+1})$ for K points. A flow that carries
-    an optimizer's state is restarted with the state that its map has there.
+    an optimizer's state starts with the state that its map has there.
 
-    **Arguments:** `reference` with saved `params`; `args` and `batches` (stacked) as it was
-    run with; `steps` k to look at, by default up to 16 spread over the path.
+    **Arguments:** `reference`: a real run with saved `params`; `args`, `batches` (stacked): those of that
+    run; `steps`: the steps k, by default up to 16 spread over the path.
 
     **Returns:** `(steps, errors)`, each of shape (m,).
 
-    **Cost:** one ODE solve of one step for each of the steps, and the map up to the last of them where the flow
-    carries an optimizer's state.
+    **Cost:** one ODE solve of one step for each of the `steps`; where the flow carries an optimizer's state, also
+    the map up to the last of them.
 
     **Raises:** `ValueError` if steps k and k + m are not saved.
     """

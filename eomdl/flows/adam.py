@@ -10,26 +10,26 @@ from jax.typing import ArrayLike
 from eomdl import _check
 from eomdl._autodiff import descent_field
 from eomdl._types import Args, Loss, Params
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.flows.memory import remembered
 
 
-class AdamFlow(AbstractFlow):
-    """Adam after the transient of its averages.
+class AdamFlow(AbstractDescentFlow):
+    r"""Adam after the transient of its averages.
 
-    With $g = \\nabla L$, $r = \\sqrt{g^2 + \\epsilon_r}$ and $d = r + \\epsilon$, componentwise,
+    With $g = \nabla L$, $r = \sqrt{g^2 + \epsilon_r}$ and $d = r + \epsilon$, componentwise,
 
-    $$\\dot\\theta = -\\frac{g}{d} - \\frac{h}{2d}
-    \\Big( \\frac{1+\\beta_1}{1-\\beta_1} - \\frac{1+\\beta_2}{1-\\beta_2} \\frac{g^2}{r d} \\Big)
-    H \\frac{g}{d},$$
+    $$\dot\theta = -\frac{g}{d} - \frac{h}{2d}
+    \Big( \frac{1+\beta_1}{1-\beta_1} - \frac{1+\beta_2}{1-\beta_2} \frac{g^2}{r d} \Big)
+    H \frac{g}{d},$$
 
-    and the first term alone at `order` 0. With $\\epsilon = 0$ this is the equation of Cattaneo et al. 2024
-    (arXiv 2309.00079), whose $\\epsilon$ is $\\epsilon_r$ here; with both, it is what optax steps. Defect after the
-    transient (about $1/(1-\\beta_2)$ steps): $O(h^2)$ at order 0, $O(h^3)$ at order 1, as long as
-    gradients change little over that memory and $h$ is small against $d$; for the default
-    $\\epsilon = 10^{-8}$ a component whose gradient changes sign breaks that.
+    and only the first term at `order` 0. With $\epsilon = 0$ this is the equation of Cattaneo et al. 2024
+    (arXiv 2309.00079), whose $\epsilon$ is $\epsilon_r$ here; with both it models the step of optax. The local error
+    after the transient (about $1/(1-\beta_2)$ steps) is $O(h^2)$ at order 0 and $O(h^3)$ at order 1, as long as
+    gradients change little over that memory and $h$ is small against $d$. With the default
+    $\epsilon = 10^{-8}$ a component whose gradient changes sign breaks that.
 
-    **Arguments:** `loss`; `learning_rate` h, `b1`, `b2`, `eps` $\\epsilon$ and `eps_root` $\\epsilon_r$ as in
+    **Arguments:** `loss`; `learning_rate` h, `b1`, `b2`, `eps` $\epsilon$ and `eps_root` $\epsilon_r$ as in
     `optax.adam`, leaves of the pytree; `order` 0 or 1, the number of correction terms.
 
     **Time:** a step takes h. **Cost** of one evaluation: 1 gradient at order 0, about 2.7 at order 1.
@@ -51,10 +51,6 @@ class AdamFlow(AbstractFlow):
                 f"order: expected 0 or 1 (one correction is known in closed form), got {self.order}; "
                 "eomdl.InterpolatingFlow goes further"
             )
-
-    @property  # type: ignore[misc]
-    def step_size(self) -> jax.Array:
-        return self.learning_rate
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         del t
@@ -104,17 +100,14 @@ class AdamFlow(AbstractFlow):
 
         return jax.tree.map(moved, state, average(gradient, self.b1), average(square, self.b2))
 
-    def validate(self, params: Params, args: Args) -> None:
-        _check.loss_is_scalar(self.loss, params, args)
-
 
 def rmsprop_flow(
     loss: Loss, learning_rate: ArrayLike, decay: ArrayLike = 0.9, eps: ArrayLike = 1e-8, order: int = 1
 ) -> AdamFlow:
-    """RMSProp after the transient of its average: `AdamFlow` with $\\beta_1 = 0$ and $\\epsilon$ under the root.
+    r"""RMSProp after the transient of its average: `AdamFlow` with $\beta_1 = 0$ and $\epsilon$ under the root.
 
-    $\\dot\\theta = -\\frac{g}{r} - \\frac{h}{2r} (1 - \\frac{1+\\rho}{1-\\rho} \\frac{g^2}{r^2}) H \\frac{g}{r}$,
-    $r = \\sqrt{g^2 + \\epsilon}$, $\\rho$ = `decay`: the arguments of `optax.rmsprop`, which puts $\\epsilon$ there.
+    $\dot\theta = -\frac{g}{r} - \frac{h}{2r} (1 - \frac{1+\rho}{1-\rho} \frac{g^2}{r^2}) H \frac{g}{r}$,
+    $r = \sqrt{g^2 + \epsilon}$, $\rho$ = `decay`: the arguments of `optax.rmsprop`, which puts $\epsilon$ there.
 
     **Raises:** `ValueError` for a wrong argument. Source: Cattaneo et al. 2024 (arXiv 2309.00079).
     """

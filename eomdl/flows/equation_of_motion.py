@@ -8,30 +8,35 @@ from eomdl import _check
 from eomdl._autodiff import descent_field
 from eomdl._end import Diagnostic
 from eomdl._types import Args, Loss, Params
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.flows.gradient import gradient_descent_step
 from eomdl.observe.curvature import sharpness
 from eomdl.series.euler import modified_field
 
 
-class EquationOfMotion(AbstractFlow):
-    """The equation of motion $\\dot\\theta = -\\nabla L - \\eta \\sum_{a<n} \\eta^a \\xi_a(\\theta)$.
+class EquationOfMotion(AbstractDescentFlow):
+    r"""The equation of motion $\dot\theta = -\nabla L - \eta \sum_{a<n} \eta^a \xi_a(\theta)$.
 
-    Gradient flow plus the first n counter terms $\\xi_0, \\dots, \\xi_{n-1}$ (see
-    `eomdl.counterterms`); n = 0 is gradient flow. The one-step error against gradient
-    descent is $O(\\eta^{n+2})$, the error at fixed time $O(\\eta^{n+1})$, as long as
-    $\\eta \\lambda_{max} < 1$: beyond it the series in $\\eta$ has no limit, and more terms
-    make it worse.
+    ```python
+    flow = eomdl.EquationOfMotion(loss, learning_rate=0.1, order=1)
+    path = eomdl.solve(flow, params, 100, args=data)
+    ```
+
+    Gradient flow plus the first n counter terms $\xi_0, \dots, \xi_{n-1}$ (see
+    `eomdl.counterterms`); n = 0 is gradient flow. The error against gradient descent is
+    $O(\eta^{n+2})$ in one step and $O(\eta^{n+1})$ at a fixed time, as long as
+    $\eta \lambda_{max} < 1$. Beyond that the series in $\eta$ has no limit, and more terms
+    make the error larger.
 
     **Arguments:**
 
     - `loss`: function `(params, args) -> scalar`, differentiable `order + 1` times.
-    - `learning_rate`: $\\eta$, a finite number > 0; a leaf of the pytree, so a second one
+    - `learning_rate`: $\eta$, a finite number > 0. It is a leaf of the pytree: another value
         does not recompile, and `jax.vmap` and `jax.grad` go through it.
     - `order`: the number n of counter terms kept, an integer >= 0.
 
     **Cost** of one evaluation in gradients, for n = 0 ... 6, as XLA counts flops on a tanh
-    MLP: 1 / 2.7 / 5 / 9 / 26 / 53 / 144, and up to a quarter more for a loss in which XLA
+    MLP: 1 / 2.7 / 5 / 9 / 26 / 53 / 144. It is up to a quarter more for a loss in which XLA
     finds less to share (`benchmarks/` measures it).
 
     **Raises:** `ValueError` for a wrong argument.
@@ -43,11 +48,6 @@ class EquationOfMotion(AbstractFlow):
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
     order: int = eqx.field(default=1, static=True, converter=lambda n: _check.integer("order", n, 0))
 
-    # Equinox lets a property fill an AbstractVar; mypy does not know.
-    @property  # type: ignore[misc]
-    def step_size(self) -> jax.Array:
-        return self.learning_rate
-
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         del t
         return modified_field(descent_field(self.loss, args), state, self.learning_rate, self.order)
@@ -55,9 +55,6 @@ class EquationOfMotion(AbstractFlow):
     def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
         del t
         return gradient_descent_step(self.loss, self.learning_rate, state, args)
-
-    def validate(self, params: Params, args: Args) -> None:
-        _check.loss_is_scalar(self.loss, params, args)
 
     def diagnostics(self, t: ArrayLike, state: Params, args: Args) -> dict[str, Diagnostic]:
         """`eta*lambda_max`: the series in the learning rate needs it below 1."""

@@ -7,26 +7,30 @@ from jax.typing import ArrayLike
 from eomdl import _check, _tree
 from eomdl._autodiff import descent_field
 from eomdl._types import Args, Loss, Params
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.descent import AbstractDescentFlow
 
 
-class GradientFlow(AbstractFlow):
-    """Gradient flow $\\dot\\theta = -\\nabla L(\\theta)$.
+class GradientFlow(AbstractDescentFlow):
+    r"""Gradient flow $\dot\theta = -\nabla L(\theta)$.
 
-    The learning rate $\\eta$ sets the clock alone: step k of gradient descent sits at time
-    $k \\eta$. One-step error against gradient descent $O(\\eta^2)$, error at fixed time
-    $O(\\eta)$. Cost: one gradient. The learning rate is a leaf of the pytree.
+    ```python
+    path = eomdl.solve(eomdl.GradientFlow(loss, learning_rate=0.1), params, 100, args=data)
+    ```
+
+    The learning rate $\eta$ only sets the clock: step k of gradient descent is at time $k \eta$. Its error
+    against gradient descent is $O(\eta^2)$ in one step and $O(\eta)$ at a fixed time.
+
+    **Arguments:** `loss`: function `(params, args) -> scalar`; `learning_rate`: $\eta$, a leaf of the pytree.
+
+    **Cost** of one evaluation: one gradient.
 
     **Raises:** `ValueError` if the learning rate is not a finite number > 0.
+
+    Source: Hairer, Lubich & Wanner 2006, ch. IX (gradient descent is explicit Euler on this equation).
     """
 
     loss: Loss
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
-
-    # Equinox lets a property fill an AbstractVar; mypy does not know.
-    @property  # type: ignore[misc]
-    def step_size(self) -> jax.Array:
-        return self.learning_rate
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         del t
@@ -36,10 +40,7 @@ class GradientFlow(AbstractFlow):
         del t
         return gradient_descent_step(self.loss, self.learning_rate, state, args)
 
-    def validate(self, params: Params, args: Args) -> None:
-        _check.loss_is_scalar(self.loss, params, args)
-
 
 def gradient_descent_step(loss: Loss, learning_rate: jax.Array, params: Params, args: Args) -> Params:
-    """$\\theta - \\eta \\nabla L(\\theta)$."""
+    r"""$\theta - \eta \nabla L(\theta)$."""
     return _tree.add(params, _tree.scale(learning_rate, descent_field(loss, args)(params)))

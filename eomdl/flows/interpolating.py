@@ -19,39 +19,46 @@ from eomdl.series.weights import difference_weights, taylor_weights
 
 
 class InterpolatingFlow(AbstractFlow):
-    """The logarithm of a step map, from its own iterates.
+    r"""The logarithm of a step map, from its own iterates.
 
-    $$F_K(t, x) = \\frac{1}{m h} \\sum_{j=1}^{K} \\frac{(-1)^{j+1}}{j} \\Delta^j x
-    = \\frac{1}{m h} \\sum_{i<K} b_i d_i,$$
+    $$F_K(t, x) = \frac{1}{m h} \sum_{j=1}^{K} \frac{(-1)^{j+1}}{j} \Delta^j x
+    = \frac{1}{m h} \sum_{i<K} b_i d_i,$$
 
-    with $\\Delta^j$ the forward differences of the iterates $x, \\Psi(x), \\Psi^2(x), \\dots$ of the map
-    $\\Psi$ of m optimizer steps, and $d_i$ their increments. No derivatives are taken, so it is the
-    equation of motion of any optimizer. Flow and map differ by $O(h^{K+1})$ in one step where the map
-    is near the identity; the series needs multipliers (eigenvalues of $D\\Psi$) within 1 of 1: for
-    gradient descent $\\eta \\lambda_{max} < 1$ with m = 1, and with m = 2
-    $\\eta \\lambda_{max} < 1 + \\sqrt 2$, past the edge of stability at 2.
+    with $\Delta^j$ the forward differences of the iterates $x, \Psi(x), \Psi^2(x), \dots$ of the map
+    $\Psi$ of m optimizer steps, and $d_i$ their increments.
+
+    ```python
+    step_map = eomdl.optimizer_step(loss, optax.sgd(0.1, momentum=0.9))
+    flow = eomdl.InterpolatingFlow(step_map, step_size=0.1, points=4)
+    path = eomdl.solve(flow, params, 100, args=data)
+    ```
+
+    No derivatives are taken, so it is the equation of motion of any optimizer. Flow and map differ by
+    $O(h^{K+1})$ in one step where the map is near the identity. The series needs multipliers
+    (eigenvalues of $D\Psi$) within 1 of 1: for gradient descent $\eta \lambda_{max} < 1$ with m = 1, and
+    $\eta \lambda_{max} < 1 + \sqrt 2$ with m = 2, past the edge of stability at 2.
 
     **Arguments:**
 
     - `step_map`: an `eomdl.StepMap`, such as `eomdl.optimizer_step(loss, optimizer)`, or a function
         `(state, args, k) -> state` whose state is the parameters.
-    - `step_size`: h, time per optimizer step; a leaf. It sets the clock alone.
+    - `step_size`: h, time per optimizer step; a leaf of the pytree. It only sets the clock.
     - `points`: K, the number of iterates, which is the formal order. More is not always better:
-        `eomdl.flows.choose_points` looks at the path.
-    - `stride`: m. The flow passes through every m-th iterate; `solve` returns those between as one
-        (two, ...) step of the map from there.
-    - `weights`: $b_0, \\dots, b_{K-1}$, e.g. `eomdl.flows.minimax_weights(...)`; by default
+        `eomdl.flows.choose_points` finds the best number for a path.
+    - `stride`: m. The flow passes through every m-th iterate; `solve` gets those between by steps
+        of the map from there.
+    - `weights`: $b_0, \dots, b_{K-1}$, e.g. `eomdl.flows.minimax_weights(...)`; by default
         `eomdl.flows.taylor_weights(points)`, the equation above.
 
-    **State:** the step map's, so parameters and optimizer state. Time in steps is t / h, which
-    is what schedules and bias corrections see.
+    **State:** that of the step map: parameters and optimizer state. Schedules and bias corrections
+    see the time in steps, t / h.
 
-    **Cost:** K m evaluations of the step, so K m gradients; memory for three copies of the state,
-    whatever K and m.
+    **Cost** of one evaluation: K m steps of the map, so K m gradients. **Memory:** three copies of the
+    state for every K and m.
 
     **Raises:** `ValueError` for a wrong argument, and in `solve` for a map that changes the
     structure, shapes or dtypes of its state. **Warns** in `solve` where the map is not near
-    the identity at the start: $|\\Delta^2 x| \\ge |\\Delta x|$.
+    the identity at the start: $|\Delta^2 x| \ge |\Delta x|$.
 
     Source: Gelfreich & Vieiro 2018 (Nonlinearity 31).
     """
@@ -115,11 +122,12 @@ class InterpolatingFlow(AbstractFlow):
         }
 
     def last_difference(self, t: ArrayLike, state: State, args: Args) -> jax.Array:
-        """$|\\Delta^K \\theta| / |\\Delta \\theta|$ (K at least 2), the last difference against the first.
+        r"""$|\Delta^K \theta| / |\Delta \theta|$ (K at least 2), the last difference against the first.
 
-        About $(m \\eta \\lambda)^{K-1}$ for the fastest mode alive. Near 1 and above, the series has
-        stopped converging. For `solve(..., observe_state={"last difference": flow.last_difference})`.
-        Cost: that of the field.
+        About $(m \eta \lambda)^{K-1}$ for the fastest mode that is still moving. Near 1 and above the series
+        no longer converges. Record it by `solve(..., observe_state={"last difference": flow.last_difference})`.
+
+        **Cost:** that of the field.
         """
         return self._difference_ratio(t, state, args, max(self.points, 2))
 
@@ -130,9 +138,9 @@ class InterpolatingFlow(AbstractFlow):
         return jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 0)
 
     def _combine(self, t: ArrayLike, state: State, args: Args, *weights: Any) -> list[State]:
-        """$\\sum_i b_i d_i$ for every set of weights, with $d_i$ the increments of the strided map.
+        r"""$\sum_i b_i d_i$ for every set of weights, with $d_i$ the increments of the strided map.
 
-        One loop: its program and its memory do not grow with the points.
+        One loop, so that the program and its memory do not grow with the points.
         """
         start = jnp.asarray(t / self.step_size)
 

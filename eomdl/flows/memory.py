@@ -13,12 +13,12 @@ from eomdl._types import Params, VectorField
 def remembered(
     function: Callable[[Params], Any], field: VectorField, x: Params, decay: ArrayLike, step: ArrayLike
 ) -> Any:
-    """Exponential average of a function over the past of x, as the flow of `field` has it:
+    r"""Exponential average of a function over the past of x on the flow of `field`:
 
-    $\\sum_{j \\ge 0} (1 - b) b^j f(x(t - jh)) = f - h a \\dot f + \\frac{h^2}{2} q \\ddot f + O(h^3)$
+    $\sum_{j \ge 0} (1 - b) b^j f(x(t - jh)) = f - h a \dot f + \frac{h^2}{2} q \ddot f + O(h^3)$
 
     with the mean $a = b / (1 - b)$ and the mean square $q = b (1 + b) / (1 - b)^2$ of the age j, h = `step`,
-    b = `decay`. Needs a memory in which f changes little: $h a \\ll$ its time scale.
+    b = `decay`. f must change little within the memory: $h a$ is small against its time scale.
     """
 
     def along(f: Callable[[Params], Any]) -> Callable[[Params], Any]:

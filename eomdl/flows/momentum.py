@@ -12,21 +12,21 @@ from eomdl.flows.penalized import penalized_descent
 
 
 class MomentumFlow(AbstractFlow):
-    """Gradient descent with momentum, on the loss that its memory modifies.
+    r"""Gradient descent with momentum, on the loss that its memory modifies.
 
-    $$\\dot\\theta = -\\nabla \\big( L + \\tfrac{h}{4} (1 + 2 a) |\\nabla L|^2 \\big), \\qquad
-    h = \\frac{\\eta}{1 - \\beta},$$
+    $$\dot\theta = -\nabla \big( L + \tfrac{h}{4} (1 + 2 a) |\nabla L|^2 \big), \qquad
+    h = \frac{\eta}{1 - \beta},$$
 
-    where a is the mean age in steps of the gradients in an update: $\\beta/(1-\\beta)$ for heavy ball, which
-    gives the factor $(1+\\beta)/(1-\\beta)$ of Ghosh et al. 2023 (arXiv 2302.00849), and
-    $\\beta^2/(1-\\beta)$ for Nesterov as `optax.sgd(..., nesterov=True)` has it. $\\beta = 0$ is implicit gradient
-    regularization (Barrett & Dherin 2021). Holds after the transient of about $1/(1-\\beta)$
-    steps in which the memory fills: local error $O(h^3)$ there, $O(h)$ in the transient.
+    where a is the mean age in steps of the gradients in an update: $\beta/(1-\beta)$ for heavy ball, which
+    gives the factor $(1+\beta)/(1-\beta)$ of Ghosh et al. 2023 (arXiv 2302.00849), and
+    $\beta^2/(1-\beta)$ for Nesterov as `optax.sgd(..., nesterov=True)` has it. $\beta = 0$ is implicit gradient
+    regularization (Barrett & Dherin 2021). It holds after the transient of about
+    $1/(1-\beta)$ steps in which the memory fills: the local error is $O(h^3)$ from there on, $O(h)$ in the transient.
 
-    **Arguments:** `loss`; `learning_rate` $\\eta$ and `momentum` $0 \\le \\beta < 1$ as in `optax.sgd`, leaves of
+    **Arguments:** `loss`; `learning_rate` $\eta$ and `momentum` $0 \le \beta < 1$ as in `optax.sgd`, leaves of
     the pytree; `nesterov`.
 
-    **Time:** a step of the optimizer takes $h = \\eta/(1-\\beta)$ (`step_size`).
+    **Time:** a step of the optimizer takes $h = \eta/(1-\beta)$ (`step_size`).
 
     **Cost** of one evaluation: about 2.7 gradients. **Raises:** `ValueError` for a wrong argument.
     """

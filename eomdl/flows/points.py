@@ -1,4 +1,4 @@
-"""What a path says about the logarithm of its step map: how many points, how far from the identity."""
+"""How many points the logarithm of a step map takes on a path, and how far the map is from the identity."""
 
 import dataclasses
 from typing import Any
@@ -39,21 +39,21 @@ def choose_points(
     max_points: int = 8,
     start: End | None = None,
 ) -> Points:
-    """The number of points whose first term left out is smallest along the real path.
+    r"""The number of points whose first term left out is smallest along the real path.
 
-    $K = \\arg\\min_K \\sum_k \\frac{1}{K+1} |\\Delta^{K+1} \\theta_k|$ over the iterates $\\theta_k$ of the real run: the series
-    of the logarithm is asymptotic at best where the map changes from step to step, and is
-    then cut at its smallest term.
+    $K = \arg\min_K \sum_k \frac{1}{K+1} |\Delta^{K+1} \theta_k|$ over the iterates $\theta_k$ of the real run. The series
+    of the logarithm is at best asymptotic where the map changes from step to step, so it is cut at its
+    smallest term.
 
     **Arguments:** `step_map`, `stride`: as in `eomdl.InterpolatingFlow`; `params`, `num_steps`, `args`: the
-    run to look at; `max_points`: the most to consider; `start`: where a real run ended (`trajectory.end`), to
-    begin there, its steps included in `num_steps`.
+    run to look at; `max_points`: the largest number to consider; `start`: the end of a real run (`trajectory.end`),
+    to begin there; its steps count in `num_steps`.
 
     **Returns:** `eomdl.flows.Points`.
 
-    **Cost:** one step of the map for each of `num_steps` and `stride * (max_points + 1)` more, memory for
-    `max_points + 2` copies of the parameters. The differences of the real iterates are what
-    the flow would compute, so there is nothing else to evaluate.
+    **Cost:** `num_steps + stride * (max_points + 1)` steps of the map, and memory for
+    `max_points + 2` copies of the parameters. The flow would compute the same differences of the
+    real iterates, so nothing else is evaluated.
 
     **Raises:** `ValueError` for a wrong argument or a run that becomes non-finite.
     """
@@ -87,7 +87,7 @@ def _start(step_map: StepMap, params: Params, start: End | None) -> tuple[State,
 def _term_sizes(
     step_map: StepMap, state: State, start: Any, args: Args, count: int, stride: int, max_points: int
 ) -> jax.Array:
-    """Mean of $|\\Delta^j \\theta| / j$ over the path, j = 1 ... max_points + 1."""
+    r"""Mean of $|\Delta^j \theta| / j$ over the path, j = 1 ... max_points + 1."""
     weights = jnp.asarray(
         np.stack(
             [np.pad(difference_weights(j), (0, max_points + 1 - j)) / j for j in range(1, max_points + 2)]
@@ -132,10 +132,10 @@ def departure_from_identity(
     num_matvecs: int = 16,
     start: End | None = None,
 ) -> float:
-    """$\\max |\\mu - 1|$ over the multipliers $\\mu$ (eigenvalues of $D\\Psi$) of a step map.
+    r"""$\max |\mu - 1|$ over the multipliers $\mu$ (eigenvalues of $D\Psi$) of a step map.
 
-    For gradient descent this is $\\eta \\lambda_{max}$ (or $\\eta |\\lambda_{min}|$ if larger): the `bound` of
-    `eomdl.flows.minimax_weights`, measured. From 1 on the Taylor series of the logarithm diverges.
+    For gradient descent this is $\eta \lambda_{max}$ (or $\eta |\lambda_{min}|$ if that is larger). From 1 on the Taylor
+    series of the logarithm diverges. Use it for the `bound` of `eomdl.flows.minimax_weights`.
 
     **Arguments:** as in `eomdl.flows.choose_points`; `num_matvecs`: size of the Krylov space.
 

@@ -7,23 +7,23 @@ from jax.typing import ArrayLike
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Loss, Params
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.flows.gradient import gradient_descent_step
 from eomdl.flows.penalized import penalized_descent
 
 
-class ReshufflingFlow(AbstractFlow):
-    """The mean of SGD over all orders of the m minibatches of an epoch (random reshuffling).
+class ReshufflingFlow(AbstractDescentFlow):
+    r"""The mean of SGD over all orders of the m minibatches of an epoch (random reshuffling).
 
-    $$\\dot\\theta = -\\nabla \\Big( L + \\frac{\\eta}{4m} \\sum_{k=1}^{m} |\\nabla L_k|^2 \\Big), \\qquad
-    L = \\frac1m \\sum_k L_k.$$
+    $$\dot\theta = -\nabla \Big( L + \frac{\eta}{4m} \sum_{k=1}^{m} |\nabla L_k|^2 \Big), \qquad
+    L = \frac1m \sum_k L_k.$$
 
-    After an epoch, time $m\\eta$, the mean iterate is at a distance of $O((m\\eta)^3)$; needs
-    $m\\eta\\lambda_{max} \\ll 1$. With replacement the mean follows L plus $\\frac{\\eta}{4} |\\nabla L|^2$ instead: the
-    variance of the minibatch gradients drops out of it.
+    After an epoch, time $m\eta$, the mean iterate is at a distance of $O((m\eta)^3)$; this needs
+    $m\eta\lambda_{max} \ll 1$. With replacement the mean follows L plus $\frac{\eta}{4} |\nabla L|^2$ instead, without
+    the variance of the minibatch gradients.
 
-    **Arguments:** `loss`; `learning_rate` $\\eta$, a leaf. `args` are the m minibatches, stacked: arrays with
-    leading axis m.
+    **Arguments:** `loss`; `learning_rate` $\eta$, a leaf of the pytree. `args` are the m minibatches, stacked: arrays
+    with leading axis m.
 
     **Cost** of one evaluation: about 2.7 gradients of every minibatch. **Raises:** `ValueError` for a
     wrong argument.
@@ -34,10 +34,6 @@ class ReshufflingFlow(AbstractFlow):
     loss: Loss
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
 
-    @property  # type: ignore[misc]
-    def step_size(self) -> jax.Array:
-        return self.learning_rate
-
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         del t
         velocities = jax.lax.map(
@@ -46,7 +42,7 @@ class ReshufflingFlow(AbstractFlow):
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), velocities)
 
     def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        """The mean of an epoch in one order and in the reverse: that over all orders, up to $O(\\eta^3)$."""
+        r"""The mean of an epoch in one order and in the reverse: that over all orders, up to $O(\eta^3)$."""
         del t
 
         def one(x: Params, batch: Args) -> tuple[Params, None]:

@@ -15,13 +15,13 @@ class StrideData(eqx.Module):
     batches: Any
 
     def at(self, n: ArrayLike) -> Args:
-        """The batch of step n, counted from the first of them and repeated for ever."""
+        """The batch of step n, counted from the first; after the last batch the first follows again."""
         count = jax.tree.leaves(self.batches)[0].shape[0]
         return jax.tree.map(lambda leaf: leaf[n % count], self.batches)
 
 
 def step_data(args: Args, n: ArrayLike) -> Args:
-    """What the n-th step of a stride sees: its own batch, or all of `args` in a run without batches.
+    """The data of the n-th step of a stride: its own batch, or all of `args` in a run without batches.
 
     For a strided flow of your own: `self.step_map(state, step_data(args, n), k + n)`.
     """

@@ -1,4 +1,4 @@
-"""The geometry of training paths, one theme a file."""
+"""The geometry of training paths, one theme per file."""
 
 from eomdl.geometry.connectivity import barrier, barriers, clusters, loss_on_line
 from eomdl.geometry.dimension import (

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
 from eomdl import _check, _tree
@@ -18,9 +16,9 @@ from eomdl.runs.trajectory import Trajectory
 
 
 def loss_on_line(loss: Loss, a: Params, b: Params, args: Args = None, num_points: int = 25) -> jax.Array:
-    """$L((1 - \\alpha) a + \\alpha b)$ at `num_points` equal steps of $\\alpha$ from 0 to 1, shape (num_points,).
+    r"""$L((1 - \alpha) a + \alpha b)$ at `num_points` equal steps of $\alpha$ from 0 to 1, shape (num_points,).
 
-    **Cost:** `num_points` evaluations of the loss, one after the other: memory is that of one.
+    **Cost:** `num_points` evaluations of the loss, one after the other. **Memory:** that of one evaluation.
 
     **Raises:** `ValueError` for a wrong argument.
     """
@@ -32,16 +30,16 @@ def loss_on_line(loss: Loss, a: Params, b: Params, args: Args = None, num_points
 
 
 def barrier(loss: Loss, a: Params, b: Params, args: Args = None, num_points: int = 25) -> jax.Array:
-    """How far the loss rises above its chord on the straight line from a to b, a scalar >= 0:
+    r"""How far the loss rises above its chord on the straight line from a to b, a scalar >= 0.
 
-    $B = \\max_{0 \\le \\alpha \\le 1} \\big[ L((1 - \\alpha) a + \\alpha b) - (1 - \\alpha) L(a) - \\alpha L(b) \\big]$,
+    $B = \max_{0 \le \alpha \le 1} \big[ L((1 - \alpha) a + \alpha b) - (1 - \alpha) L(a) - \alpha L(b) \big]$,
 
     the barrier of Entezari et al. 2022 (arXiv 2110.06296). Frankle et al. 2020 (arXiv
-    1912.05671) subtract the mean of the ends' losses instead; that is the same where the ends have one loss.
-    It is 0 where the loss is convex along the line.
+    1912.05671) subtract the mean of the losses at the ends instead, which is the same where both are equal.
+    The barrier is 0 where the loss is convex along the line.
 
-    **Resolution:** the maximum is over $\\alpha$ at `num_points` equal steps, both ends among them; it is
-    too small by at most $h^2 \\max |L''(\\alpha)| / 8$ with $h = 1/(\\mathtt{num\\_points} - 1)$. An odd number has the middle.
+    **Resolution:** the maximum is over $\alpha$ at `num_points` equal steps, both ends among them; the result is
+    too small by at most $h^2 \max |L''(\alpha)| / 8$ with $h = 1/(\mathtt{num\_points} - 1)$. An odd number of points has the middle among them.
 
     **Cost:** `num_points` evaluations of the loss (about a third of a gradient each).
 
@@ -59,22 +57,23 @@ def barriers(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Any:
-    """The barrier between every two of S members: symmetric, zero diagonal, shape (S, S).
+    r"""The barrier between every two of S members: symmetric, zero diagonal, shape (S, S).
 
     **Arguments:**
 
     - `loss`, `args`, `num_points`: as in `eomdl.geometry.barrier`.
     - `runs`: params with a leading axis S in every leaf (`eomdl.maps.stack`), or the trajectory of an
-        `eomdl.Ensemble`, for the barriers at each of its n saved steps, shape (n, S, S); there
-        a member that is frozen at a step has NaN.
+        `eomdl.Ensemble`, for the barriers at each of its n saved steps, shape (n, S, S), with
+        NaN for a member that is frozen at a step.
     - `batch_size`: how many lines are evaluated at once.
     - `progress`: True for a tqdm bar over the saved steps.
 
-    A checkpoint (`eomdl.Checkpoints`) is such a trajectory of one step: `[eomdl.geometry.barriers(loss, c, args) for c in store]`
-    studies a long run with one checkpoint in memory. On params it can be traced, so it can be an observable of the ensemble's run:
+    A checkpoint (`eomdl.Checkpoints`) is such a trajectory of one step, so
+    `[eomdl.geometry.barriers(loss, c, args) for c in store]` studies a long run with one checkpoint in memory.
+    On params it can be traced, so it can also be an observable of the ensemble's run:
     `observe={"barriers": lambda p, a: eomdl.geometry.barriers(loss, p, a)}`.
 
-    **Cost:** $\\frac12 S (S - 1) (\\mathtt{num\\_points} - 2) + S$ evaluations of the loss, for each saved step, in one compiled
+    **Cost:** $\frac12 S (S - 1) (\mathtt{num\_points} - 2) + S$ evaluations of the loss, for each saved step, in one compiled
     program with the memory of `batch_size` evaluations.
 
     **Raises:** `ValueError` for a wrong argument.
@@ -120,7 +119,7 @@ def _barriers(loss: Loss, stacked: Params, args: Args, num_points: int, batch_si
 
     pairs = np.triu_indices(size, 1)
     count = len(pairs[0])
-    # A whole number of batches: `lax.map` would compile the rest a second time.
+    # A whole number of batches, since `lax.map` would compile the rest a second time.
     batch_size = min(batch_size, max(count, 1))
     padded = tuple(jnp.asarray(np.pad(index, (0, -count % batch_size))) for index in pairs)
     upper = jax.lax.map(line, padded, batch_size=batch_size)[:count]
@@ -129,19 +128,19 @@ def _barriers(loss: Loss, stacked: Params, args: Args, num_points: int, batch_si
 
 
 def _between(a: Params, b: Params, alpha: jax.Array) -> Params:
-    # Not a + alpha (b - a): this form is a and b exactly at the ends.
+    # This form, unlike a + alpha (b - a), is exactly a and b at the ends.
     return _tree.add(_tree.scale(1 - alpha, a), _tree.scale(alpha, b))
 
 
 def _above_chord(losses: jax.Array) -> jax.Array:
     alpha = jnp.linspace(0, 1, len(losses), dtype=losses.dtype)
     height = losses - (1 - alpha) * losses[0] - alpha * losses[-1]
-    # The ends are 0 by definition; a loss that is not finite there leaves no chord.
+    # The ends are 0 by definition; where the loss is not finite there, there is no chord.
     return jnp.max(height.at[jnp.array([0, -1])].set(0 * (losses[0] + losses[-1])))
 
 
 def _scalar_loss(loss: Loss, params: Params, args: Args) -> None:
-    """Shape alone: a barrier may well be asked for where the loss is not finite."""
+    """Check the shape only: the loss need not be finite where a barrier is measured."""
     _check.function("loss", loss)
     expected = "a function (params, args) -> real scalar"
     out = _check.shape_of("loss", expected, loss, params, args)
@@ -152,13 +151,13 @@ def _scalar_loss(loss: Loss, params: Params, args: Args) -> None:
 def clusters(matrix: ArrayLike, threshold: float, linkage: str = "complete") -> np.ndarray:
     """Labels 0, 1, ... of the clusters of a barrier matrix, the largest cluster first; shape (S,).
 
-    Agglomerative clustering (`scipy.cluster.hierarchy`), cut where the linkage passes the threshold. Barriers know no
-    triangle inequality, so the linkage matters where clusters are not clear-cut:
+    Agglomerative clustering (`scipy.cluster.hierarchy`), cut where the linkage exceeds the threshold. Barriers satisfy
+    no triangle inequality, so the linkage matters where clusters are not clearly separated:
 
     - `"complete"`, the default: every two members of a cluster have a barrier of at most the threshold. A
         cluster is a set of runs that are all linearly connected; two clusters may have connected pairs.
-    - `"single"`: every pair across two clusters is above it. Inside, a chain of connected pairs is enough.
-    - `"average"`: between every two clusters the mean is above it.
+    - `"single"`: every pair across two clusters is above the threshold. Within one, a chain of connected pairs is enough.
+    - `"average"`: between every two clusters the mean is above the threshold.
 
     **Arguments:** `matrix`: symmetric, shape (S, S); NaN or infinite: not connected. `threshold`: in units of
     the loss. `linkage`: `"complete"`, `"single"` or `"average"`.
@@ -180,9 +179,13 @@ def clusters(matrix: ArrayLike, threshold: float, linkage: str = "complete") -> 
         raise ValueError(f"linkage: expected 'complete', 'single' or 'average', got {linkage!r}")
     if len(matrix) == 1:
         return np.zeros(1, int)
+    # scipy.cluster would take as long to import as the whole rest of the package.
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import squareform
+
     np.fill_diagonal(matrix, 0)
     finite = np.isfinite(matrix)
-    # Far enough that not even an average over clusters comes under the threshold.
+    # So far apart that no average over clusters is below the threshold.
     matrix[~finite] = 2 * len(matrix) ** 2 * max(matrix[finite].max(), threshold, 1)
     tree = hierarchy.linkage(squareform(matrix, checks=False), method=linkage)
     found = hierarchy.fcluster(tree, threshold, criterion="distance")

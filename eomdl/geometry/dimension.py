@@ -18,28 +18,28 @@ from eomdl.geometry.path import path_length, rows
 from eomdl.runs.trajectory import Trajectory
 
 
-_FEWEST = 25  # points in a block: more than the 20 neighbours that scikit-dimension's MLE looks at
+_FEWEST = 25  # points per block: more than the 20 neighbours that scikit-dimension's MLE uses
 
 
 class DimensionEstimator(Protocol):
-    """What estimates a dimension: any of `skdim.id`, or an object of your own."""
+    """An estimator of dimension: any of `skdim.id`, or an object of your own."""
 
     def fit(self, X: np.ndarray) -> Any:
-        """Look at points, shape (n, d). Returns an object whose `dimension_` is the estimate."""
+        """Take points, shape (n, d); return an object whose `dimension_` is the estimate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class IntrinsicDimension:
-    """An estimate of intrinsic dimension, and how far to trust it.
+    """An estimate of intrinsic dimension with its error.
 
     - `dimension`: the estimate from all points.
     - `standard_error`: its statistical part, from disjoint blocks of the points.
-    - `coarser`: the mean of the blocks' estimates: the same at the coarser scale that fewer points
-        resolve. Where it is off `dimension` by more than the errors, the dimension depends on
-        the scale at which one looks (curvature, boundary, noise), and that, not `standard_error`, is the error.
+    - `coarser`: the mean of the blocks' estimates, which is the estimate at the coarser scale that fewer
+        points resolve. Where it differs from `dimension` by more than the errors, the dimension depends on
+        the scale (curvature, boundary, noise), and that difference, not `standard_error`, is the error.
     - `num_points`: distinct points used.
     - `estimator`: its name.
-    - `notes`: what a reader must know: repeated points, warnings of the estimator.
+    - `notes`: repeated points, warnings of the estimator.
     """
 
     dimension: float
@@ -51,10 +51,10 @@ class IntrinsicDimension:
 
 
 def dimension_estimators() -> dict[str, DimensionEstimator]:
-    """The two standard ones, by name: TwoNN (Facco et al. 2017) and maximum likelihood (Levina & Bickel 2004).
+    """The two standard estimators, by name: TwoNN (Facco et al. 2017) and maximum likelihood (Levina & Bickel 2004).
 
-    `skdim.id.TwoNN()` looks at the two nearest neighbours of each point, so at the finest scale;
-    `skdim.id.MLE(unbiased=False)` at the 20 nearest, pooled as in MacKay & Ghahramani 2005.
+    `skdim.id.TwoNN()` uses the two nearest neighbours of each point, so the finest scale;
+    `skdim.id.MLE(unbiased=False)` the 20 nearest, pooled as in MacKay & Ghahramani 2005.
 
     **Raises:** `ImportError` without scikit-dimension (`pip install eomdl[shape]`).
     """
@@ -70,29 +70,29 @@ def intrinsic_dimension(
     partitions: int = 4,
     seed: int = 0,
 ) -> IntrinsicDimension:
-    """Intrinsic dimension of a cloud of n points, with its standard error.
+    r"""Intrinsic dimension of a cloud of n points, with its standard error.
 
     **Arguments:**
 
-    - `points`: an array (n, ...) or a pytree of them, one point an entry of the leading axis:
+    - `points`: an array (n, ...) or a pytree of arrays, one point per entry of the leading axis, such as
         hidden activations of n inputs, `path_points(...)`, `gradient_points(...)`.
     - `estimator`: any object whose `fit(X)` returns one with a `dimension_`, such as those of `skdim.id`;
         default `skdim.id.TwoNN()`.
     - `blocks`, `partitions`: see below. `seed`: of the random partitions.
 
-    The standard error is that of B = `blocks` disjoint random blocks. Estimates on blocks of n/B points vary
-    with variance $s^2 \\approx \\sigma^2 B / n$ where that on all points has $\\sigma^2 / n$, hence $s / \\sqrt{B}$; $s^2$ is
-    averaged over `partitions` random partitions. No bootstrap: a sample with replacement repeats points, and a
-    repeated point has a neighbour at distance 0.
+    The standard error is measured on B = `blocks` disjoint random blocks. Estimates on blocks of n/B points have
+    variance $s^2 \approx \sigma^2 B / n$ where the estimate on all points has $\sigma^2 / n$, hence $s / \sqrt{B}$; $s^2$ is
+    averaged over `partitions` random partitions. A bootstrap would not do: a sample with replacement repeats points,
+    and a repeated point has a neighbour at distance 0.
 
-    Points are merged that agree to $10^{-7}$ of the cloud's spread (or to four units of the last place of their
-    dtype) in every coordinate: distances below that are rounding. `notes` says how many.
-    Neighbour estimators take the points as drawn independently. The saved rows of a path
-    are not: for them use `path_points`.
+    Points that agree to $10^{-7}$ of the cloud's spread (or to four units of the last place of their
+    dtype) in every coordinate are merged, since smaller distances are rounding. `notes` says how many.
+    Neighbour estimators assume that the points are drawn independently. The saved rows of a path
+    are not; use `path_points` for a path.
 
-    **Cost:** no gradients; `1 + partitions` fits to n points all in all, of $O(n^2 \\min(n, d))$ each for many coordinates.
+    **Cost:** no gradients; the time of `1 + partitions` fits to n points, of $O(n^2 \min(n, d))$ each for many coordinates.
 
-    **Raises:** `ValueError` for fewer than 25 distinct points a block, a wrong argument, or an estimator that fails;
+    **Raises:** `ValueError` for fewer than 25 distinct points per block, a wrong argument, or an estimator that fails;
     `ImportError` without scikit-dimension if no estimator is given.
 
     Source: Facco et al. 2017 (TwoNN); Levina & Bickel 2004 (MLE); Politis, Romano & Wolf 1999 (subsampling).
@@ -157,9 +157,9 @@ def dimension_along(
     **Arguments:** `points`: a function `(params, args) -> array (n, ...)`, such as the activations of one layer,
     compiled once; `steps`: which saved steps (default: all); `options`: as in `intrinsic_dimension`.
 
-    **Cost:** a checkpoint as `intrinsic_dimension`, and one call of `points`.
+    **Cost:** for each checkpoint that of `intrinsic_dimension` and one call of `points`.
 
-    **Raises:** `ValueError` for a step that was not saved, and as `intrinsic_dimension`.
+    **Raises:** `ValueError` for a step that was not saved; otherwise as `intrinsic_dimension`.
     """
     compiled = eqx.filter_jit(points)
     chosen = [int(k) for k in (trajectory.steps if steps is None else steps)]
@@ -170,13 +170,13 @@ def dimension_along(
 
 
 def participation_ratio(points: Any) -> float:
-    """Effective number of dimensions that the points span, $(\\sum_i \\lambda_i)^2 / \\sum_i \\lambda_i^2$.
+    r"""Effective number of dimensions that the points span, $(\sum_i \lambda_i)^2 / \sum_i \lambda_i^2$.
 
-    $\\lambda_i$: eigenvalues of the covariance. m for a cloud of equal variance along m directions and none else;
-    a linear measure, which a curved line makes large. A random walk in very many dimensions has
-    $(\\pi^2/6)^2 / (\\pi^4/90) = 5/2$, however long it is.
+    $\lambda_i$: eigenvalues of the covariance. It is m for a cloud of equal variance along m directions and no
+    variance along the others. It is a linear measure, so that a curved line makes it large. A random walk in very
+    many dimensions has $(\pi^2/6)^2 / (\pi^4/90) = 5/2$ for any length.
 
-    **Cost:** no gradients; one product of the (n, d) matrix with itself, $O(n d \\min(n, d))$.
+    **Cost:** no gradients; one product of the (n, d) matrix with itself, $O(n d \min(n, d))$.
 
     **Raises:** `ValueError` for fewer than 2 points, or where all are one point.
     """
@@ -191,12 +191,12 @@ def participation_ratio(points: Any) -> float:
 
 
 def path_points(trajectory: Trajectory, num_points: int, seed: int = 0) -> np.ndarray:
-    """Points drawn uniformly in length along a path, shape (num_points, d): what an estimator can read.
+    """Points drawn uniformly in length along a path, shape (num_points, d), for an estimator of dimension.
 
     The saved rows themselves are evenly spaced, so that both neighbours are equally far and TwoNN finds nonsense.
-    Between rows the path is taken as straight. A smooth path has dimension 1, whichever way it winds. A random
+    Between rows the path is taken as straight. A smooth path has dimension 1 in any shape. A random
     walk in many dimensions has dimension 2 where points are much further apart than rows, so with
-    fewer points than a twentieth of the rows; closer than that it is the straight lines that are seen.
+    fewer points than a twentieth of the rows; with more points the estimator sees the straight lines.
 
     **Cost:** no gradients, two passes over the rows.
 
@@ -214,17 +214,17 @@ def path_points(trajectory: Trajectory, num_points: int, seed: int = 0) -> np.nd
 
 
 def gradient_points(loss: Loss, params: Params, args: Args, batch_size: int = 64) -> jax.Array:
-    """Gradients of the loss of each example alone, shape (n, number of parameters).
+    """The gradient of the loss for each single example, shape (n, number of parameters).
 
     Example i is entry i of the leading axis of every leaf of `args`; the loss gets it as a batch of one. Where the
-    loss is a mean over examples, so is its gradient over these rows.
+    loss is a mean over examples, its gradient is the mean of these rows.
 
     **Arguments:** `batch_size`: how many gradients are taken at once.
 
-    **Cost:** n gradients of one example. **Memory:** n times that of the parameters for the result, and of
-    `batch_size` gradients while it is made.
+    **Cost:** n gradients of one example. **Memory:** n times that of the parameters for the result, and
+    `batch_size` gradients while it is computed.
 
-    **Raises:** `ValueError` if the leaves of `args` have no common leading axis, or the loss is no scalar.
+    **Raises:** `ValueError` if the leaves of `args` have no common leading axis, or the loss is not a scalar.
     """
     params = _check.params("params", params)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(args)]
@@ -244,7 +244,7 @@ def _gradients(loss: Loss, batch_size: int, params: Params, args: Args) -> jax.A
 
 
 def _distinct(points: Any) -> tuple[np.ndarray, list[str]]:
-    """Centred points without repetitions, and what there is to say."""
+    """Centred points without repetitions, and the notes on them."""
     cloud = rows(points)
     dtypes = [np.asarray(leaf).dtype for leaf in jax.tree.leaves(points)]
     ulp = max((float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.floating)), default=0.0)
@@ -256,14 +256,14 @@ def _distinct(points: Any) -> tuple[np.ndarray, list[str]]:
     notes = [f"{repeated} of {len(cloud)} points repeat another and were left out"] if repeated else []
     cloud = cloud[np.sort(first)]
     if len(cloud) < cloud.shape[1]:
-        # n points span n dimensions at most: rotated into those, the distances are the same.
+        # n points span at most n dimensions: rotated into those, they keep their distances.
         factor: Any = np.linalg.qr(cloud.T, mode="r")
         cloud = factor.T
     return cloud, notes
 
 
 def _estimate(estimator: DimensionEstimator, cloud: np.ndarray) -> float:
-    # A constant column more changes no distance; scikit-dimension wants two columns.
+    # scikit-dimension needs two columns; a constant column changes no distance.
     padded = np.pad(cloud, ((0, 0), (0, max(0, 2 - cloud.shape[1]))))
     try:
         dimension = float(np.real(estimator.fit(padded).dimension_))
@@ -280,7 +280,7 @@ def _estimate(estimator: DimensionEstimator, cloud: np.ndarray) -> float:
 
 
 def _one_thread() -> Any:
-    """One thread for the many small fits: on a busy machine more threads, waiting for each other, took 10 times as long."""
+    """One thread for the many small fits: on a busy machine several threads wait for each other, and took 10 times as long."""
     try:
         from threadpoolctl import threadpool_limits  # comes with scikit-learn
     except ImportError:
@@ -290,6 +290,7 @@ def _one_thread() -> Any:
 
 def _skdim_id() -> Any:
     try:
+        # Optional, and it imports scikit-learn: seconds.
         import skdim
     except ImportError as error:
         raise ImportError("scikit-dimension is needed here: pip install eomdl[shape]") from error

@@ -33,7 +33,7 @@ def rows(tree: Any, name: str = "points") -> np.ndarray:
 
 
 def path_length(trajectory: Trajectory) -> np.ndarray:
-    """Length of the path up to each saved step, $\\sum_{j<k} |\\theta_{j+1} - \\theta_j|$, shape (n,).
+    r"""Length of the path up to each saved step, $\sum_{j<k} |\theta_{j+1} - \theta_j|$, shape (n,).
 
     Of the polygon through the saved rows: with rows left out it can only be shorter.
     **Cost:** no gradients, one pass over the rows. **Raises:** `ValueError` without saved params.
@@ -43,7 +43,7 @@ def path_length(trajectory: Trajectory) -> np.ndarray:
 
 
 def distance_travelled(trajectory: Trajectory) -> np.ndarray:
-    """Distance from the start, $|\\theta_k - \\theta_0|$, shape (n,).
+    r"""Distance from the start, $|\theta_k - \theta_0|$, shape (n,).
 
     **Cost:** no gradients, one pass over the rows. **Raises:** `ValueError` without saved params.
     """
@@ -61,15 +61,15 @@ def straightness(trajectory: Trajectory) -> np.ndarray:
 
 
 def path_curvature(trajectory: Trajectory) -> np.ndarray:
-    """Curvature $\\kappa_1 = \\sqrt{G_2} / G_1^{3/2}$ at each saved step, shape (n,), 1 / parameter distance.
+    r"""Curvature $\kappa_1 = \sqrt{G_2} / G_1^{3/2}$ at each saved step, shape (n,), 1 / parameter distance.
 
     $G_j$ is the Gram determinant of the first j derivatives. Those are derivatives with respect to the step,
     from five rows at a time, which need not be evenly spaced (on a smooth path the error is of order 4 in an
-    even spacing, 3 in an uneven one); $\\kappa_1$ does not depend on the parameter. The determinants are never formed: with
-    $(x', x'', x''') = QR$, $\\kappa_1 = r_2 / r_1^2$, which keeps the digits that a Gram matrix would square away.
+    even spacing, 3 in an uneven one); $\kappa_1$ does not depend on the parameter. The determinants are never formed: with
+    $(x', x'', x''') = QR$, $\kappa_1 = r_2 / r_1^2$, which keeps the digits that a Gram matrix would square away.
 
     NaN at the first two and last two rows, and where the path stands still: where the rounding of the rows
-    ($\\epsilon |\\theta|$ each) makes the angle turned from one row to the next uncertain by more than 0.1. 0 where
+    ($\epsilon |\theta|$ each) makes the angle turned from one row to the next uncertain by more than 0.1. 0 where
     $r_2$ is below that rounding. A path that alternates (past the edge of stability) has no curvature
     in this sense; look at `trajectory.smoothed()`.
 
@@ -82,7 +82,7 @@ def path_curvature(trajectory: Trajectory) -> np.ndarray:
 
 
 def path_torsion(trajectory: Trajectory) -> np.ndarray:
-    """Torsion $\\kappa_2 = \\sqrt{G_3} / G_2 = r_3 / (r_1 r_2) \\ge 0$, shape (n,), 1 / parameter distance.
+    r"""Torsion $\kappa_2 = \sqrt{G_3} / G_2 = r_3 / (r_1 r_2) \ge 0$, shape (n,), 1 / parameter distance.
 
     How fast the path leaves the plane in which it bends: `path_curvature` one derivative further, on the same
     rows, by order 2 in the spacing. In three dimensions the absolute value of the usual torsion.
@@ -91,9 +91,9 @@ def path_torsion(trajectory: Trajectory) -> np.ndarray:
     `rtol` of 1e-9 or less before you look at their torsion, or take `flow_torsion`.
 
     NaN where the curvature is NaN or 0, for then there is no such plane. A ratio of small numbers: rounding
-    moves it by $e = \\delta_3 / (r_1 r_2)$, with $\\delta_3$ the rounding of $r_3$ (of the third difference, and of the plane
-    that it leaves). NaN too where $e > \\frac{1}{10} \\sqrt{\\kappa_1^2 + \\kappa_2^2}$: that root is the rate at which the principal normal
-    turns, the scale of which torsion is a part. Rounding alone makes $\\kappa_2 \\approx e$, which that
+    moves it by $e = \delta_3 / (r_1 r_2)$, with $\delta_3$ the rounding of $r_3$ (of the third difference, and of the plane
+    that it leaves). NaN too where $e > \frac{1}{10} \sqrt{\kappa_1^2 + \kappa_2^2}$: that root is the rate at which the principal normal
+    turns, the scale of which torsion is a part. Rounding alone makes $\kappa_2 \approx e$, which that
     refuses unless the curvature is so much larger that the path is plane for all purposes.
 
     **Cost** and **Raises:** as `path_curvature`.
@@ -132,7 +132,7 @@ def path_shape(trajectory: Trajectory) -> PathShape:
 
 
 def flow_curvature(flow: AbstractFlow) -> Observable:
-    """Observable $\\kappa_1$ of the flow's path through the given point, in 1 / parameter distance.
+    r"""Observable $\kappa_1$ of the flow's path through the given point, in 1 / parameter distance.
 
     Exact, without integrating and without differences: $x' = F$, $x'' = F'F$. What `path_curvature` finds along
     `solve(flow, ...)`, and what a flow predicts for the real run. NaN where $F = 0$.
@@ -153,7 +153,7 @@ def flow_curvature(flow: AbstractFlow) -> Observable:
 
 
 def flow_torsion(flow: AbstractFlow) -> Observable:
-    """Observable $\\kappa_2$ of the flow's path through the given point, in 1 / parameter distance.
+    r"""Observable $\kappa_2$ of the flow's path through the given point, in 1 / parameter distance.
 
     As `flow_curvature`, with $x''' = (F'F)'F$. NaN where $F = 0$ or the path does not bend; where it hardly bends,
     rounding, as in any ratio of small numbers.
@@ -200,10 +200,10 @@ class PathComponents:
 
 
 def principal_components(trajectory: Trajectory, k: int = 2) -> PathComponents:
-    """The k directions in which the path varies most: singular vectors of $\\theta_j - \\bar\\theta$.
+    r"""The k directions in which the path varies most: singular vectors of $\theta_j - \bar\theta$.
 
     Each direction is signed so that its score of largest absolute value is positive. Mind the baseline: of a
-    random walk in very many dimensions the components explain $6 / (\\pi k)^2$, that is 61 %, 15 %, 7 % ..., and its scores
+    random walk in very many dimensions the components explain $6 / (\pi k)^2$, that is 61 %, 15 %, 7 % ..., and its scores
     are cosines (Antognini & Sohl-Dickstein 2018). A path on two axes tells little by itself.
 
     **Cost:** no gradients; one singular value decomposition, $O(n^2 d)$ for n rows of d > n parameters.
@@ -301,7 +301,7 @@ def _difference_weights(steps: np.ndarray) -> np.ndarray:
 
 
 def _flow_frame(flow: AbstractFlow, params: Params, args: Args, count: int) -> list[jax.Array]:
-    """$r_1 \\dots r_{count}$: lengths of the orthogonalized derivatives of the path through `params`."""
+    r"""$r_1 \dots r_{count}$: lengths of the orthogonalized derivatives of the path through `params`."""
     state = jax.eval_shape(flow.init, params, args)
     if jax.tree.structure(state) != jax.tree.structure(params):
         raise ValueError(

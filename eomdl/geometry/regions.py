@@ -51,12 +51,12 @@ class RegionsOnLine:
 def count_regions_on_line(
     preactivations: Preactivations, params: Params, a: Any, b: Any, *, max_regions: int = 4096
 ) -> RegionsOnLine:
-    """Linear regions of a ReLU network along the segment from input a to input b, of any depth.
+    r"""Linear regions of a ReLU network along the segment from input a to input b, of any depth.
 
-    From inside a region at t: there every pre-activation is affine, $z_i(t + s) = z_i + s \\dot z_i$, with
-    $\\dot z$ from one Jacobian-vector product, so that the region ends at the smallest $t - z_i / \\dot z_i$ beyond t. The walk
+    From inside a region at t: there every pre-activation is affine, $z_i(t + s) = z_i + s \dot z_i$, with
+    $\dot z$ from one Jacobian-vector product, so that the region ends at the smallest $t - z_i / \dot z_i$ beyond t. The walk
     goes on from just behind that. No sampling: a region is missed only if it is narrower than
-    `resolution` = $2 \\epsilon^{2/3}$ of the segment (7e-11; float32 5e-5). Units that cross together are one
+    `resolution` = $2 \epsilon^{2/3}$ of the segment (7e-11; float32 5e-5). Units that cross together are one
     breakpoint, units that are 0 throughout none.
 
     **Arguments:**

@@ -16,16 +16,16 @@ from eomdl.runs.trajectory import Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Secants:
-    """Gradients G along a path $w_k$ against the displacement $w_k - w^*$ from a fixed point, (n,) each.
+    r"""Gradients G along a path $w_k$ against the displacement $w_k - w^*$ from a fixed point, (n,) each.
 
     - `steps`: step numbers.
     - `distance` $|w - w^*|$, `gradient_norm` $|G|$.
-    - `rsi` $= \\langle G, w - w^* \\rangle / |w - w^*|^2$ and `eb` $= |G| / |w - w^*|$ (restricted secant inequality and error
+    - `rsi` $= \langle G, w - w^* \rangle / |w - w^*|^2$ and `eb` $= |G| / |w - w^*|$ (restricted secant inequality and error
         bound), per unit of time.
     - `gamma` = rsi / eb, the cosine of gradient and displacement.
     - `learning_rate` $= rsi / eb^2$: the step along -G that ends nearest to $w^*$; `contraction`
-        $= 1 - \\gamma^2$: what is left of $|w - w^*|^2$ after it.
-    - `random_gamma`: (n, m), cosines of G with m fixed random directions, of size $1/\\sqrt{dim}$: the baseline.
+        $= 1 - \gamma^2$: what is left of $|w - w^*|^2$ after it.
+    - `random_gamma`: (n, m), cosines of G with m fixed random directions, of size $1/\sqrt{dim}$: the baseline.
     - `notes`: what a reader must know: runs that failed, points that are masked.
 
     nan where they are not defined: at $w^*$ itself (0/0), and for `gamma` where the gradient vanishes.
@@ -43,9 +43,9 @@ class Secants:
     notes: tuple[str, ...]
 
     def parts_from(self, other: "Secants", tolerance: float = 0.1) -> int | None:
-        """The first common step from which on $\\gamma$ is never again within `tolerance` of the other's.
+        r"""The first common step from which on $\gamma$ is never again within `tolerance` of the other's.
 
-        Absolute, since $\\gamma$ is a cosine. None if they are together at the last step where both are defined.
+        Absolute, since $\gamma$ is a cosine. None if they are together at the last step where both are defined.
 
         **Raises:** `ValueError` if there is no such step.
         """
@@ -69,7 +69,7 @@ class Secants:
 
 
 def secant(loss: Loss, end: Params, num_random: int = 4) -> Observable:
-    """Observable $(\\langle G, d \\rangle, |G|, |d|, c_1, \\dots, c_m)$, $G = \\nabla L(w)$, $d = w - w^*$, shape (3 + m,).
+    r"""Observable $(\langle G, d \rangle, |G|, |d|, c_1, \dots, c_m)$, $G = \nabla L(w)$, $d = w - w^*$, shape (3 + m,).
 
     $c_i$ are the cosines of G with m = `num_random` fixed random directions. `secants` makes the
     quantities of the literature of them. With `eomdl.on_batch(loss)` it sees the step's own minibatch.
@@ -108,10 +108,10 @@ def secants(
     end: Params | None = None,
     num_random: int = 4,
 ) -> dict[str, Secants]:
-    """RSI, EB and their ratio along a path, with respect to its own end point.
+    r"""RSI, EB and their ratio along a path, with respect to its own end point.
 
-    $$RSI(w) = \\frac{\\langle G, w - w^* \\rangle}{|w - w^*|^2}, \\qquad EB(w) = \\frac{|G|}{|w - w^*|}, \\qquad
-    \\gamma = \\frac{RSI}{EB}.$$
+    $$RSI(w) = \frac{\langle G, w - w^* \rangle}{|w - w^*|^2}, \qquad EB(w) = \frac{|G|}{|w - w^*|}, \qquad
+    \gamma = \frac{RSI}{EB}.$$
 
     The path is not stored: `run` is called twice, first to find the end $w^*$, then to measure, and the two
     must end at the same bits.

@@ -1,4 +1,4 @@
-"""Many seeds in one compiled program: a step map on a stack of states, and what comes out of it."""
+"""Many seeds in one compiled program: a step map on a stack of states, and its runs taken apart."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,29 +30,35 @@ class EnsembleState(NamedTuple):
 
 
 class Ensemble(StepMap):
-    """S runs of one step map side by side, $x^{(s)}_{k+1} = \\Psi(x^{(s)}_k, k)$, $s = 1 \\dots S$, as one step map.
+    r"""S runs of one step map side by side, $x^{(s)}_{k+1} = \Psi(x^{(s)}_k, k)$, $s = 1 \dots S$, as one step map.
 
-    `eomdl.iterate(eomdl.Ensemble(step_map), eomdl.maps.stack(starts), num_steps, ...)` runs many seeds in
-    one compiled program, with all that `iterate` has. Params have a leading axis S in every
-    leaf; observables see them so (see `eomdl.maps.each`); `eomdl.maps.members` takes the result apart.
+    ```python
+    ensemble = eomdl.Ensemble(eomdl.optimizer_step(loss, optax.sgd(0.1)))
+    starts = eomdl.maps.stack([params, jax.tree.map(lambda p: 1.1 * p, params)])
+    runs = eomdl.maps.members(eomdl.iterate(ensemble, starts, 100, args=data))
+    ```
+
+    Many seeds run in one compiled program, with all options of `iterate`. Params have a leading axis S
+    in every leaf, and observables see them with it (see `eomdl.maps.each`); `eomdl.maps.members` makes
+    one trajectory for each member.
 
     **Arguments:**
 
     - `step_map`: an `eomdl.StepMap`, or a function `(state, args, k) -> state`.
-    - `args_axis`: what the members see of a step's data (its batch, or `args` where there
-        are no batches), as `in_axes` of `jax.vmap`: None, all of it; 0, each its own part
+    - `args_axis`: the part of a step's data (its batch, or `args` where there are no batches)
+        that a member sees, as `in_axes` of `jax.vmap`: None for all of it; 0 for its own entry
         of the leading axis; or a tuple of these, for args that are a tuple.
 
-    **A member that diverges** ends neither the run nor spoils the others: a step into a
+    **A member that diverges** neither ends the run nor changes the others: a step into a
     non-finite state is not taken, the member stays at its last finite state, and `alive` and
     `reached` in the state (`Trajectory.end.state`) say so. `eomdl.maps.members` drops its rows from there on.
 
-    **Exactness.** Members do not mix: another start of one leaves the others as they were, bit
-    for bit. A member agrees with the same run made alone bit for bit where the map is made of
-    elementwise operations, else to rounding: products over a stack of matrices add in another
+    **Exactness.** Members do not mix: another start of one member leaves the others the same, bit
+    for bit. A member agrees with a single run from the same start bit for bit where the map consists of
+    elementwise operations, and otherwise to rounding: products over a stack of matrices add in another
     order, and an unstable run magnifies that.
 
-    **Cost:** S steps of the map, frozen members included.
+    **Cost** of a step: S steps of the map; frozen members are computed too.
 
     **Raises:** `ValueError` for a wrong argument; from `.init` for params without a common leading axis
     or not finite.
@@ -150,7 +156,7 @@ def stack(params: Sequence[Params]) -> Params:
 
 
 class _Each(eqx.Module):
-    """A module and no closure, so that two of the same observable share a compiled program."""
+    """A module, not a closure, so that two of the same observable share a compiled program."""
 
     observable: Observable
     args_axis: Any = eqx.field(static=True)
@@ -160,7 +166,7 @@ class _Each(eqx.Module):
 
 
 def each(observable: Observable, args_axis: int | tuple | None = None) -> Observable:
-    """The observable of every member of an ensemble: $O(\\theta^{(s)})$, shape (S, ...).
+    r"""The observable of every member of an ensemble: $O(\theta^{(s)})$, shape (S, ...).
 
     `args_axis`: as in `eomdl.Ensemble`, for the `args` of the run. **Cost:** S times the observable's.
     """
@@ -171,11 +177,11 @@ def members(trajectory: Any) -> list[Any]:
     """One `eomdl.Trajectory` for each member, from a run (`eomdl.iterate`) of an `eomdl.Ensemble`.
 
     Params lose their axis of members, and so does every observable that has one (as from
-    `eomdl.maps.each`); observables of the ensemble as a whole are left out, as are `stats` and `ode_error`.
+    `eomdl.maps.each`). Observables of the ensemble as a whole, `stats` and `ode_error` are left out.
     A frozen member has the rows up to the last step at which it was finite, and the result
-    `RESULTS.nonfinite`. `end` goes on with `resume=` in `eomdl.iterate` of the members' step map.
+    `RESULTS.nonfinite`. Its `end` is what `resume=` takes in `eomdl.iterate` of the members' step map.
 
-    **Raises:** `ValueError` if the trajectory is no run of an ensemble.
+    **Raises:** `ValueError` if the trajectory is not a run of an ensemble.
     """
     state = ensemble_state(trajectory)
     alive, reached = np.asarray(state.alive) > 0.5, np.asarray(state.reached)
@@ -206,7 +212,7 @@ def members(trajectory: Any) -> list[Any]:
 def ensemble_state(trajectory: Any) -> EnsembleState:
     """The state at the end of an ensemble's run.
 
-    **Raises:** `ValueError` if the trajectory is no ensemble's.
+    **Raises:** `ValueError` if the trajectory is not a run of an ensemble.
     """
     state = getattr(getattr(trajectory, "end", None), "state", None)
     if not isinstance(state, EnsembleState):

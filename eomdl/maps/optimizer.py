@@ -20,7 +20,7 @@ ExtraArgs = Callable[[Params, Args], dict[str, Any]]
 
 
 class OptimizerStep(StepMap):
-    """What `optimizer_step` makes."""
+    """The step map that `eomdl.optimizer_step` returns; its state is `(params, optimizer state)`."""
 
     loss: Loss
     optimizer: optax.GradientTransformation
@@ -61,9 +61,14 @@ class OptimizerStep(StepMap):
 def optimizer_step(
     loss: Loss, optimizer: optax.GradientTransformation, extra_args: ExtraArgs | None = None
 ) -> OptimizerStep:
-    """The step map of any optax optimizer on a loss.
+    r"""The step map of any optax optimizer on a loss.
 
-    $(\\theta, s)_{k+1} = \\Psi((\\theta, s)_k, k)$ with the optimizer's floating-point state s
+    ```python
+    step_map = eomdl.optimizer_step(loss, optax.adam(1e-2))
+    run = eomdl.iterate(step_map, params, 100, args=data)
+    ```
+
+    $(\theta, s)_{k+1} = \Psi((\theta, s)_k, k)$ with the optimizer's floating-point state s
     (momenta, averages of squares, ...). Step counters are not state: Adam's bias
     correction and learning-rate schedules become explicit functions of the real step number k.
 
@@ -72,7 +77,7 @@ def optimizer_step(
     - `loss`: function `(params, args) -> scalar`.
     - `optimizer`: any `optax.GradientTransformation` whose integers are all step counters.
     - `extra_args`: for optimizers whose update needs more than the gradient, a function
-        `(params, args) -> dict` of those keyword arguments, e.g.
+        `(params, args) -> dict` of those keyword arguments, such as
         `lambda p, a: {"value": loss(p, a)}`.
 
     **Returns:** a `StepMap`: `.init(params) -> state`, `(state, args, k) -> state`,
@@ -81,8 +86,8 @@ def optimizer_step(
 
     **Where it makes sense.** Every optimizer can be stepped, but a flow needs a map that
     is near the identity and smooth. Updates by sign (Lion, signSGD) jump by a whole step
-    wherever a sign changes; clipping has kinks only. Random, accumulating (`MultiSteps`)
-    and line-search optimizers carry integers or keys that are not counters, and are refused.
+    wherever a sign changes; clipping only has kinks. Random, accumulating (`MultiSteps`)
+    and line-search optimizers have integers or keys in their state that are not counters, and are refused.
 
     **Cost** of a step: one gradient. **Raises:** `ValueError` for a wrong argument; from
     `.init` if the optimizer has integer state that is not a counter.
@@ -136,7 +141,7 @@ def _require_counters(optimizer: optax.GradientTransformation, params: Params) -
                 raise ValueError(
                     f"optimizer: expected a state of {expected}, got {dtype} {np.shape(leaf)} at {where}"
                 )
-        # What the probe is fed does not matter: only how the integers move.
+        # The values given to the probe do not matter, only how the integers move.
         value = jnp.ones(())
         extra = {"value": value, "grad": params, "value_fn": lambda p, *a, **kw: _tree.vdot(p, p)}
         for _ in range(2):

@@ -16,16 +16,27 @@ from eomdl._types import Args, Params, State
 
 
 class StepMap(eqx.Module):
-    """A discrete optimizer as a map $x_{k+1} = \\Psi(x_k, k)$ on a state of real arrays.
+    r"""A discrete optimizer as a map $x_{k+1} = \Psi(x_k, k)$ on a state of real arrays.
 
-    To write your own, subclass and define `__call__`; override `init` and `params` where
-    the state holds more than the parameters, and `increment` where $\\Psi(x, k) - x$ is
-    known without the rounding of that subtraction.
+    `eomdl.optimizer_step(loss, optimizer)` gives that of any optax optimizer. To write your own, subclass
+    and define `__call__`:
+
+    ```python
+    class Halve(eomdl.StepMap):
+        def __call__(self, state, args, k):
+            return jax.tree.map(lambda x: x / 2, state)
+
+
+    run = eomdl.iterate(Halve(), params, 10)
+    ```
+
+    Override `init` and `params` where the state holds more than the parameters, and `increment` where
+    $\Psi(x, k) - x$ is known without the rounding of that subtraction.
     """
 
     @abc.abstractmethod
     def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
-        """$\\Psi(x, k)$: pure; the step number k is a real number."""
+        r"""$\Psi(x, k)$: pure; the step number k is a real number."""
 
     def init(self, params: Params) -> State:
         """The state that starts at `params`. `ValueError` if there is none."""
@@ -38,8 +49,8 @@ class StepMap(eqx.Module):
     def restore(self, state: State, params: Params) -> State:
         """The state of this map where a real run ended in `state`, with `params` in it.
 
-        Its floating-point part, or `params` where the map carries nothing else. `ValueError` if it is the state of
-        another map.
+        That is the floating-point part of `state`, or `params` where the map carries nothing else. `ValueError` if
+        it is the state of another map.
         """
         start = self.init(params)
         if start is params:
@@ -48,7 +59,7 @@ class StepMap(eqx.Module):
         return _structure.restore("end.state", real_part(state), start, hint)
 
     def increment(self, state: State, args: Args, k: ArrayLike) -> State:
-        """$\\Psi(x, k) - x$."""
+        r"""$\Psi(x, k) - x$."""
         return _tree.sub(self(state, args, k), state)
 
 
@@ -72,7 +83,7 @@ def as_step_map(step_map: Any) -> StepMap:
 
 
 def check_step(step_map: StepMap, params: Params, args: Args) -> None:
-    """The map keeps structure, shapes and dtypes of its state, which is real arrays alone."""
+    """Check that the map keeps structure, shapes and dtypes of its state, which has only real arrays."""
     state = _check.params("step_map.init(params)", step_map.init(params))
     k = jnp.zeros((), jnp.result_type(float))
     new = _check.shape_of("step_map", "a function (state, args, k) -> state", step_map, state, args, k)

@@ -1,4 +1,4 @@
-"""Functions `(params, args) -> array` to be followed along a path, and what to make of them."""
+"""Observables, functions `(params, args) -> array` recorded along a path, and functions of what was recorded."""
 
 from eomdl.observe.batch import on_batch
 from eomdl.observe.curvature import sharpness

@@ -8,7 +8,7 @@ from eomdl._types import Args, Observable, Params
 
 
 class OnBatch(eqx.Module):
-    """What `on_batch` makes."""
+    """The observable that `eomdl.on_batch` returns: a run gives it the batch of the step."""
 
     function: Observable
 
@@ -17,10 +17,15 @@ class OnBatch(eqx.Module):
 
 
 def on_batch(function: Observable) -> OnBatch:
-    """An observable of the step's own minibatch: at step k it sees the batch that step k is taken with.
+    r"""An observable of the step's own minibatch: at step k it sees the batch that step k is taken with.
 
-    `observe={"gamma": on_batch(f)}` records $f(\\theta_k, B_k)$, where other observables see `args`. In a run
-    without `batches` it sees `args`. In the last row, where no step follows, it sees the last batch.
+    ```python
+    observe = {"loss of the batch": eomdl.on_batch(loss), "loss": loss}
+    run = eomdl.descend(loss, params, optimizer, 100, args=data, batches=batches, observe=observe)
+    ```
+
+    It records $f(\theta_k, B_k)$, where other observables see `args`. In a run without `batches` it sees `args`.
+    In the last row, where no step follows, it sees the last batch.
 
     **Raises:** `ValueError` if `function` is not callable.
     """

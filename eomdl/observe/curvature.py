@@ -11,7 +11,7 @@ from eomdl._types import Args, Loss, Observable, Params
 
 
 class _Sharpness(eqx.Module):
-    """A module and no closure, so that two of the same loss share a compiled program."""
+    """A module, not a closure, so that two of the same loss share a compiled program."""
 
     loss: Loss
     num_matvecs: int = eqx.field(static=True)
@@ -31,15 +31,16 @@ class _Sharpness(eqx.Module):
 
 
 def sharpness(loss: Loss, num_matvecs: int = 16) -> Observable:
-    """Observable $\\lambda_{max}(\\nabla^2 L)$, the largest Hessian eigenvalue.
+    r"""Observable $\lambda_{max}(\nabla^2 L)$, the largest Hessian eigenvalue.
 
     ```python
-    run = eomdl.descend(loss, params, optimizer, 100, observe={"sharpness": eomdl.sharpness(loss)})
+    observe = {"sharpness": eomdl.sharpness(loss)}
+    run = eomdl.descend(loss, params, optimizer, 100, args=data, observe=observe)
     ```
 
-    Lanczos with full reorthogonalization (`matfree`) from one fixed random vector: a
-    lower bound of the exact value, which `num_matvecs` iterations bring within about
-    0.1 % on networks whose top eigenvalue stands apart.
+    Lanczos with full reorthogonalization (`matfree`) from one fixed random vector. The result is a
+    lower bound of the exact value; on networks whose top eigenvalue is well separated it is within
+    about 0.1 % after `num_matvecs` iterations.
 
     **Cost:** `num_matvecs` Hessian-vector products, about 2.7 gradients each.
 

@@ -31,7 +31,7 @@ class _BlockNorm(eqx.Module):
 
 
 def block_norm(where: Where = whole) -> Observable:
-    """Observable $|\\theta_A|$, the Euclidean norm of a block. Cost: none to speak of."""
+    r"""Observable $|\theta_A|$, the Euclidean norm of a block. **Cost:** no gradients."""
     return _BlockNorm(where)
 
 
@@ -45,11 +45,11 @@ class _ShiftComponent(eqx.Module):
 
 
 def shift_component(where: Where, axis: int = -1) -> Observable:
-    """Observable $p = \\langle 1, \\theta_A \\rangle / \\sqrt{m}$ along one axis of length m.
+    r"""Observable $p = \langle 1, \theta_A \rangle / \sqrt{m}$ along one axis of length m.
 
-    The component of an array block along the all-ones direction of `axis`. For the
-    weights into a softmax, shape (inputs, classes), with the axis of the classes: the
-    component that the loss does not see, shape (inputs,).
+    The component of an array block along the all-ones direction of `axis`. The loss does not depend on it
+    for the weights into a softmax, shape (inputs, classes), along the axis of the classes; the
+    component then has shape (inputs,).
     """
     return _ShiftComponent(where, axis)
 
@@ -64,17 +64,18 @@ class _LieDerivative(eqx.Module):
 
 
 def lie_derivative(observable: Observable, flow: Callable[[Any, Params, Args], Params]) -> Observable:
-    """Observable $\\frac{d}{dt} O(\\theta(t)) = DO(\\theta)[F(\\theta)]$ along a flow, now.
+    r"""Observable $\frac{d}{dt} O(\theta(t)) = DO(\theta)[F(\theta)]$, the Lie derivative of an observable along a flow.
 
-    What the flow predicts for the observable's velocity, per unit of time, at the given
-    point and without integrating. Cost: one evaluation of the flow. For flows whose state
-    is the parameters only and that do not depend on time.
+    The flow's prediction of the observable's change per unit of time, at the given point and without
+    integrating. For flows whose state is only the parameters and that do not depend on time.
+
+    **Cost:** one evaluation of the flow, and one derivative of the observable.
     """
     return _LieDerivative(observable, flow)
 
 
 def decay_rate(values: ArrayLike, learning_rate: ArrayLike) -> np.ndarray:
-    """Decay rate per unit of time, step by step: $-\\log(|v_{k+1}| / |v_k|) / \\eta$.
+    r"""Decay rate per unit of time, step by step: $-\log(|v_{k+1}| / |v_k|) / \eta$.
 
     **Arguments:** `values` recorded at every step, shape (n, ...); for an array observable
     $|v_k|$ is the Euclidean norm of row k. **Returns:** shape (n - 1,).
@@ -85,11 +86,11 @@ def decay_rate(values: ArrayLike, learning_rate: ArrayLike) -> np.ndarray:
 
 
 def angle_per_step(block: Any) -> np.ndarray:
-    """Angle between successive rows of a saved block, in radians, shape (n - 1,).
+    r"""Angle between successive rows of a saved block, in radians, shape (n - 1,).
 
-    $2 \\arcsin(|\\hat\\theta_{k+1} - \\hat\\theta_k| / 2)$ with unit vectors, which keeps its
-    digits at small angles where arccos does not. `block`: pytree with leading axis n, such
-    as `where(trajectory.params)`.
+    $2 \arcsin(|\hat\theta_{k+1} - \hat\theta_k| / 2)$ with unit vectors, which keeps its
+    digits at small angles, where arccos does not. `block`: a pytree with leading axis n, such
+    as `trajectory.params["w"]`.
     """
     rows = np.concatenate([np.reshape(x, (len(x), -1)) for x in jax.tree.leaves(block)], axis=1)
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -9,7 +9,7 @@ from eomdl.geometry.restricted_secant import Secants
 
 
 def plot_secants(runs: Mapping[str, Secants]) -> Any:
-    """$\\gamma$, RSI and EB, and the locally best learning rate against steps, runs overlaid.
+    r"""$\gamma$, RSI and EB, and the locally best learning rate against steps, runs overlaid.
 
     Dotted in `gamma`'s panel, same colour: the random directions (root mean square of their cosines).
     The first run is drawn solid, the others dashed.

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Unpack
 
 import diffrax
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from eomdl import _check, _structure, _tree
 from eomdl._end import Diagnostic, End, Stats
-from eomdl._types import Params, State, StateObservable
+from eomdl._types import STATIC, Params, State, StateObservable, record_type
 from eomdl.flows.base import AbstractFlow
 from eomdl.runs.data import Window
 from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span
@@ -159,6 +158,7 @@ def _begun(setup: Setup, flow: AbstractFlow, state: State, estimate: bool) -> tu
     return dataclasses.replace(setup, begin=end, before=before), FlowState(state, state if estimate else None)
 
 
+@record_type
 class FlowDynamics(AbstractDynamics):
     """A flow and how it is integrated.
 
@@ -166,15 +166,15 @@ class FlowDynamics(AbstractDynamics):
     """
 
     flow: AbstractFlow
-    name: str = eqx.field(static=True)
+    name: str = dataclasses.field(metadata=STATIC)
     integrator: Integrator
     controller: diffrax.AbstractStepSizeController | None
     rtol: Any
     atol: Any
     observe_state: dict[str, StateObservable]
-    diagnosed: bool = eqx.field(static=True)
+    diagnosed: bool = dataclasses.field(metadata=STATIC)
     units: State = None
-    is_ready: bool = eqx.field(static=True, default=False)
+    is_ready: bool = dataclasses.field(metadata=STATIC, default=False)
 
     @property
     def step_size(self) -> Any:

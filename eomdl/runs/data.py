@@ -70,6 +70,9 @@ class AbstractData(abc.ABC):
         """Data of the steps from `start` on, for windows of at most `length` steps, and how many of the `count`
         there are."""
 
+    def raise_pending(self) -> None:
+        """Raise what a source of batches has raised, now that the batches before it are used."""
+
     @property
     @abc.abstractmethod
     def in_arrays(self) -> bool:
@@ -131,9 +134,17 @@ class Streamed(AbstractData):
             raise ValueError("batches: expected at least one batch, got an empty iterable")
         self.example = self._last = head[0]
         self._iterator = itertools.chain(head, self._iterator)
+        self._error: BaseException | None = None
 
     def window(self, start: int, count: int, length: int) -> tuple[Window, int]:
-        taken = list(itertools.islice(self._iterator, count))
+        taken = []
+        try:
+            for batch in itertools.islice(self._iterator, count):
+                taken.append(batch)
+        except BaseException as error:
+            self._error = error
+            if not taken:
+                raise
         # Padding is never stepped on; at the very end of the batches it is all there is.
         self._last = taken[-1] if taken else self._last
         padded = taken + [self._last] * (max(length, 1) - len(taken))
@@ -145,6 +156,10 @@ class Streamed(AbstractData):
                 f"{start + len(taken) - 1} that differ ({error})"
             ) from error
         return Window(self.args, stacked, np.asarray(start)), len(taken)
+
+    def raise_pending(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 def open_data(args: Args, batches: Any, num_steps: int, start: int, stride: int) -> AbstractData:

@@ -1,6 +1,7 @@
 """Real runs: any optax optimizer, or any step map, step by step."""
 
-from typing import Any, Unpack
+import dataclasses
+from typing import Any, ClassVar, Unpack
 
 import equinox as eqx
 import jax
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike
 
 from eomdl import _check, _structure
 from eomdl._end import RESULTS
-from eomdl._types import Args, Loss, Params, State
+from eomdl._types import STATIC, Args, Loss, Params, State, record_type
 from eomdl.maps.optimizer import ExtraArgs, gradient_update
 from eomdl.maps.step_map import StepMap, as_step_map, check_step
 from eomdl.runs.data import Window
@@ -113,12 +114,16 @@ class _Descent(StepMap):
         return optax.apply_updates(params, updates), optimizer_state
 
 
+@record_type
 class _Discrete(AbstractDynamics):
     """A step map, step by step; `gradients` are counted for each step."""
 
+    # A map comes to the same bits wherever its run is cut, so longer stretches only save time.
+    max_rows: ClassVar[int] = 1024
+
     step_map: StepMap
     time_step: Any
-    gradients: int = eqx.field(static=True)
+    gradients: int = dataclasses.field(metadata=STATIC)
 
     @property
     def step_size(self) -> Any:

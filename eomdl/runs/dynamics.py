@@ -3,9 +3,8 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -21,11 +20,13 @@ class Span:
     - `start`: the first step.
     - `gaps`: steps after each row, shape (R,).
     - `single`: no gap is longer than one step.
+    - `reversible`: `jax.grad` may be asked to go back through it.
     """
 
     start: Any
     gaps: Any
     single: bool = dataclasses.field(metadata=STATIC)
+    reversible: bool = dataclasses.field(default=False, metadata=STATIC)
 
     @property
     def steps(self) -> jax.Array:
@@ -55,8 +56,13 @@ class Advanced(NamedTuple):
     counts: dict[str, jax.Array]
 
 
-class AbstractDynamics(eqx.Module):
-    """A state and how it is carried on. The loop asks nothing else of a run."""
+class AbstractDynamics(abc.ABC):
+    """A state and how it is carried on. The loop asks nothing else of a run.
+
+    `max_rows`: of a stretch, a power of two.
+    """
+
+    max_rows: ClassVar[int] = 256
 
     @property
     @abc.abstractmethod
@@ -94,18 +100,40 @@ def scan_rows(
 ) -> tuple[Any, Any]:
     """For every gap: record `read(k, state)`, then apply `step(k, state)` gap times.
 
-    With `span.single` the loop is one that `jax.grad` can reverse.
+    Gaps of 0 are the last ones; rows after the first of them are zeros.
     """
+    if span.reversible:
+        return _reversible_rows(step, state, read, span)
+
+    def advanced(i: jax.Array, k: jax.Array, state: Any) -> Any:
+        return step(k, state) if span.single else jax.lax.fori_loop(k, k + gaps[i], step, state)
+
+    def row(i: jax.Array, carry: tuple) -> tuple:
+        k, state, rows = carry
+        return k + gaps[i], advanced(i, k, state), kept(rows, i, read(k, state))
+
+    def kept(rows: Any, i: jax.Array, new: Any) -> Any:
+        return jax.tree.map(lambda row, x: row.at[i].set(x, mode="drop"), rows, new)
+
+    gaps = jnp.asarray(span.gaps)
+    k = jnp.asarray(span.start, gaps.dtype)
+    shapes = jax.eval_shape(read, k, state)
+    rows = jax.tree.map(lambda x: jnp.zeros((len(gaps), *x.shape), x.dtype), shapes)
+    count = jnp.sum(gaps > 0)
+    k, state, rows = jax.lax.fori_loop(0, count, row, (k, state, rows))
+    return state, kept(rows, count, read(k, state))
+
+
+def _reversible_rows(
+    step: Callable[[jax.Array, Any], Any], state: Any, read: Callable[[jax.Array, Any], Any], span: Span
+) -> tuple[Any, Any]:
+    """The same for gaps of 0 and 1, by a loop that `jax.grad` can reverse; it looks at every gap."""
 
     def row(carry: tuple, gap: jax.Array) -> tuple:
         k, state = carry
-        if span.single:
-            new = jax.lax.cond(gap > 0, step, lambda k, state: state, k, state)
-        else:
-            new = jax.lax.fori_loop(k, k + gap, step, state)
-        return (k + gap, new), read(k, state)
+        return (k + gap, jax.lax.cond(gap > 0, step, lambda k, state: state, k, state)), read(k, state)
 
-    first = (jnp.asarray(span.start, span.gaps.dtype), state)
+    gaps = jnp.asarray(span.gaps)
     records: Any
-    (_, state), records = jax.lax.scan(row, first, span.gaps)
+    (_, state), records = jax.lax.scan(row, (jnp.asarray(span.start, gaps.dtype), state), gaps)
     return state, records

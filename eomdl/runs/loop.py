@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eomdl._end import RESULTS, End, is_finite, result_where
+from eomdl._end import RESULTS, End, is_finite, result_where, succeeded
 from eomdl._types import State
 from eomdl.runs.checkpoints import Checkpoints
 from eomdl.runs.data import AbstractData, Window
@@ -65,7 +65,8 @@ class Loop:
                     self._write(dynamics, end, done, stretch, window)
                 end = done.table.end
                 bar = self.meter.step(bar, jnp.asarray((end.step - first) / max(last - first, 1)))
-                if bool(done.table.result != RESULTS.successful):
+                self.data.raise_pending()
+                if not succeeded(done.table.result):
                     break
         except KeyboardInterrupt:
             if not pieces:
@@ -79,7 +80,7 @@ class Loop:
     ) -> _Stretched:
         """All rows of a stretch, and the end it comes to."""
         out, observed, finite, ok = self._advance(dynamics, begin.state, stretch, window)
-        failed = bool(out.result != RESULTS.successful)
+        failed = not succeeded(out.result)
         good = np.cumprod(finite & (stretch.rows <= stretch.end)).astype(bool)
         reached = stretch.rows <= stretch.end
         broken = failed or not ok or not np.all(good | ~reached)
@@ -110,10 +111,10 @@ class Loop:
         observed, finite, ok = checked
         # Rows go to the host, the state stays where it is.
         rows = (out.params if self._params_kept else None, observed, out.observables, out.ode_error)
-        (params, observed, of_state, error), finite, ok, result, counts = jax.device_get(
-            (rows, finite, ok, out.result, out.counts)
+        (params, observed, of_state, error), finite, ok, counts = jax.device_get(
+            (rows, finite, ok, out.counts)
         )
-        out = out._replace(params=params, ode_error=error, result=result, counts=counts)
+        out = out._replace(params=params, ode_error=error, counts=counts)
         return out, observed | of_state, finite[: len(stretch.rows)], bool(ok)
 
     def _span(self, stretch: Stretch) -> Span:
@@ -193,9 +194,8 @@ def run_traced(
     (stretch,) = plan.stretches
     window, available = data.window(stretch.start, stretch.count, plan.num_steps)
     taken = stretch.until(stretch.start + available)
-    out = dynamics.advance(
-        begin.state, Span(jnp.asarray(taken.start), jnp.asarray(taken.gaps), plan.single), window
-    )
+    span = Span(jnp.asarray(taken.start), jnp.asarray(taken.gaps), plan.single, reversible=plan.single)
+    out = dynamics.advance(begin.state, span, window)
     wanted = jnp.ones(len(stretch.rows), bool)
     steps = jnp.asarray(stretch.rows)
     observed, finite, _ = recorded(record.observe, out.params, steps, wanted, window, out.state)

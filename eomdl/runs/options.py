@@ -99,7 +99,7 @@ class Setup:
         else:
             cuts = self._checkpointed(begin)
             size = max(_tree.size(self.params), 1 if self.data.in_arrays else _tree.size(self.data.example))
-            planned = plan(self.start, self.num_steps, saved, cuts, size)
+            planned = plan(self.start, self.num_steps, saved, cuts, size, dynamics.max_rows)
             loop = Loop(planned, self.record, self.data, self.checkpoints, self.meter)
             trajectory = loop.run(dynamics, begin)
         if self.before is not None:

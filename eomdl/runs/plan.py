@@ -8,9 +8,8 @@ import numpy as np
 from eomdl import _check
 
 
-MAX_ROWS = 256  # recorded steps in a stretch, ...
-MAX_STEPS = 1024  # ... its steps, ...
-MAX_SCALARS = 2**22  # ... and the numbers in its rows, so that they fit in memory
+MAX_STEPS = 1024  # in a stretch: the work between two looks at the clock
+MAX_SCALARS = 2**22  # in the rows of a stretch, so that they fit in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Plan:
 
     - `stretches`: one after the other, from the first step to the last.
     - `num_rows`: rows that a compiled program has room for: of a stretch of one row too.
-    - `num_steps`: the most steps in a stretch.
+    - `num_steps`: steps that a window of data has room for.
     - `single`: no gap is longer than one step.
     """
 
@@ -84,14 +83,16 @@ def saved_steps(name: str, num_steps: int, steps: int | Sequence[int] | np.ndarr
     return np.unique(array)
 
 
-def plan(start: int, num_steps: int, saved: np.ndarray, cuts: np.ndarray, row_size: int) -> Plan:
+def plan(
+    start: int, num_steps: int, saved: np.ndarray, cuts: np.ndarray, row_size: int, max_rows: int
+) -> Plan:
     """Stretches from `start` to `num_steps` with the saved steps among their rows.
 
     A new stretch begins at every cut: there the state is at hand. `row_size` is how many numbers are in a row
-    (and in a batch that is streamed). The room for rows depends on it only, so that runs of another length
-    find their program compiled.
+    (and in a batch that is streamed). The room for rows, at most `max_rows`, depends on it only, so that runs
+    of another length find their program compiled.
     """
-    num_rows = min(MAX_ROWS, 1 << (max(MAX_SCALARS // row_size, 1).bit_length() - 1))
+    num_rows = min(max_rows, 1 << (max(MAX_SCALARS // row_size, 1).bit_length() - 1))
     # Rows between saved ones bound the work between two looks at the clock; they are dropped.
     rows = np.unique(
         np.concatenate([saved, cuts, np.arange(start, num_steps, MAX_STEPS), [start, num_steps]])
@@ -109,7 +110,10 @@ def plan(start: int, num_steps: int, saved: np.ndarray, cuts: np.ndarray, row_si
         part = slice(i, i + int(fits.sum()))
         stretches.append(Stretch(rows[part], gaps[part], is_saved[part]))
         i = part.stop
-    return Plan(tuple(stretches), num_rows, max(s.count for s in stretches), bool(np.all(gaps <= 1)))
+    longest = max(s.count for s in stretches)
+    # A power of two, so that streamed runs of about the same length share a program too.
+    room = 1 << (max(longest, 1) - 1).bit_length()
+    return Plan(tuple(stretches), num_rows, room, bool(np.all(gaps <= 1)))
 
 
 def plan_at_once(start: int, num_steps: int, saved: np.ndarray) -> Plan:

@@ -1,4 +1,4 @@
-"""What a modified equation is made of: trees, elementary differentials, power series, weights of the logarithm."""
+"""The parts of a modified equation: trees, elementary differentials, power series, weights of the logarithm."""
 
 from eomdl.series.euler import counterterms, modified_field
 from eomdl.series.power import modified_field_series

@@ -1,15 +1,15 @@
-"""Elementary differentials of rooted trees, and linear combinations of them.
+r"""Elementary differentials of rooted trees, and linear combinations of them.
 
-$F(\\bullet) = f$ and $F([t_1, \\dots, t_m]) = f^{(m)}(F(t_1), \\dots, F(t_m))$
-(Hairer, Lubich & Wanner 2006, III.1). Three rules keep the cost down, all of them
+$F(\bullet) = f$ and $F([t_1, \dots, t_m]) = f^{(m)}(F(t_1), \dots, F(t_m))$
+(Hairer, Lubich & Wanner 2006, III.1). Three rules keep the cost down; all of them use
 multilinearity:
 
-- trees that differ in one branch alone are summed in that branch before $f$ is
+- trees that differ in only one branch are summed in that branch before $f$ is
   differentiated: $a f'(u) + b f'(v) = f'(a u + b v)$;
 - a combination of one tree keeps its scalar outside, so that every derivative runs
   along a plain $F(t)$ and XLA recognises the parts it has computed already;
 - $f'(w)$ rides along with one second derivative, $f''(u, v) + f'(w)$ being a single
-  derivative of $(x, u) \\mapsto f'(x) u$.
+  derivative of $(x, u) \mapsto f'(x) u$.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ class ElementaryDifferentials:
         return self._values[tree]
 
     def combination(self, coefficients: dict[Tree, Any]) -> Params:
-        """$\\sum_t c_t F(t)(x)$; the scalars $c_t$ may be traced."""
+        r"""$\sum_t c_t F(t)(x)$; the scalars $c_t$ may be traced."""
         last_branch: dict[Tree, dict[Tree, Any]] = {}
         terms = []
         for tree, c in coefficients.items():
@@ -66,7 +66,7 @@ class ElementaryDifferentials:
         return total
 
     def _scaled(self, coefficients: dict[Tree, Any]) -> tuple[ArrayLike, Params]:
-        """The combination as scalar times vector, the vector a plain $F(t)$ if it can be."""
+        """The combination as scalar times vector, the vector a plain $F(t)$ where possible."""
         if len(coefficients) == 1:
             ((tree, c),) = coefficients.items()
             return c, self[tree]

@@ -13,13 +13,13 @@ from eomdl.series.trees import Tree, modified_equation
 
 
 def modified_field(f: VectorField, x: Params, step_size: ArrayLike, order: int) -> Params:
-    """Field whose time-`step_size` flow is $x + h f(x)$, up to the counter terms dropped.
+    r"""The field whose flow over time `step_size` is $x + h f(x)$, up to the counter terms left out.
 
-    $$\\sum_{j=1}^{n+1} h^{j-1} F_j(x), \\qquad F_1 = f, \\quad F_j = \\sum_{|t|=j} c(t) F(t)(x).$$
+    $$\sum_{j=1}^{n+1} h^{j-1} F_j(x), \qquad F_1 = f, \quad F_j = \sum_{|t|=j} c(t) F(t)(x).$$
 
     The modified equation of explicit Euler as a B-series (Hairer, Lubich & Wanner 2006,
-    ch. IX). Cheaper than the fields one by one, since trees of different size share
-    derivatives; cost as in `eomdl.EquationOfMotion`.
+    ch. IX). It costs less than the fields one by one, since trees of different size share
+    derivatives; the cost is that of `eomdl.EquationOfMotion`.
     """
     coefficients: dict[Tree, Any] = {}
     for n in range(1, order + 2):
@@ -29,16 +29,20 @@ def modified_field(f: VectorField, x: Params, step_size: ArrayLike, order: int) 
 
 
 def counterterms(loss: Loss, params: Params, order: int, args: Args = None) -> Sequence[Params]:
-    """Counter terms $(\\xi_0, \\dots, \\xi_{n-1})$ of gradient descent at `params`.
+    r"""Counter terms $(\xi_0, \dots, \xi_{n-1})$ of gradient descent at `params`.
+
+    ```python
+    xi = eomdl.counterterms(loss, params, order=2, args=data)
+    ```
 
     They cancel the discretization error of gradient descent in powers of the learning
-    rate $\\eta$: the flow of
+    rate $\eta$: the flow of
 
-    $$\\dot\\theta = -\\nabla L(\\theta) - \\eta \\sum_{a=0}^{n-1} \\eta^a \\xi_a(\\theta)$$
+    $$\dot\theta = -\nabla L(\theta) - \eta \sum_{a=0}^{n-1} \eta^a \xi_a(\theta)$$
 
-    over time $\\eta$ is one step $\\theta - \\eta \\nabla L(\\theta)$ up to $O(\\eta^{n+2})$.
-    With $g = \\nabla L$, $H = \\nabla^2 L$: $\\xi_0 = \\frac12 H g$ and
-    $\\xi_1 = \\frac13 H H g + \\frac1{12} \\nabla^3 L[g, g]$.
+    over time $\eta$ is one step $\theta - \eta \nabla L(\theta)$ up to $O(\eta^{n+2})$.
+    With $g = \nabla L$, $H = \nabla^2 L$: $\xi_0 = \frac12 H g$ and
+    $\xi_1 = \frac13 H H g + \frac1{12} \nabla^3 L[g, g]$.
 
     **Arguments:**
 
@@ -46,16 +50,17 @@ def counterterms(loss: Loss, params: Params, order: int, args: Args = None) -> S
         JAX. Where it is only piecewise smooth (relu, max-pool), these are the derivatives
         of the piece that `params` lies in.
     - `params`: pytree of floating-point arrays.
-    - `order`: number n of counter terms; 0 gives the empty tuple. Nothing caps it but
-        the cost: about 2.7 / 6 / 11 / 30 / 60 / 150 gradients for n = 1 ... 6 (XLA flops
-        on a tanh MLP; `benchmarks/` measures it).
+    - `order`: the number n of counter terms, of any size; 0 gives the empty tuple.
     - `args`: passed to `loss`.
 
-    **Returns:** tuple of `order` pytrees like `params`.
+    **Returns:** a tuple of `order` pytrees like `params`.
+
+    **Cost:** about 2.7 / 6 / 11 / 30 / 60 / 150 gradients for n = 1 ... 6 (XLA flops on a tanh MLP;
+    `benchmarks/` measures it).
 
     **Raises:** `ValueError` for a wrong argument.
 
-    Source: Miyagawa 2022 (arXiv 2210.15898), eq. of motion and its counter term, here
+    Source: Miyagawa 2022 (arXiv 2210.15898), equation of motion and its counter terms, here
     computed from rooted trees (Hairer, Lubich & Wanner 2006, ch. IX).
     """
     order = _check.integer("order", order, 0)

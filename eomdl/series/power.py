@@ -1,13 +1,13 @@
-"""The counter terms as the logarithm of the step map, by power series: no trees.
+r"""The counter terms as the logarithm of the step map, by power series: no trees.
 
-The iterates $x_0 = x$, $x_{j+1} = x_j + \\eta f(x_j)$ are power series in $\\eta$, and
+The iterates $x_0 = x$, $x_{j+1} = x_j + \eta f(x_j)$ are power series in $\eta$, and
 the field whose flow passes through them is (Gelfreich & Vieiro 2018)
 
-$$F = \\sum_{m \\ge 0} \\frac{(-1)^m}{m+1} \\Delta^m f(x_j)\\big|_{j=0},$$
+$$F = \sum_{m \ge 0} \frac{(-1)^m}{m+1} \Delta^m f(x_j)\big|_{j=0},$$
 
-where $\\Delta^m f = O(\\eta^m)$: K iterates give the terms of $\\eta^0 \\dots \\eta^{K-1}$
-exactly. It shares nothing with the rooted trees but the step map, so each is the other's
-oracle. It costs more from order 2 on (about 11 / 26 / 52 gradients for order 2 / 3 / 4).
+where $\Delta^m f = O(\eta^m)$: K iterates give the terms of $\eta^0 \dots \eta^{K-1}$
+exactly. It shares only the step map with the rooted trees, so each is an oracle for the
+other. It costs more from order 2 on (about 11 / 26 / 52 gradients for order 2 / 3 / 4).
 """
 
 from math import comb
@@ -20,7 +20,7 @@ from eomdl._types import Params, VectorField
 
 
 def _polynomial(coefficients: list[Params], s: jax.Array) -> Params:
-    """$\\sum_k a_k s^k$, by Horner's rule."""
+    r"""$\sum_k a_k s^k$, by Horner's rule."""
     value = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):
         value = _tree.add(coefficient, _tree.scale(s, value))
@@ -28,7 +28,7 @@ def _polynomial(coefficients: list[Params], s: jax.Array) -> Params:
 
 
 def _taylor_coefficients(f: VectorField, curve: list[Params], degree: int) -> list[Params]:
-    """Coefficients of $s^0 \\dots s^{degree}$ of $f(\\sum_k a_k s^k)$."""
+    r"""Coefficients of $s^0 \dots s^{degree}$ of $f(\sum_k a_k s^k)$."""
 
     def g(s: jax.Array) -> Params:
         return f(_polynomial(curve, s))
@@ -47,10 +47,10 @@ def _derivative(g):
 
 
 def modified_field_series(f: VectorField, x: Params, order: int) -> tuple[Params, ...]:
-    """$(F_1, \\dots, F_{order+1})$ with $F = \\sum_j \\eta^{j-1} F_j$, as pytrees like `x`.
+    r"""$(F_1, \dots, F_{order+1})$ with $F = \sum_j \eta^{j-1} F_j$, as pytrees like `x`.
 
-    The modified equation of $x \\mapsto x + \\eta f(x)$ by the power-series logarithm of
-    the map. Same value as the rooted trees; used as the oracle in the tests.
+    The modified equation of $x \mapsto x + \eta f(x)$ by the power-series logarithm of
+    the map. It has the same value as by rooted trees, for which it is the oracle in the tests.
     """
     zeros = _tree.zeros_like(x)
     points = order + 1

@@ -1,4 +1,4 @@
-"""Rooted trees and the exact coefficients of the modified equation of gradient descent.
+r"""Rooted trees and the exact coefficients of the modified equation of gradient descent.
 
 A rooted tree is the sorted tuple of its branches: `()` is the single node, `((),)`
 the chain of two, `((), ())` the bush with two leaves.
@@ -6,10 +6,10 @@ the chain of two, `((), ())` the bush with two leaves.
 The modified equation of explicit Euler for $x' = f(x)$ with step $h$ is the B-series
 (Hairer, Lubich & Wanner 2006, ch. IX; Chartier, Hairer & Vilmart 2010)
 
-$$x' = \\sum_t h^{|t|-1} c(t) F(t)(x), \\qquad c(t) = \\omega(t) / \\sigma(t),$$
+$$x' = \sum_t h^{|t|-1} c(t) F(t)(x), \qquad c(t) = \omega(t) / \sigma(t),$$
 
-with $F(t)$ the elementary differential of the tree and $\\sigma(t)$ its symmetry. This
-file is pure Python on exact integers and fractions; JAX is not involved.
+with $F(t)$ the elementary differential of the tree and $\sigma(t)$ its symmetry. This
+file is pure Python on exact integers and fractions, without JAX.
 """
 
 from collections import Counter
@@ -55,15 +55,15 @@ def _forests(nodes: int, largest: int) -> tuple[Tree, ...]:
 
 @cache
 def symmetry(tree: Tree) -> int:
-    """Order $\\sigma(t)$ of the automorphism group of the tree."""
+    r"""Order $\sigma(t)$ of the automorphism group of the tree."""
     return prod(factorial(m) * symmetry(t) ** m for t, m in Counter(tree).items())
 
 
 @cache
 def iterate_weight(tree: Tree, n: int) -> int:
-    """Coefficient $P_t(n)$ of $F(t)/\\sigma(t)$ in the n-th iterate of the map $x + f(x)$.
+    r"""Coefficient $P_t(n)$ of $F(t)/\sigma(t)$ in the n-th iterate of the map $x + f(x)$.
 
-    $P_t(n) = \\sum_{j<n} \\prod_i P_{t_i}(j)$ over the branches $t_i$ of $t$: a polynomial
+    $P_t(n) = \sum_{j<n} \prod_i P_{t_i}(j)$ over the branches $t_i$ of $t$: a polynomial
     in n of degree $|t|$.
     """
     return sum(prod(iterate_weight(b, j) for b in tree) for j in range(n))
@@ -71,10 +71,10 @@ def iterate_weight(tree: Tree, n: int) -> int:
 
 @cache
 def omega(tree: Tree) -> Fraction:
-    """$\\omega(t) = P_t'(0)$: the logarithm of the step map, tree by tree.
+    r"""$\omega(t) = P_t'(0)$: the logarithm of the step map, tree by tree.
 
     The derivative of a polynomial at 0 from its forward differences there,
-    $P'(0) = \\sum_{m \\ge 1} \\frac{(-1)^{m-1}}{m} \\Delta^m P(0)$. The chain of n nodes has
+    $P'(0) = \sum_{m \ge 1} \frac{(-1)^{m-1}}{m} \Delta^m P(0)$. The chain of n nodes has
     $(-1)^{n-1}/n$; the bush with k leaves has the Bernoulli number $B_k$.
     """
     differences = [iterate_weight(tree, n) for n in range(size(tree) + 1)]

@@ -1,8 +1,8 @@
-"""The logarithm of a map from its own iterates: which weights.
+r"""The weights with which the increments of a map add up to its logarithm.
 
-With increments $d_i = x_{i+1} - x_i$ of the iterates of a map $\\Psi$ near the identity,
-$\\log \\Psi \\, (x) = \\sum_j \\frac{(-1)^{j+1}}{j} \\Delta^j x = \\sum_i b_i d_i$, where
-$\\sum_i b_i z^i$ stands for $\\log(z)/(z - 1)$ on the multipliers z of the map
+With increments $d_i = x_{i+1} - x_i$ of the iterates of a map $\Psi$ near the identity,
+$\log \Psi \, (x) = \sum_j \frac{(-1)^{j+1}}{j} \Delta^j x = \sum_i b_i d_i$, where
+$\sum_i b_i z^i$ stands for $\log(z)/(z - 1)$ on the multipliers z of the map
 (Gelfreich & Vieiro 2018).
 """
 
@@ -15,7 +15,7 @@ from eomdl import _check
 
 
 def taylor_weights(points: int) -> np.ndarray:
-    """$b_0, \\dots, b_{K-1}$ with $\\sum_i b_i z^i = \\sum_{m<K} \\frac{(-1)^m}{m+1} (z-1)^m$.
+    r"""$b_0, \dots, b_{K-1}$ with $\sum_i b_i z^i = \sum_{m<K} \frac{(-1)^m}{m+1} (z-1)^m$.
 
     Formal order K = `points`. **Raises:** `ValueError` if `points` is not an integer >= 1.
     """
@@ -29,21 +29,21 @@ def taylor_weights(points: int) -> np.ndarray:
 
 
 def difference_weights(order: int) -> np.ndarray:
-    """$\\Delta^{j} x = \\sum_i c_i d_i$ for j = `order` >= 1: signed binomials, j of them."""
+    r"""$\Delta^{j} x = \sum_i c_i d_i$ for j = `order` >= 1: j signed binomials."""
     n = order - 1
     return np.array([(-1.0) ** (n - i) * math.comb(n, i) for i in range(order)])
 
 
 def minimax_weights(points: int, bound: float, order: int | None = None) -> np.ndarray:
-    """Weights of least error for every multiplier in $[1 - B, 1]$ rather than near 1 alone.
+    r"""Weights of least error for every multiplier in $[1 - B, 1]$, not only near 1.
 
-    $\\min_b \\max_{z \\in [1-B, 1]} |\\sum_i b_i z^i - \\log(z)/(z-1)|$ among the weights of formal
-    order p. For gradient descent B bounds $\\eta \\lambda_{max}$ along the path.
+    $\min_b \max_{z \in [1-B, 1]} |\sum_i b_i z^i - \log(z)/(z-1)|$ among the weights of formal
+    order p. For gradient descent B bounds $\eta \lambda_{max}$ along the path.
 
     **Arguments:** `points` K; `bound` B, 0 < B < 1, such as 1.2 times
     `eomdl.flows.departure_from_identity(...)`; `order` p, 1 <= p <= K, by default K // 2.
 
-    **Returns:** $b_0, \\dots, b_{K-1}$, for `InterpolatingFlow(..., weights=...)`.
+    **Returns:** $b_0, \dots, b_{K-1}$, for `InterpolatingFlow(..., weights=...)`.
 
     **Raises:** `ValueError` for a wrong argument.
     """
@@ -56,7 +56,7 @@ def minimax_weights(points: int, bound: float, order: int | None = None) -> np.n
     bound = float(_check.positive_scalar("bound", bound))
     if bound >= 1:
         raise ValueError(f"bound: expected a number < 1, where the logarithm ends, got {bound}")
-    # In y = (1 - z)/B: y^p T_j(2y - 1) are the free directions; what Taylor leaves is to be fitted.
+    # In y = (1 - z)/B: y^p T_j(2y - 1) are the free directions, which fit what Taylor leaves.
     y = 0.5 - 0.5 * np.cos(np.linspace(0, np.pi, 40 * points))
     m = np.arange(order, 400)
     rest = np.sum((bound * y[:, None]) ** m / (m + 1), axis=1) if bound < 0.9 else _rest(bound * y, order)
@@ -83,6 +83,6 @@ def minimax_weights(points: int, bound: float, order: int | None = None) -> np.n
 
 
 def _rest(w: np.ndarray, order: int) -> np.ndarray:
-    """$-\\log(1-w)/w$ less its first terms."""
+    r"""$-\log(1-w)/w$ without its first terms."""
     w = np.where(w == 0, np.finfo(float).tiny, w)
     return -np.log1p(-w) / w - np.sum(w[:, None] ** np.arange(order) / (np.arange(order) + 1), axis=1)

@@ -42,14 +42,14 @@ class AbstractSymmetry(eqx.Module):
 
     @abc.abstractmethod
     def violation(self, params: Params, gradient: Params) -> jax.Array:
-        """$|\\langle \\partial_\\alpha, \\nabla f \\rangle| / (|\\partial_\\alpha| |\\nabla_A f|)$; 0 where the gradient vanishes."""
+        r"""$|\langle \partial_\alpha, \nabla f \rangle| / (|\partial_\alpha| |\nabla_A f|)$; 0 where the gradient vanishes."""
 
 
 class Translation(AbstractSymmetry):
-    """$f(\\theta + c\\, 1_A) = f(\\theta)$: the same number added to a block along one axis.
+    r"""$f(\theta + c\, 1_A) = f(\theta)$: the same number added to a block along one axis.
 
     True of the weights into a softmax along the axis of the classes. Charge: the component
-    $\\langle 1, \\theta_A \\rangle / \\sqrt m$ along that axis of length m, in the shape of the others; with `axis=None`, for
+    $\langle 1, \theta_A \rangle / \sqrt m$ along that axis of length m, in the shape of the others; with `axis=None`, for
     a block that the loss does not see at all, every entry by itself.
 
     **Arguments:** `block`, an array of the parameters: its name, such as "head.w", or a function of the
@@ -96,10 +96,10 @@ class Translation(AbstractSymmetry):
 
 
 class Scaling(AbstractSymmetry):
-    """$f(a\\, \\theta_A, \\theta_B / a) = f(\\theta)$: scale symmetry of a block A, or rescale symmetry of A against B.
+    r"""$f(a\, \theta_A, \theta_B / a) = f(\theta)$: scale symmetry of a block A, or rescale symmetry of A against B.
 
     Scale symmetry (`outgoing` empty): weights before a normalization. Rescale symmetry: the weights and the bias into
-    a homogeneous unit (ReLU, linear) against those out of it. Charge: $|\\theta_A|^2 - |\\theta_B|^2$.
+    a homogeneous unit (ReLU, linear) against those out of it. Charge: $|\theta_A|^2 - |\theta_B|^2$.
 
     **Arguments:** `incoming` (A) and `outgoing` (B): lists of members, each a block by name or function or, for a
     charge of every unit by itself, `(block, axis)` with the axis that counts the units:
@@ -138,7 +138,7 @@ class Scaling(AbstractSymmetry):
         return self.pair(params, params)
 
     def pair(self, a: Params, b: Params) -> jax.Array:
-        """The indefinite product $\\langle a, b \\rangle_A - \\langle a, b \\rangle_B$ of every unit; the charge is that of $\\theta, \\theta$."""
+        r"""The indefinite product $\langle a, b \rangle_A - \langle a, b \rangle_B$ of every unit; the charge is that of $\theta, \theta$."""
         incoming, outgoing = self._products(a, b)
         return sum(incoming) - sum(outgoing) if outgoing else sum(incoming)
 

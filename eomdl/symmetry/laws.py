@@ -1,6 +1,6 @@
-"""What symmetry of the loss says about weight norms, in closed form.
+r"""What symmetry of the loss says about weight norms, in closed form.
 
-$L = f + \\frac{\\lambda}{2}|\\theta|^2$, learning rate $\\eta$. Laws from Kunin et al. 2021
+$L = f + \frac{\lambda}{2}|\theta|^2$, learning rate $\eta$. Laws from Kunin et al. 2021
 (arXiv 2012.04728) and Miyagawa 2022 (arXiv 2210.15898); with GD's exact ones beside them.
 """
 
@@ -12,12 +12,12 @@ from eomdl import _check
 
 
 def translation_decay_rate(learning_rate: ArrayLike, weight_decay: ArrayLike, order: int | None) -> jax.Array:
-    """Decay rate of the component along a direction that the loss does not see.
+    r"""Decay rate of the component along a direction that the loss does not see.
 
-    The Hessian of L is $\\lambda$ along it, so the equation of motion with n counter terms
-    predicts $\\sum_{j=1}^{n+1} \\eta^{j-1} \\lambda^j / j$: gradient flow (n = 0) says
-    $\\lambda$, one counter term $\\lambda + \\eta\\lambda^2/2$. Gradient descent itself, and
-    the limit of the series, is $-\\log(1 - \\eta\\lambda)/\\eta$: `order=None`.
+    The Hessian of L is $\lambda$ along it, so the equation of motion with n counter terms
+    predicts $\sum_{j=1}^{n+1} \eta^{j-1} \lambda^j / j$: gradient flow (n = 0) says
+    $\lambda$, one counter term $\lambda + \eta\lambda^2/2$. Gradient descent itself, and
+    the limit of the series, is $-\log(1 - \eta\lambda)/\eta$: `order=None`.
 
     **Returns:** rate per unit of time. **Raises:** `ValueError` for a wrong argument.
     """
@@ -32,10 +32,10 @@ def translation_decay_rate(learning_rate: ArrayLike, weight_decay: ArrayLike, or
 def scale_norm_after_step(
     norm: ArrayLike, gradient_norm: ArrayLike, learning_rate: ArrayLike, weight_decay: ArrayLike
 ) -> ArrayLike:
-    """Norm of a scale-invariant block after one step of gradient descent, exactly.
+    r"""Norm of a scale-invariant block after one step of gradient descent, exactly.
 
-    $|\\theta|^2_{k+1} = (1 - \\eta\\lambda)^2 |\\theta|^2_k + \\eta^2 |\\nabla f|^2$, since
-    $\\langle \\theta_A, \\nabla_A f \\rangle = 0$. `gradient_norm` is that of f, without decay.
+    $|\theta|^2_{k+1} = (1 - \eta\lambda)^2 |\theta|^2_k + \eta^2 |\nabla f|^2$, since
+    $\langle \theta_A, \nabla_A f \rangle = 0$. `gradient_norm` is that of f, without decay.
     """
     return jnp.hypot((1 - learning_rate * weight_decay) * norm, learning_rate * gradient_norm)
 
@@ -43,10 +43,10 @@ def scale_norm_after_step(
 def scale_norm_rate(
     norm: ArrayLike, gradient_norm: ArrayLike, learning_rate: ArrayLike, weight_decay: ArrayLike, order: int
 ) -> ArrayLike:
-    """$\\frac{d}{dt} \\log |\\theta_A|^2$ of a scale-invariant block, in closed form.
+    r"""$\frac{d}{dt} \log |\theta_A|^2$ of a scale-invariant block, in closed form.
 
-    Gradient flow (order 0): $-2\\lambda$. One counter term (order 1):
-    $-(2\\lambda + \\eta\\lambda^2) + \\eta |\\nabla_A f|^2 / |\\theta_A|^2$, whatever other
+    Gradient flow (order 0): $-2\lambda$. One counter term (order 1):
+    $-(2\lambda + \eta\lambda^2) + \eta |\nabla_A f|^2 / |\theta_A|^2$, whatever other
     parameters f has. For higher orders use `eomdl.observe.lie_derivative`.
 
     **Raises:** `ValueError` for an order other than 0 and 1.
@@ -66,11 +66,11 @@ def equilibrium_norm(
     weight_decay: ArrayLike,
     momentum: ArrayLike = 0.0,
 ) -> jax.Array:
-    """Norm at which decay and the growth from discreteness balance in a scale-invariant block.
+    r"""Norm at which decay and the growth from discreteness balance in a scale-invariant block.
 
-    $$r^4 = \\frac{\\eta c^2}{\\lambda (1 - \\beta) (2 - \\eta\\lambda / (1 + \\beta))}, \\qquad c = |\\theta_A| |\\nabla f|,$$
+    $$r^4 = \frac{\eta c^2}{\lambda (1 - \beta) (2 - \eta\lambda / (1 + \beta))}, \qquad c = |\theta_A| |\nabla f|,$$
 
-    where scaling the block leaves c as it is. With momentum $\\beta$ it takes the gradient to be uncorrelated with
+    where scaling the block leaves c as it is. With momentum $\beta$ it takes the gradient to be uncorrelated with
     the last update (Wan et al. 2021, arXiv 2006.08419); without, it is exact. Gradient flow has no such
     balance: its norm decays to 0. At it the angle per step is `equilibrium_angle`.
     """
@@ -82,9 +82,9 @@ def equilibrium_norm(
 def equilibrium_angle(
     learning_rate: ArrayLike, weight_decay: ArrayLike, momentum: ArrayLike = 0.0
 ) -> jax.Array:
-    """Angle per step at the equilibrium norm: $\\cos\\alpha = 1 - \\eta\\lambda / (1 + \\beta)$.
+    r"""Angle per step at the equilibrium norm: $\cos\alpha = 1 - \eta\lambda / (1 + \beta)$.
 
-    About $\\sqrt{2\\eta\\lambda / (1 + \\beta)}$ (Wan et al. 2021, arXiv 2006.08419). It needs no assumption on the gradient: at
+    About $\sqrt{2\eta\lambda / (1 + \beta)}$ (Wan et al. 2021, arXiv 2006.08419). It needs no assumption on the gradient: at
     a constant norm the exact law of `eomdl.symmetry.conservation` balances just so.
     """
     return jnp.arccos(1 - jnp.asarray(learning_rate) * weight_decay / (1 + jnp.asarray(momentum)))
@@ -93,9 +93,9 @@ def equilibrium_angle(
 def effective_learning_rate(
     norm: ArrayLike, learning_rate: ArrayLike, momentum: ArrayLike = 0.0
 ) -> jax.Array:
-    """$\\eta_e = \\eta / ((1 - \\beta) |\\theta_A|^2)$: the learning rate that the direction of a scale-invariant block has.
+    r"""$\eta_e = \eta / ((1 - \beta) |\theta_A|^2)$: the learning rate that the direction of a scale-invariant block has.
 
-    $f(\\theta_A) = f(\\theta_A / |\\theta_A|)$, whose gradient is $1/|\\theta_A|$ of that on the unit sphere, where a step of the
-    direction is another $1/|\\theta_A|$ (Hoffer et al. 2018, arXiv 1803.01814).
+    $f(\theta_A) = f(\theta_A / |\theta_A|)$, whose gradient is $1/|\theta_A|$ of that on the unit sphere, where a step of the
+    direction is another $1/|\theta_A|$ (Hoffer et al. 2018, arXiv 1803.01814).
     """
     return jnp.asarray(learning_rate) / ((1 - jnp.asarray(momentum)) * jnp.asarray(norm) ** 2)

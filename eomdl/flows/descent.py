@@ -1,0 +1,23 @@
+"""What the flows of gradient descent and of Adam have in common: a loss, and the learning rate as the time of a step."""
+
+import equinox as eqx
+import jax
+
+from eomdl import _check
+from eomdl._types import Args, Loss, Params
+from eomdl.flows.base import AbstractFlow
+
+
+class AbstractDescentFlow(AbstractFlow):
+    """A flow of a loss whose state is the parameters, and in which a step takes the learning rate as its time."""
+
+    loss: eqx.AbstractVar[Loss]
+    learning_rate: eqx.AbstractVar[jax.Array]
+
+    # Equinox lets a property fill an AbstractVar; mypy does not know.
+    @property  # type: ignore[misc]
+    def step_size(self) -> jax.Array:
+        return self.learning_rate
+
+    def validate(self, params: Params, args: Args) -> None:
+        _check.loss_is_scalar(self.loss, params, args)

@@ -1,0 +1,157 @@
+"""All flows in one list. A new flow is tested by being listed in `FLOWS`: `test_flow_laws.py` does the rest."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from helpers import pulled_loss
+
+import eomdl
+from eomdl.flows import AdamFlow, MomentumFlow, ReshufflingFlow, minimax_weights, rmsprop_flow
+
+
+PULL = jnp.array(0.4)
+PULLS = jnp.array([0.9, -0.5, 0.2])  # the minibatches of an epoch
+
+
+class Steps(eomdl.StepMap):
+    """The steps of an optimizer with its learning rate as a leaf: all rates share one program."""
+
+    loss: Callable = eqx.field(static=True)
+    optimizer: Callable[[Any], optax.GradientTransformation] = eqx.field(static=True)
+    rate: jax.Array
+
+    @property
+    def here(self) -> eomdl.StepMap:
+        return eomdl.optimizer_step(self.loss, self.optimizer(self.rate))
+
+    def init(self, params):
+        return self.here.init(params)
+
+    def params(self, state):
+        return state[0]
+
+    def __call__(self, state, args, k):
+        return self.here(state, args, k)
+
+    def increment(self, state, args, k):
+        return self.here.increment(state, args, k)
+
+
+class MeanEpoch(eomdl.StepMap):
+    """The mean of the parameters after an epoch over all orders of its minibatches."""
+
+    loss: Callable = eqx.field(static=True)
+    rate: jax.Array
+
+    def __call__(self, state, args, k):
+        del k
+
+        def epoch(order):
+            params = state
+            for batch in order:
+                gradient = jax.grad(self.loss)(params, batch)
+                params = jax.tree.map(lambda x, g: x - self.rate * g, params, gradient)
+            return params
+
+        orders = jnp.stack([args[jnp.array(order)] for order in itertools.permutations(range(len(args)))])
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.vmap(epoch)(orders))
+
+
+class Flow(NamedTuple):
+    """A flow, what it models, and how well.
+
+    - `make`: (loss, learning rate) -> flow; `real`: (loss, learning rate) -> the step map that it models.
+    - `order` p: the error at a fixed time is O(h^p), in one step O(h^(p + 1)).
+    - `rates`: small enough for the order to show, large enough for the error to stand clear of rounding.
+    - `transient`: time of the real run until the optimizer's memory has filled, where the flow begins to hold.
+    - `args`: the data.
+    """
+
+    name: str
+    make: Callable[[Any, Any], eomdl.AbstractFlow]
+    real: Callable[[Any, Any], eomdl.StepMap]
+    order: int
+    rates: tuple[float, ...] = (0.04, 0.02, 0.01)
+    transient: float = 0.0
+    args: Any = PULL
+
+    @property
+    def terms(self) -> int:
+        """Counter terms, of the flows that have them."""
+        return self.order - 1
+
+
+def steps(optimizer: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any, Any], eomdl.StepMap]:
+    return lambda loss, rate: Steps(loss, optimizer, jnp.asarray(rate))
+
+
+sgd = steps(optax.sgd)
+heavy_ball = steps(lambda rate: optax.sgd(rate, momentum=0.5))
+nesterov = steps(lambda rate: optax.sgd(rate, momentum=0.5, nesterov=True))
+adam = steps(lambda rate: optax.adam(rate, 0.4, 0.5, 0.1, 0.05))
+adam_outside = steps(lambda rate: optax.adam(rate, 0.4, 0.5, 0.1))
+rmsprop = steps(lambda rate: optax.rmsprop(rate, 0.5, 0.05))
+
+
+def interpolating(real: Callable, points: int, stride: int = 1, weights: Any = None) -> Callable:
+    """(loss, learning rate) -> the flow of a map, on a clock that counts the learning rate."""
+    return lambda loss, rate: eomdl.InterpolatingFlow(real(loss, rate), rate, points, stride, weights)
+
+
+def equation_of_motion(terms: int) -> Flow:
+    return Flow(f"EoM {terms}", lambda loss, rate: eomdl.EquationOfMotion(loss, rate, terms), sgd, terms + 1)
+
+
+EQUATIONS = [Flow("gradient flow", eomdl.GradientFlow, sgd, 1), *map(equation_of_motion, range(7))]
+
+
+def up_to(terms: int) -> list[Flow]:
+    """Gradient flow, and the equation of motion with 1 ... `terms` counter terms."""
+    return [flow for flow in EQUATIONS if flow.terms <= terms and flow.name != "EoM 0"]
+
+
+SLOW = (0.004, 0.002, 0.001)  # 60 steps and more in a transient of 0.24: 0.5^60 is no memory
+
+FLOWS = [
+    *(flow for flow in EQUATIONS if flow.terms <= 4),  # 5 and 6 are proved on the field
+    Flow("gradient descent, 3 points", interpolating(sgd, 3), sgd, 3),
+    Flow("gradient descent, stride 2", interpolating(sgd, 3, 2), sgd, 3),
+    Flow("gradient descent, minimax", interpolating(sgd, 4, 1, minimax_weights(4, 0.9)), sgd, 2, SLOW),
+    Flow("heavy ball, 2 points", interpolating(heavy_ball, 2), heavy_ball, 2, SLOW, 0.24),
+    Flow("heavy ball, stride 2", interpolating(heavy_ball, 2, 2), heavy_ball, 2, SLOW, 0.24),
+    Flow("Adam, 2 points", interpolating(adam, 2), adam, 2, SLOW, 0.24),
+    Flow("Adam, stride 2", interpolating(adam, 2, 2), adam, 2, SLOW, 0.24),
+    Flow("MomentumFlow", lambda loss, rate: MomentumFlow(loss, rate, 0.5), heavy_ball, 2, SLOW, 0.24),
+    Flow(
+        "MomentumFlow, Nesterov",
+        lambda loss, rate: MomentumFlow(loss, rate, 0.5, nesterov=True),
+        nesterov,
+        2,
+        SLOW,
+        0.24,
+    ),
+    Flow("AdamFlow", lambda loss, rate: AdamFlow(loss, rate, 0.4, 0.5, 0.1, 0.05), adam, 2, SLOW, 0.24),
+    Flow(
+        "AdamFlow, eps outside the root",
+        lambda loss, rate: AdamFlow(loss, rate, 0.4, 0.5, 0.1),
+        adam_outside,
+        2,
+        SLOW,
+        0.24,
+    ),
+    Flow(
+        "AdamFlow, order 0",
+        lambda loss, rate: AdamFlow(loss, rate, 0.4, 0.5, 0.1, 0.05, order=0),
+        adam,
+        1,
+        SLOW,
+        0.24,
+    ),
+    Flow("rmsprop_flow", lambda loss, rate: rmsprop_flow(loss, rate, 0.5, 0.05), rmsprop, 2, SLOW, 0.24),
+    Flow("ReshufflingFlow", ReshufflingFlow, MeanEpoch, 2, (0.01, 0.005, 0.0025), args=PULLS),
+]
