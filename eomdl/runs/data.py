@@ -64,6 +64,7 @@ class AbstractData(abc.ABC):
 
     args: Args
     example: Args  # what the loss sees first
+    _error: BaseException | None = None
 
     @abc.abstractmethod
     def window(self, start: int, count: int, length: int) -> tuple[Window, int]:
@@ -72,6 +73,8 @@ class AbstractData(abc.ABC):
 
     def raise_pending(self) -> None:
         """Raise what a source of batches has raised, now that the batches before it are used."""
+        if self._error is not None:
+            raise self._error
 
     @property
     @abc.abstractmethod
@@ -134,7 +137,6 @@ class Streamed(AbstractData):
             raise ValueError("batches: expected at least one batch, got an empty iterable")
         self.example = self._last = head[0]
         self._iterator = itertools.chain(head, self._iterator)
-        self._error: BaseException | None = None
 
     def window(self, start: int, count: int, length: int) -> tuple[Window, int]:
         taken = []
@@ -156,10 +158,6 @@ class Streamed(AbstractData):
                 f"{start + len(taken) - 1} that differ ({error})"
             ) from error
         return Window(self.args, stacked, np.asarray(start)), len(taken)
-
-    def raise_pending(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 def open_data(args: Args, batches: Any, num_steps: int, start: int, stride: int) -> AbstractData:

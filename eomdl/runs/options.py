@@ -87,7 +87,7 @@ class Setup:
     def run(self, dynamics: AbstractDynamics, state: State, state_columns: Iterable[str] = ()) -> Trajectory:
         """Carry the state on to `num_steps`; `state_columns` are what the dynamics records itself."""
         begin = End(self.start, state, None) if self.begin is None else self.begin
-        begin = dataclasses.replace(begin, step=self.start, state=state, params=self.params)
+        begin = dataclasses.replace(begin, step=self.start, state=state, params=self.starting_params)
         self._check_joinable({*self.record.observe, *state_columns})
         traced = _tree.is_traced(dynamics, state, self.data.args, self.data.example)
         saved = self.record.steps
