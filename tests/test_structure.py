@@ -1,0 +1,133 @@
+"""The structure of a state: it survives the disk, and tells one optimizer's state from another's."""
+
+import json
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import VALLEY, assert_identical, valley_loss
+
+import eomdl
+from eomdl import _structure
+from eomdl.runs.identity import identity
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+class Layer(eqx.Module):
+    weight: object
+    name: str = eqx.field(static=True, default="layer")
+
+
+PLAIN = {
+    "dict": {"b": 1.0, "a": {"c": 2.0}},
+    "list and tuple": [1.0, (2.0, [3.0])],
+    "None": {"a": None, "b": (None, 1.0)},
+    "integer keys": {3: 1.0, 1: 2.0},
+    "named tuple": Pair(1.0, {"x": Pair(2.0, None)}),
+    "empty": {"a": (), "b": [], "c": {}, "d": 1.0},
+    "leaf": 1.0,
+    "optax": optax.adam(0.1).init({"w": jnp.ones(2)}),
+}
+
+
+def through_json(tree):
+    description = json.loads(json.dumps(_structure.describe(tree)))
+    return _structure.rebuild(description, iter(jax.tree.leaves(tree)))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_structures_come_back_as_they_were(name):
+    assert_identical(through_json(PLAIN[name]), PLAIN[name])
+
+
+def test_a_module_comes_back_as_a_node_that_is_described_as_the_module():
+    tree = {"a": Layer(1.0), "b": 2.0}
+    node = through_json(tree)
+    assert node["a"]["weight"] == 1.0
+    assert _structure.describe(node) == _structure.describe(tree)
+    back = _structure.restore("state", jax.tree.map(np.asarray, node), tree)
+    assert isinstance(back["a"], Layer) and back["a"].name == "layer" and back["b"] == 2.0
+
+
+def test_a_class_of_the_same_fields_is_another_structure():
+    class Other(NamedTuple):
+        first: object
+        second: object
+
+    with pytest.raises(ValueError, match=r"^state: expected the structure of this run's, got a .*Other in place"):
+        _structure.restore("state", Other(1.0, 2.0), Pair(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"^state\.first: expected shape \(2,\), got \(3,\)"):
+        _structure.restore("state", Pair(np.ones(3), 1.0), Pair(np.ones(2), 1.0))
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(0.1),
+    "rmsprop": optax.rmsprop(0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {name: eomdl.descend(valley_loss, VALLEY, o, 3) for name, o in OPTIMIZERS.items()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_comes_back_from_the_disk_and_goes_on_bit_for_bit(tmp_path, runs, name):
+    runs[name].save(tmp_path / "run.npz")
+    loaded = eomdl.Trajectory.load(tmp_path / "run.npz")
+    assert_identical(loaded.end, runs[name].end)
+    ends = [eomdl.descend(valley_loss, VALLEY, OPTIMIZERS[name], 6, resume=r) for r in (runs[name], loaded)]
+    assert_identical(ends[0].end.state, ends[1].end.state)
+
+
+@pytest.mark.parametrize("old", OPTIMIZERS)
+@pytest.mark.parametrize("new", OPTIMIZERS)
+def test_no_run_goes_on_with_the_state_of_another_optimizer(runs, old, new):
+    step = eomdl.optimizer_step(valley_loss, OPTIMIZERS[new])
+    goes_on = {
+        "descend": lambda: eomdl.descend(valley_loss, VALLEY, OPTIMIZERS[new], 4, resume=runs[old]),
+        "solve": lambda: eomdl.solve(eomdl.InterpolatingFlow(step, 0.1, 1), VALLEY, 4, resume=runs[old]),
+        "choose_points": lambda: eomdl.flows.choose_points(step, VALLEY, 4, start=runs[old].end),
+    }
+    for what, run in goes_on.items():
+        if old == new:
+            run()
+            continue
+        with pytest.raises(ValueError, match=r"end\.state: expected the structure .*got .* in place of"):
+            run()
+            raise AssertionError(f"{what} took the state of {old} for that of {new}")
+
+
+def test_flows_are_told_apart_by_numbers_code_and_what_functions_close_over():
+    def scaled(c):
+        return lambda params, args: c * valley_loss(params, args)
+
+    def flow(loss=valley_loss, rate=0.1, order=1):
+        return identity(eomdl.EquationOfMotion(loss, rate, order))
+
+    assert flow() == flow()
+    assert flow(scaled(2.0)) == flow(scaled(2.0))
+    others = [
+        flow(rate=0.2),
+        flow(order=2),
+        flow(scaled(2.0)),
+        flow(scaled(3.0)),
+        flow(lambda p, a: p["x"] ** 2),
+        flow(lambda p, a: p["x"] ** 4),
+        flow(eomdl.WeightDecay(valley_loss, 0.1)),
+        flow(eomdl.WeightDecay(valley_loss, 0.2)),
+        identity(eomdl.GradientFlow(valley_loss, 0.1)),
+    ]
+    assert len({flow(), *others}) == 1 + len(others)
+    steps = [eomdl.optimizer_step(valley_loss, optax.sgd(0.1, momentum=m)) for m in (0.8, 0.9)]
+    assert len({identity(eomdl.InterpolatingFlow(step, 0.1, 2)) for step in steps}) == 2
