@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from optax.tree import add, norm, size, sub, vdot, zeros_like
 
@@ -41,9 +42,17 @@ def is_traced(*trees: Any) -> bool:
 
 
 def random_normal(key: jax.Array, like: Any) -> Any:
-    """Independent standard normal numbers in the shapes of `like`."""
+    """Independent standard normal numbers in the shapes of `like`, from one key for each leaf.
+
+    Leaves of one shape are drawn in one loop: the generator is long to compile.
+    """
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
-        [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
+    alike: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        alike.setdefault((leaf.shape, leaf.dtype), []).append(i)
+    drawn: dict[int, jax.Array] = {}
+    for (shape, kind), places in alike.items():
+        some = jax.lax.map(lambda k, s=shape, d=kind: jax.random.normal(k, s, d), keys[np.array(places)])
+        drawn |= {i: some[j] for j, i in enumerate(places)}
+    return structure.unflatten([drawn[i] for i in range(len(leaves))])

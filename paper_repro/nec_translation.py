@@ -30,7 +30,7 @@ def symmetric_component(params, args) -> jax.Array:
     del args
     block = last_layer(params)
     whole = jnp.concatenate([block["w"], block["b"][None]])
-    return eomdl.observables.norms.shift_component(lambda b: b, axis=-1)(whole, None)
+    return eomdl.observe.shift_component(lambda b: b, axis=-1)(whole, None)
 
 
 OBSERVE = {"component": symmetric_component, "norm": eomdl.observe.block_norm(last_layer)}

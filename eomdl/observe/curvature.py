@@ -3,7 +3,8 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from matfree import decomp, eig
+from jax.flatten_util import ravel_pytree
+from matfree import decomp
 
 from eomdl import _check, _tree
 from eomdl._autodiff import hessian_vector_product
@@ -17,16 +18,17 @@ class _Sharpness(eqx.Module):
     num_matvecs: int = eqx.field(static=True)
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
-        depth = min(self.num_matvecs, _tree.size(params))
-        eigh = eig.eigh_partial(decomp.tridiag_sym(depth, custom_vjp=False))
-        start = _tree.random_normal(jax.random.key(0), params)
+        # One flat vector: with a vector of many leaves Lanczos compiles several times as long.
+        flat_params, unravel = ravel_pytree(params)
+        start, _ = ravel_pytree(_tree.random_normal(jax.random.key(0), params))
+        lanczos = decomp.tridiag_sym(min(self.num_matvecs, start.size), custom_vjp=False, materialize=True)
 
-        def matvec(v: Params) -> Params:
-            return hessian_vector_product(self.loss, params, args, v)
+        def matvec(v: jax.Array) -> jax.Array:
+            return hessian_vector_product(lambda x, args: self.loss(unravel(x), args), flat_params, args, v)
 
-        eigenvalues, _ = eigh(matvec, start)
+        eigenvalues = jnp.linalg.eigvalsh(lanczos(matvec, start).J_small)
         # Lanczos divides by |H v|: where that is 0 (a loss linear in params) so is H.
-        flat = _tree.norm(matvec(start)) == 0
+        flat = jnp.linalg.norm(matvec(start)) == 0
         return jnp.where(flat, 0.0, jnp.max(eigenvalues))
 
 
