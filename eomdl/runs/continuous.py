@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Unpack
 
 import diffrax
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -112,6 +113,7 @@ def solve(
             diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
             max_steps,
             _check.positive_scalar("dt0", dt0),
+            flat=not traced and all(len(x.devices()) == 1 for x in jax.tree.leaves(state)),
         ),
         controller=stepsize_controller,
         rtol=None if rtol is None else _check.positive_scalar("rtol", rtol),

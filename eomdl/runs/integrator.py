@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from eomdl import _tree
 from eomdl._end import RESULTS, result_where
@@ -20,33 +21,46 @@ from eomdl.runs.dynamics import Span, scan_rows
 
 
 class Integrator(eqx.Module):
-    """How diffrax is to integrate; `dt0` in steps."""
+    """How diffrax is to integrate.
+
+    - `dt0`: the first ODE step tried, in steps.
+    - `flat`: as one vector, which compiles twice as fast where a state has hundreds of leaves, but gathers
+        what is sharded.
+    """
 
     solver: diffrax.AbstractSolver
     adjoint: diffrax.AbstractAdjoint
     max_steps: int = eqx.field(static=True)
     dt0: jax.Array
+    flat: bool = eqx.field(static=True, default=False)
 
 
 class _Problem(eqx.Module):
-    """The ODE of a flow, on the clock of steps from `base` on, in units in which the solver weighs its state."""
+    """The ODE of a flow as the solver sees it.
+
+    On the clock of steps from `base` on, in units in which the solver weighs its state; `unravel` takes the
+    state out of one vector.
+    """
 
     flow: AbstractFlow
     integrator: Integrator
     controller: diffrax.AbstractStepSizeController
     units: State
     base: jax.Array
+    unravel: Callable[[jax.Array], State] = eqx.field(static=True)
 
     def field(self, s: Any, y: State, args: Args) -> State:
         h = self.flow.step_size
-        velocity = self.flow((self.base + s) * h, self.out_of_units(y), args)
-        return _tree.scale(h, self.in_units(velocity))
+        velocity = self.flow((self.base + s) * h, self.from_solver(y), args)
+        return _tree.scale(h, self.to_solver(velocity))
 
-    def in_units(self, x: State) -> State:
-        return x if self.units is None else jax.tree.map(jnp.multiply, self.units, x)
+    def to_solver(self, x: State) -> State:
+        y = x if self.units is None else jax.tree.map(jnp.multiply, self.units, x)
+        return ravel_pytree(y)[0] if self.integrator.flat else y
 
-    def out_of_units(self, y: State) -> State:
-        return y if self.units is None else jax.tree.map(jnp.divide, y, self.units)
+    def from_solver(self, y: State) -> State:
+        x = self.unravel(y) if self.integrator.flat else y
+        return x if self.units is None else jax.tree.map(jnp.divide, x, self.units)
 
     def solve(self, x: State, s0: Any, s1: Any, args: Args, saveat: diffrax.SaveAt) -> diffrax.Solution:
         """From step base + s0 to base + s1."""
@@ -58,7 +72,7 @@ class _Problem(eqx.Module):
                 jnp.asarray(s0, time),
                 jnp.asarray(s1, time),
                 self.integrator.dt0.astype(time),
-                self.in_units(x),
+                self.to_solver(x),
                 args,
                 saveat=saveat,
                 stepsize_controller=self.controller,
@@ -102,7 +116,8 @@ def integrate(
     A flow of stride m is carried from one multiple of m to the next: `state` is that at
     the last multiple of m up to the start.
     """
-    problem = _Problem(flow, integrator, controller, units, span.start - span.start % flow.stride)
+    base = span.start - span.start % flow.stride
+    problem = _Problem(flow, integrator, controller, units, base, ravel_pytree(state)[1])
     if window.batches is None and not flow.refreshes:
         return _at_once(problem, observe_state, state, span, window)
     return _stride_by_stride(problem, observe_state, state, span, window)
@@ -118,7 +133,7 @@ def _at_once(
     plain = m == 1 and not observe_state
 
     def save(s: Any, y: State, args: Args) -> Any:
-        return flow.params(problem.out_of_units(y)) if plain else y
+        return flow.params(problem.from_solver(y)) if plain else y
 
     steps = span.steps
     ts = (steps - steps % m - problem.base).astype(time)
@@ -129,10 +144,10 @@ def _at_once(
     records: Any = (rows, {})
     if not plain:
         records = jax.lax.map(
-            lambda row: record(flow, observe_state, row[0], problem.out_of_units(row[1]), window),
+            lambda row: record(flow, observe_state, row[0], problem.from_solver(row[1]), window),
             (steps, rows),
         )
-    final = problem.out_of_units(jax.tree.map(lambda x: x[0], last))
+    final = problem.from_solver(jax.tree.map(lambda x: x[0], last))
     return final, records, _result(solution), _counts(solution)
 
 
@@ -153,7 +168,7 @@ def _stride_by_stride(
         solution = problem.solve(x, s0, s0 + m, data, diffrax.SaveAt(t1=True))
         # Once failed, non-finite from there on: the rows after it must not pass for a path.
         failed = solution.result != diffrax.RESULTS.successful
-        new = problem.out_of_units(jax.tree.map(lambda leaf: leaf[0], solution.ys))
+        new = problem.from_solver(jax.tree.map(lambda leaf: leaf[0], solution.ys))
         x = jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), new)
         result = result_where(result == RESULTS.successful, _result(solution), result)
         return x, result, jax.tree.map(jnp.add, counts, _counts(solution))
