@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from helpers import pulled_loss
 
 import eomdl
 from eomdl.flows import AdamFlow, MomentumFlow, ReshufflingFlow, minimax_weights, rmsprop_flow

@@ -15,10 +15,10 @@ from helpers import (
     flat,
     net_loss,
     quadratic_loss,
-    up_to,
     valley_loss,
 )
 from matplotlib.figure import Figure
+from registry import up_to
 
 import eomdl
 

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
-    FLOWS,
     LABEL_ARGS,
     NET,
     NET_ARGS,
@@ -30,6 +29,7 @@ from helpers import (
     valley_loss,
 )
 from jax.flatten_util import ravel_pytree
+from registry import EQUATIONS
 
 import eomdl
 from eomdl.series import modified_field_series
@@ -85,7 +85,7 @@ def test_closed_form(problem, order):
         assert_close(a, b, rtol=1e-12)
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.name)
+@pytest.mark.parametrize("flow", EQUATIONS, ids=lambda f: f.name)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_field_is_the_gradient_and_the_counter_terms(problem, flow):
     # theta' = -g - eta sum_a eta^a xi_a
@@ -105,7 +105,7 @@ def test_quadratic_sums_to_the_logarithm():
     x, unravel = ravel_pytree(QUADRATIC.params)
     exact = q @ (np.log1p(-eta * eigenvalues) / (eta * eigenvalues) * (q.T @ (hessian @ x - b)))
     errors = []
-    for flow in FLOWS[1:]:
+    for flow in EQUATIONS[1:]:
         field = flow.make(quadratic_loss, eta)(0.0, QUADRATIC.params, QUADRATIC.args)
         errors.append(np.linalg.norm(flat(field) - flat(unravel(exact))))
     ratios = np.array(errors[1:]) / np.array(errors[:-1])

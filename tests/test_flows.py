@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
-    FLOWS,
     NET,
     NET_ARGS,
     PROBLEMS,
@@ -20,11 +19,12 @@ from helpers import (
     quadratic_loss,
     valley_loss,
 )
+from registry import EQUATIONS
 
 import eomdl
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.name)
+@pytest.mark.parametrize("flow", EQUATIONS, ids=lambda f: f.name)
 def test_learning_rate_is_the_only_array_leaf(flow):
     made = flow.make(valley_loss, 0.25)
     assert [float(leaf) for leaf in jax.tree.leaves(eqx.filter(made, eqx.is_array))] == [0.25]
@@ -32,7 +32,7 @@ def test_learning_rate_is_the_only_array_leaf(flow):
     assert jax.tree.structure(made) == jax.tree.structure(flow.make(valley_loss, 3))  # an int is welcome
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.name)
+@pytest.mark.parametrize("flow", EQUATIONS, ids=lambda f: f.name)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_step_is_gradient_descent(problem, flow):
     made = flow.make(problem.loss, 0.3)
@@ -75,7 +75,7 @@ def test_default_order_is_one():
 
 def test_diagnostics_measure_eta_lambda_max():
     eta, largest = 0.3, np.linalg.eigvalsh(QUADRATIC.args[0])[-1]
-    for flow in FLOWS:
+    for flow in EQUATIONS:
         diagnostics = flow.make(quadratic_loss, eta).diagnostics(0.0, QUADRATIC.params, QUADRATIC.args)
         if flow.terms == 0:
             assert diagnostics == {}

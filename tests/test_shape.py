@@ -182,7 +182,7 @@ def test_flows_without_a_path_of_parameters_are_refused():
         with pytest.raises(ValueError, match=r"^flow: expected an eomdl\.AbstractFlow"):
             observable(net_loss)
     with_state = eomdl.InterpolatingFlow(eomdl.optimizer_step(net_loss, optax.sgd(0.1)), 0.1, points=2)
-    with pytest.raises(ValueError, match=r"^flow: expected one whose state is the parameters alone"):
+    with pytest.raises(ValueError, match=r"^flow: expected one whose state is only the parameters"):
         flow_curvature(with_state)(NET, NET_ARGS)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
-    FLOWS,
     NET,
     NET_ARGS,
     NET_BATCHES,
@@ -21,10 +20,10 @@ from helpers import (
     flat,
     net_loss,
     quadratic_loss,
-    up_to,
     valley_loss,
 )
 from jax.flatten_util import ravel_pytree
+from registry import EQUATIONS, up_to
 
 import eomdl
 
@@ -46,7 +45,7 @@ def distances(a, b):
 # ------------------------------------------------------------------- accuracy
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.name)
+@pytest.mark.parametrize("flow", EQUATIONS, ids=lambda f: f.name)
 def test_quadratic_has_its_exact_solution(flow):
     # theta(t) = theta* + exp(t M)(theta_0 - theta*), M = -sum_j eta^j H^(j+1)/(j+1)
     eta, num_steps = 0.2, 8

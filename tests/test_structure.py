@@ -62,7 +62,9 @@ def test_a_class_of_the_same_fields_is_another_structure():
         first: object
         second: object
 
-    with pytest.raises(ValueError, match=r"^state: expected the structure of this run's, got a .*Other in place"):
+    with pytest.raises(
+        ValueError, match=r"^state: expected the structure of this run's, got a .*Other in place"
+    ):
         _structure.restore("state", Other(1.0, 2.0), Pair(1.0, 2.0))
     with pytest.raises(ValueError, match=r"^state\.first: expected shape \(2,\), got \(3,\)"):
         _structure.restore("state", Pair(np.ones(3), 1.0), Pair(np.ones(2), 1.0))

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import VALLEY, assert_close, assert_identical, counted, up_to, valley_loss
+from helpers import VALLEY, assert_close, assert_identical, counted, valley_loss
+from registry import up_to
 
 import eomdl
 

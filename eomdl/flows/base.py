@@ -11,12 +11,21 @@ from eomdl._types import Args, Params, State
 
 
 class AbstractFlow(eqx.Module):
-    """A vector field $\\dot x = F(t, x)$ that models a discrete optimizer.
+    r"""A vector field $\dot x = F(t, x)$ that models a discrete optimizer.
 
     Step k of the optimizer sits at time $t = k h$, where $h$ is `step_size`. To write
     your own, subclass and define `step_size` (a field or a property) and `__call__`;
     override the rest where the state holds more than the parameters, or where the
     discrete map is known.
+
+    ```python
+    class PlainDescent(eomdl.AbstractFlow):
+        loss: Callable
+        step_size: jax.Array
+
+        def __call__(self, t, state, args):
+            return jax.tree.map(lambda g: -g, jax.grad(self.loss)(state, args))
+    ```
     """
 
     step_size: eqx.AbstractVar[jax.Array]

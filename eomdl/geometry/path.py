@@ -93,7 +93,7 @@ def path_torsion(trajectory: Trajectory) -> np.ndarray:
     NaN where the curvature is NaN or 0, for then there is no such plane. A ratio of small numbers: rounding
     moves it by $e = \delta_3 / (r_1 r_2)$, with $\delta_3$ the rounding of $r_3$ (of the third difference, and of the plane
     that it leaves). NaN too where $e > \frac{1}{10} \sqrt{\kappa_1^2 + \kappa_2^2}$: that root is the rate at which the principal normal
-    turns, the scale of which torsion is a part. Rounding alone makes $\kappa_2 \approx e$, which that
+    turns, the scale of which torsion is a part. Rounding by itself makes $\kappa_2 \approx e$, which that
     refuses unless the curvature is so much larger that the path is plane for all purposes.
 
     **Cost** and **Raises:** as `path_curvature`.
@@ -137,7 +137,7 @@ def flow_curvature(flow: AbstractFlow) -> Observable:
     Exact, without integrating and without differences: $x' = F$, $x'' = F'F$. What `path_curvature` finds along
     `solve(flow, ...)`, and what a flow predicts for the real run. NaN where $F = 0$.
 
-    For flows whose state is the parameters alone and that do not depend on time.
+    For flows whose state is only the parameters and that do not depend on time.
 
     **Cost:** one Jacobian-vector product of the flow: 2.7 gradients for gradient flow.
 
@@ -305,7 +305,7 @@ def _flow_frame(flow: AbstractFlow, params: Params, args: Args, count: int) -> l
     state = jax.eval_shape(flow.init, params, args)
     if jax.tree.structure(state) != jax.tree.structure(params):
         raise ValueError(
-            f"flow: expected one whose state is the parameters alone, got {type(flow).__name__} with a state of "
+            f"flow: expected one whose state is only the parameters, got {type(flow).__name__} with a state of "
             f"structure {jax.tree.structure(state)}"
         )
 

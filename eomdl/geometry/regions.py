@@ -98,7 +98,7 @@ _LARGEST_BEND = 1e5  # of the rounding unit, with room for deep sums
 
 
 def _resolution(dtype: Any) -> float:
-    """How far behind a breakpoint the walk goes on: far enough that rounding leaves the sign alone."""
+    """How far behind a breakpoint the walk goes on: far enough that rounding does not change the sign."""
     return float(jnp.finfo(dtype).eps) ** (2 / 3)
 
 

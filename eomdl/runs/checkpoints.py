@@ -32,13 +32,13 @@ def logarithmic_steps(num_steps: int, per_decade: int = 8) -> np.ndarray:
 
 
 class Crossing:
-    """An event: a recorded scalar observable passes a level between two saved steps.
+    r"""An event: a recorded scalar observable passes a level between two saved steps.
 
-    At the first recorded step k with $o_{k-1} < c \\le o_k$ (`rising`), or $o_{k-1} > c \\ge o_k$; every time. A
+    At the first recorded step k with $o_{k-1} < c \le o_k$ (`rising`), or $o_{k-1} > c \ge o_k$; every time. A
     run that begins on the far side has no event until it has come back. Recorded are the saved steps, those of
     the schedule, and every 1024th of a stretch.
 
-    **Arguments:** `observable`, its name in `observe`; `level` c, such as $2/\\eta$ for the sharpness; `rising`.
+    **Arguments:** `observable`, its name in `observe`; `level` c, such as $2/\eta$ for the sharpness; `rising`.
 
     **Raises:** `ValueError` for a wrong argument.
     """
@@ -62,6 +62,11 @@ class Crossing:
 
 class Checkpoints:
     """A folder of checkpoints, each the whole state of a run at one step.
+
+    ```python
+    store = eomdl.Checkpoints("folder", 100)
+    run = eomdl.descend(loss, params, optimizer, 1000, checkpoints=store, resume=store.latest)
+    ```
 
     Pass it to `descend`, `iterate` or `solve` as `checkpoints=`; the run writes the steps of the schedule
     and of the events. A checkpoint is a `Trajectory` of one row, in a file of its own that is written

@@ -43,7 +43,7 @@ def solve(
     diagnose: bool = True,
     **options: Unpack[RunOptions],
 ) -> Trajectory:
-    """Integrate $\\dot x = F(t, x)$ from $t = 0$ to `num_steps` * step_size.
+    r"""Integrate $\dot x = F(t, x)$ from $t = 0$ to `num_steps` * step_size.
 
     The clock inside is in steps, $dx/ds = h F$, so the learning rate may be traced.
 

@@ -30,7 +30,7 @@ def descend(
     extra_args: ExtraArgs | None = None,
     **options: Unpack[RunOptions],
 ) -> Trajectory:
-    """Train: `num_steps` steps of an optax optimizer, $\\theta_{k+1} = \\theta_k + u(\\nabla L(\\theta_k))$.
+    r"""Train: `num_steps` steps of an optax optimizer, $\theta_{k+1} = \theta_k + u(\nabla L(\theta_k))$.
 
     ```python
     run = eomdl.descend(loss, params, optax.sgd(0.1), 100, args=data, observe={"loss": loss})
@@ -71,7 +71,7 @@ def iterate(
     step_size: ArrayLike | None = None,
     **options: Unpack[RunOptions],
 ) -> Trajectory:
-    """Run any step map, $x_{k+1} = \\Psi(x_k, k)$: `eomdl.descend` for maps of your own.
+    r"""Run any step map, $x_{k+1} = \Psi(x_k, k)$: `eomdl.descend` for maps of your own.
 
     ```python
     run = eomdl.iterate(lambda w, args, k: 0.9 * w, jnp.ones(3), 100)

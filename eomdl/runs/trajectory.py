@@ -20,7 +20,7 @@ _COLUMN = {"column": True}
 
 @record_type
 class Trajectory:
-    """States of one run at its saved steps; step k of the optimizer sits at time $k\\eta$.
+    r"""States of one run at its saved steps; step k of the optimizer sits at time $k\eta$.
 
     Columns, with one row for each of the n saved steps:
 
@@ -112,7 +112,7 @@ class Trajectory:
         return jax.tree.map(lambda leaf: leaf[index[0]], self.params)
 
     def smoothed(self, window: int = 2) -> "Trajectory":
-        """Means over w = `window` consecutive steps: row k is the mean of $\\theta_k, \\dots, \\theta_{k+w-1}$.
+        r"""Means over w = `window` consecutive steps: row k is the mean of $\theta_k, \dots, \theta_{k+w-1}$.
 
         What oscillates with a period of w steps drops out: at the edge of stability w = 2 leaves the
         path in the middle of the valley. Observables are averaged too, `ode_error` kept (the largest

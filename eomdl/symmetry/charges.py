@@ -23,7 +23,7 @@ class Conservation:
     - `charge`: (n, ...), measured, a value for every unit.
     - `laws`: `{law: (n, ...)}`, made of the start, the learning rate, decay and momentum, and (but for gradient flow)
         the sizes of the updates measured along the real path.
-    - `models`: `{name: (n, ...)}`, the charges of flows integrated from the start alone; nan where they did not get.
+    - `models`: `{name: (n, ...)}`, the charges of flows integrated from the start; nan where they did not get.
     """
 
     symmetry: str

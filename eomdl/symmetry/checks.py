@@ -108,7 +108,7 @@ def propose(
     """The symmetries of single blocks and of pairs of layers that the loss has, found by trying.
 
     Candidates are all that the shapes allow: translations of each array along each axis, scalings of each array, as a
-    whole and by units, alone and with a bias beside it, and rescalings of an array (with such a bias) against
+    whole and by units, by itself and with a bias beside it, and rescalings of an array (with such a bias) against
     another with as many units. Those whose gradient passes are confirmed by a finite transformation. Of
     one with units and the same as a whole only the first is returned, as it implies the second.
 

@@ -1,0 +1,141 @@
+"""The house: arrows between the floors of `eomdl` point down, and every room has its size."""
+
+import ast
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import eomdl
+
+
+ROOT = Path(eomdl.__file__).parent
+MODULES = {
+    ".".join(("eomdl", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+GROUND = ("_types", "_tree", "_autodiff", "_check", "_blocks", "_end", "_structure")
+FLOORS = (
+    GROUND,
+    ("losses",),
+    ("series",),
+    ("observe",),
+    ("maps",),
+    ("flows",),
+    ("runs",),
+    ("errors",),
+    ("geometry", "symmetry"),
+    ("plotting",),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports(node: ast.AST, inside: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Every import statement, and whether it stands in a function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, inside
+        yield from imports(child, inside or isinstance(child, FUNCTIONS))
+
+
+def imported(statement: ast.Import | ast.ImportFrom) -> list[str]:
+    """What is imported: modules of `eomdl` by their own name, others as they are written."""
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names]
+    assert statement.level == 0 and statement.module, "relative import"
+    names = [f"{statement.module}.{alias.name}" for alias in statement.names]
+    return [name if name in TREES else statement.module for name in names]
+
+
+def arrows(module: str, inside: bool) -> set[str]:
+    """The modules of `eomdl` that one imports, on top or inside of functions."""
+    found = {
+        name
+        for statement, in_function in imports(TREES[module])
+        if in_function == inside
+        for name in imported(statement)
+    }
+    return {name for name in found if name.split(".")[0] == "eomdl"}
+
+
+ROOMS = [module for module in TREES if module != "eomdl"]
+
+
+def test_every_module_has_a_floor():
+    assert {room(module) for module in ROOMS} == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_arrows_point_down(module):
+    floor = FLOOR[room(module)]
+    up = {name for name in arrows(module, inside=False) if name == "eomdl" or FLOOR[room(name)] > floor}
+    up |= {
+        name
+        for name in arrows(module, inside=True)
+        if name == "eomdl" or (FLOOR[room(name)] > floor and room(name) != "plotting")
+    }
+    assert not up, f"{module} imports from higher floors: {sorted(up)}"
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """What is left when everything whose arrows are gone is taken away; empty without a cycle."""
+    left = {node: set(targets) for node, targets in graph.items()}
+    while free := [node for node, targets in left.items() if not targets & left.keys()]:
+        for node in free:
+            del left[node]
+    return sorted(left)
+
+
+def test_no_import_cycles():
+    # A package stands for the modules in it, which it collects: it is no node of its own.
+    packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    modules = {module: arrows(module, inside=False) - packages for module in ROOMS if module not in packages}
+    assert not cycle(modules)
+    # Rooms of one floor do not import each other both ways either.
+    rooms: dict[str, set[str]] = {name: set() for name in FLOOR}
+    for module in ROOMS:
+        rooms[room(module)] |= {room(name) for name in arrows(module, inside=False)} - {room(module)}
+    assert not cycle(rooms)
+
+
+def test_a_cycle_is_seen():
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+    assert not cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, its docstring and decorators not counted."""
+    count = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function, clean=False) is not None:
+        count -= function.body[0].end_lineno - function.body[0].lineno + 1
+    return count
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_functions_and_files_are_short(module):
+    functions = [node for node in ast.walk(TREES[module]) if isinstance(node, FUNCTIONS)]
+    assert not {function.name: lines(function) for function in functions if lines(function) > 60}
+    assert len(MODULES[module].read_text().splitlines()) < 400
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_nothing_is_passed_by_nonlocal(module):
+    assert not [node.lineno for node in ast.walk(TREES[module]) if isinstance(node, ast.Nonlocal)]
+
+
+def test_matplotlib_is_imported_in_plotting_only():
+    with_it = {
+        module
+        for module, tree in TREES.items()
+        for name in itertools.chain.from_iterable(imported(statement) for statement, _ in imports(tree))
+        if name.split(".")[0] == "matplotlib"
+    }
+    assert with_it and {room(module) for module in with_it} == {"plotting"}
