@@ -84,7 +84,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "distance": "distance",
             "ode_error": "ODE error",
             "times_nearer": "times nearer",
-            "observed_order": "order of the one-step defect",
+            "observed_order": "order of the local error",
         },
     ),
     "script": (
@@ -144,6 +144,38 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "steps_once": "seconds / those of a GD step, once",
             "compile_s": "compile [s]",
             "run_seconds_ratio": "run / run without it (seconds)",
+        },
+    ),
+    "first answer": (
+        "The first path of a process (MLP, 20 steps): seconds with all compiling",
+        {
+            "order": "order",
+            "what": "what",
+            "first_s": "seconds",
+            "compile_s": "of it XLA [s]",
+            "programs": "programs",
+            "ratio": "against the call by hand",
+        },
+    ),
+    "leaves": (
+        "The first path of a process against the arrays that the parameters are made of (order 1)",
+        {
+            "what": "what",
+            "leaves": "arrays",
+            "first_s": "seconds",
+            "programs": "programs",
+            "growth": "growth",
+            "growth_over_leaves": "growth / growth of the arrays",
+        },
+    ),
+    "descending": (
+        "descend against a training loop by hand that saves nothing",
+        {
+            "problem": "problem",
+            "num_steps": "steps",
+            "ms_by_hand": "by hand [ms]",
+            "every_step_ratio": "every step saved, ratio",
+            "last_step_ratio": "only the last, ratio",
         },
     ),
     "memory": (

@@ -112,3 +112,15 @@ def test_angle_per_step():
         radius = np.array([1.0, 2.0, 0.5, 3.0])
         block = {"a": radius * np.cos(turns), "b": (radius * np.sin(turns))[:, None]}
         np.testing.assert_allclose(eomdl.observe.angle_per_step(block), angle * np.ones(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sharpness", "Lie derivative"])
+def test_an_observable_of_a_loss_with_numbers_in_it_can_be_compiled(name):
+    loss = eomdl.WeightDecay(valley_loss, 0.1)
+    flow = eomdl.GradientFlow(loss, 0.1)
+    observable = {
+        "sharpness": eomdl.sharpness(loss),
+        "Lie derivative": eomdl.observe.lie_derivative(loss, flow),
+    }[name]
+    np.testing.assert_allclose(jax.jit(observable)(VALLEY, None), observable(VALLEY, None), rtol=1e-12)
+    assert observable == observable and observable != eomdl.sharpness(loss)

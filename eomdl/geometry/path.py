@@ -10,6 +10,7 @@ import numpy as np
 from eomdl import _check, _tree
 from eomdl._types import Args, Observable, Params
 from eomdl.flows.base import AbstractFlow
+from eomdl.observe.base import AbstractObservable
 from eomdl.runs.trajectory import Trajectory
 
 
@@ -131,6 +132,22 @@ def path_shape(trajectory: Trajectory) -> PathShape:
     )
 
 
+class _FlowCurvature(AbstractObservable):
+    flow: AbstractFlow
+
+    def __call__(self, params: Params, args: Args) -> jax.Array:
+        r1, r2 = _flow_frame(self.flow, params, args, 2)
+        return r2 / r1**2
+
+
+class _FlowTorsion(AbstractObservable):
+    flow: AbstractFlow
+
+    def __call__(self, params: Params, args: Args) -> jax.Array:
+        r1, r2, r3 = _flow_frame(self.flow, params, args, 3)
+        return r3 / (r1 * r2)
+
+
 def flow_curvature(flow: AbstractFlow) -> Observable:
     r"""Observable $\kappa_1$ of the flow's path through the given point, in 1 / parameter distance.
 
@@ -143,13 +160,7 @@ def flow_curvature(flow: AbstractFlow) -> Observable:
 
     **Raises:** `ValueError` if `flow` is no flow, or carries more than the parameters.
     """
-    _require_flow(flow)
-
-    def curvature(params: Params, args: Args) -> jax.Array:
-        r1, r2 = _flow_frame(flow, params, args, 2)
-        return r2 / r1**2
-
-    return curvature
+    return _FlowCurvature(_checked_flow(flow))
 
 
 def flow_torsion(flow: AbstractFlow) -> Observable:
@@ -162,13 +173,7 @@ def flow_torsion(flow: AbstractFlow) -> Observable:
 
     **Raises:** as `flow_curvature`.
     """
-    _require_flow(flow)
-
-    def torsion(params: Params, args: Args) -> jax.Array:
-        r1, r2, r3 = _flow_frame(flow, params, args, 3)
-        return r3 / (r1 * r2)
-
-    return torsion
+    return _FlowTorsion(_checked_flow(flow))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,6 +336,7 @@ def _flow_frame(flow: AbstractFlow, params: Params, args: Args, count: int) -> l
     return lengths
 
 
-def _require_flow(flow: AbstractFlow) -> None:
+def _checked_flow(flow: AbstractFlow) -> AbstractFlow:
     if not isinstance(flow, AbstractFlow):
         raise ValueError(f"flow: expected an eomdl.AbstractFlow, got {type(flow).__name__}")
+    return flow

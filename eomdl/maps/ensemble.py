@@ -14,6 +14,7 @@ from eomdl import _check, _tree
 from eomdl._end import RESULTS, Stats
 from eomdl._types import Args, Observable, Params, State
 from eomdl.maps.step_map import StepMap, as_step_map
+from eomdl.observe.base import AbstractObservable
 
 
 class EnsembleState(NamedTuple):
@@ -155,7 +156,7 @@ def stack(params: Sequence[Params]) -> Params:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
 
 
-class _Each(eqx.Module):
+class _Each(AbstractObservable):
     """A module, not a closure, so that two of the same observable share a compiled program."""
 
     observable: Observable

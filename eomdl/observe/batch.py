@@ -1,13 +1,13 @@
 """Observables of the step's own minibatch."""
 
-import equinox as eqx
 import jax
 
 from eomdl import _check
 from eomdl._types import Args, Observable, Params
+from eomdl.observe.base import AbstractObservable
 
 
-class OnBatch(eqx.Module):
+class OnBatch(AbstractObservable):
     """The observable that `eomdl.on_batch` returns: a run gives it the batch of the step."""
 
     function: Observable

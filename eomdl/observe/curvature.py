@@ -9,9 +9,10 @@ from matfree import decomp
 from eomdl import _check, _tree
 from eomdl._autodiff import hessian_vector_product
 from eomdl._types import Args, Loss, Observable, Params
+from eomdl.observe.base import AbstractObservable
 
 
-class _Sharpness(eqx.Module):
+class _Sharpness(AbstractObservable):
     """A module, not a closure, so that two of the same loss share a compiled program."""
 
     loss: Loss

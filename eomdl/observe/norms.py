@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from eomdl import _blocks, _check, _tree
 from eomdl._blocks import Where
 from eomdl._types import Args, Observable, Params
+from eomdl.observe.base import AbstractObservable
 
 
 def whole(params: Params) -> Params:
@@ -23,7 +24,7 @@ def whole(params: Params) -> Params:
     return params
 
 
-class _BlockNorm(eqx.Module):
+class _BlockNorm(AbstractObservable):
     where: Where
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
@@ -35,7 +36,7 @@ def block_norm(where: Where = whole) -> Observable:
     return _BlockNorm(where)
 
 
-class _ShiftComponent(eqx.Module):
+class _ShiftComponent(AbstractObservable):
     where: Where
     axis: int = eqx.field(static=True)
 
@@ -54,7 +55,7 @@ def shift_component(where: Where, axis: int = -1) -> Observable:
     return _ShiftComponent(where, axis)
 
 
-class _LieDerivative(eqx.Module):
+class _LieDerivative(AbstractObservable):
     observable: Observable
     flow: Callable[[Any, Params, Args], Params]
 
