@@ -8,6 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
+from helpers import VALLEY, pulled_loss
 
 import eomdl
 from eomdl.flows import AdamFlow, MomentumFlow, ReshufflingFlow, minimax_weights, rmsprop_flow
@@ -154,3 +156,22 @@ FLOWS = [
     Flow("rmsprop_flow", lambda loss, rate: rmsprop_flow(loss, rate, 0.5, 0.05), rmsprop, 2, SLOW, 0.24),
     Flow("ReshufflingFlow", ReshufflingFlow, MeanEpoch, 2, (0.01, 0.005, 0.0025), args=PULLS),
 ]
+
+
+# ------------------------------------------------------------ what the laws share
+
+ALL = pytest.mark.parametrize("entry", FLOWS, ids=lambda entry: entry.name)
+TIGHT = {"rtol": 1e-12, "atol": 1e-13}
+
+
+def made(entry: Flow, rate: Any = None) -> eomdl.AbstractFlow:
+    return entry.make(pulled_loss, entry.rates[0] if rate is None else rate)
+
+
+def begun(entry: Flow, rate: float) -> tuple[Any, int]:
+    """Where the real run is after its transient, and after how many steps."""
+    begin = round(entry.transient / float(made(entry, rate).step_size))
+    if begin == 0:
+        return None, 0
+    step_map = entry.real(pulled_loss, rate)
+    return eomdl.iterate(step_map, VALLEY, begin, args=entry.args, save_steps=[begin]).end, begin

@@ -180,4 +180,10 @@ def test_frame_and_plot(runs):
     frame = found["scale"].to_frame()
     assert {"step", "measured", "exact", "gradient flow", "first order", "error exact"} <= set(frame.columns)
     figure = plot_conservation(found)
-    assert len(figure.axes) == 6 and {a.get_xlabel() for a in figure.axes} == {"step"}
+    for (left, right), charge in zip(np.reshape(figure.axes, (3, 2)), found.values(), strict=True):
+        drawn = {line.get_label(): line.get_ydata() for line in left.lines}
+        total = charge.charge.reshape(len(charge.steps), -1).sum(axis=1)
+        np.testing.assert_array_equal(drawn["measured"], total)
+        assert drawn.keys() - {"measured"} == charge.predictions.keys()
+        errors = {line.get_label(): line.get_ydata() for line in right.lines}
+        np.testing.assert_array_equal(errors["gradient flow"][1:], charge.errors["gradient flow"][1:])

@@ -1,4 +1,4 @@
-"""Flows: what each field is, what its leaves are, and what a user's own flow needs."""
+"""The equation of motion and gradient flow: what each field is. (`test_flow_laws.py`: what every flow does.)"""
 
 import equinox as eqx
 import jax
@@ -69,8 +69,11 @@ def test_gradient_flow_does_not_depend_on_the_learning_rate():
     assert_close(slow, fast, atol=0.0)
 
 
-def test_default_order_is_one():
-    assert eomdl.EquationOfMotion(valley_loss, 0.1).order == 1
+def test_by_default_it_is_implicit_gradient_regularization():
+    # Barrett & Dherin 2021: gradient flow on L + eta/4 |grad L|^2
+    penalized = eomdl.GradientFlow(eomdl.losses.GradientPenalty(net_loss, 0.3 / 4), 0.3)
+    flow = eomdl.EquationOfMotion(net_loss, 0.3)
+    assert_close(flow(0.0, NET, NET_ARGS), penalized(0.0, NET, NET_ARGS), rtol=1e-12)
 
 
 def test_diagnostics_measure_eta_lambda_max():
@@ -114,36 +117,3 @@ def test_weight_decay_keeps_the_dtype():
     loss = eomdl.WeightDecay(lambda p, args: jnp.sum(p), 0.1)
     assert loss(params, None).dtype == jnp.float32
     assert jax.grad(loss)(params, None).dtype == jnp.float32
-
-
-# --------------------------------------------------------- a flow of one's own
-
-
-class Rotation(eomdl.AbstractFlow):
-    """x' = J x about the origin, in a state that also holds the time: only what must be defined."""
-
-    step_size: jax.Array
-
-    def init(self, params, args):
-        return params, jnp.zeros(())
-
-    def params(self, state):
-        return state[0]
-
-    def __call__(self, t, state, args):
-        (x, y), _ = state
-        return jnp.stack([-y, x]), jnp.asarray(t)
-
-
-def test_own_flow_needs_a_step_size_and_a_field():
-    run = eomdl.solve(Rotation(jnp.array(0.1)), jnp.array([1.0, 0.0]), 30, rtol=1e-10, atol=1e-10)
-    angle = 0.1 * np.arange(31)
-    np.testing.assert_allclose(run.params, np.stack([np.cos(angle), np.sin(angle)], axis=1), atol=1e-8)
-    (_, half_t_squared), _ = run.end.state  # the flow sees the time that its step size implies
-    np.testing.assert_allclose(half_t_squared, 3.0**2 / 2, rtol=1e-9)
-    assert run.message == ""
-
-
-def test_abstract_flow_cannot_be_made():
-    with pytest.raises(TypeError):
-        eomdl.AbstractFlow()

@@ -2,6 +2,7 @@
 
 import warnings
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,39 @@ import eomdl
 
 
 SGD = optax.sgd(0.1)
+
+
+class Rotation(eomdl.AbstractFlow):
+    """x' = J x about the origin, in a state that also holds the time: only what must be defined."""
+
+    step_size: jax.Array
+
+    def init(self, params, args):
+        return params, jnp.zeros(())
+
+    def params(self, state):
+        return state[0]
+
+    def __call__(self, t, state, args):
+        (x, y), _ = state
+        return jnp.stack([-y, x]), jnp.asarray(t)
+
+
+def test_it_needs_a_step_size_and_a_field():
+    run = eomdl.solve(Rotation(jnp.array(0.1)), jnp.array([1.0, 0.0]), 30, rtol=1e-10, atol=1e-10)
+    angle = 0.1 * np.arange(31)
+    np.testing.assert_allclose(run.params, np.stack([np.cos(angle), np.sin(angle)], axis=1), atol=1e-8)
+    (_, half_t_squared), _ = run.end.state  # the flow sees the time that its step size implies
+    np.testing.assert_allclose(half_t_squared, 3.0**2 / 2, rtol=1e-9)
+    assert run.message == ""
+
+
+def test_the_abstract_flow_cannot_be_made():
+    with pytest.raises(TypeError, match=r"abstract.*AbstractFlow"):
+        eomdl.AbstractFlow()
+
+
+# ------------------------------------------------------- made anew at step boundaries
 
 
 class Held(eomdl.AbstractFlow):
@@ -61,6 +95,70 @@ def test_without_refresh_nothing_is_made_anew():
     assert_close(path.final_params, VALLEY, rtol=0, atol=0.0)
 
 
+class Frozen(eomdl.AbstractFlow):
+    """x' = -f, with f = args x + t frozen at the start of every step: descent with its time, exactly."""
+
+    step_size: jax.Array
+    refreshes: bool = eqx.field(default=True, static=True)
+
+    def init(self, params, args):
+        return params, jnp.zeros_like(params)
+
+    def params(self, state):
+        return state[0]
+
+    def refresh(self, t, state, args):
+        x, _ = state
+        return x, args * x + t
+
+    def __call__(self, t, state, args):
+        _, force = state
+        return -force, jnp.zeros_like(force)
+
+
+H, STEPS = 0.3, 12
+FROZEN = Frozen(jnp.array(H))
+START = jnp.array([1.0, -2.0])
+RATES = 1 + jnp.sin(jnp.arange(float(STEPS)))
+
+
+def frozen_path(rates):
+    """x_{k+1} = x_k - h (a_k x_k + k h)."""
+    rows = [np.asarray(START)]
+    for k, rate in enumerate(np.asarray(rates)):
+        rows.append(rows[-1] - H * (rate * rows[-1] + k * H))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "data, rates",
+    [({"batches": RATES}, RATES), ({"args": jnp.array(0.7)}, np.full(STEPS, 0.7))],
+    ids=["batches", "args"],
+)
+def test_refresh_sees_the_time_and_the_data_of_its_step(data, rates):
+    run = eomdl.solve(FROZEN, START, STEPS, **data)
+    np.testing.assert_allclose(run.params, frozen_path(rates), rtol=1e-13)
+    force = run.end.state.flow[1]  # as the last step began with it
+    np.testing.assert_allclose(force, rates[-1] * run.at(STEPS - 1) + (STEPS - 1) * H, rtol=1e-13)
+    np.testing.assert_allclose(run.ode_error, 0, atol=1e-13)
+    half = eomdl.solve(FROZEN, START, 5, **data | {"batches": RATES[:5]} if "batches" in data else data)
+    resumed = eomdl.solve(FROZEN, START, STEPS, resume=half, **data)
+    np.testing.assert_allclose(resumed.params, run.params, rtol=1e-14)
+
+
+def test_a_refreshed_run_goes_through_jit_and_grad():
+    def end(start):
+        run = eomdl.solve(FROZEN, start, 4, batches=RATES[:4], estimate_error=False)
+        return run.final_params[0]
+
+    x, gradient = jax.jit(jax.value_and_grad(end))(START)
+    np.testing.assert_allclose(x, frozen_path(RATES[:4])[-1][0], rtol=1e-12)
+    np.testing.assert_allclose(gradient, [np.prod(1 - H * np.asarray(RATES[:4])), 0], rtol=1e-12)
+
+
+# -------------------------------------------------------------------------- strides
+
+
 class TwoSteps(eomdl.AbstractFlow):
     """The chord of two steps of a map, with the minibatch of each."""
 
@@ -92,6 +190,18 @@ def test_a_strided_flow_needs_no_private_import(batches):
     assert own.stats.stride == 2
 
 
+def test_a_strided_flow_on_a_linear_loss_is_the_whole_path():
+    # Every chord is straight, so all rows are exact: also those between, by the minibatch of each step.
+    def descent(x, pull, k):
+        return x - 0.1 * pull
+
+    chord = TwoSteps(eomdl.InterpolatingFlow(descent, 0.1, 1).step_map, 0.1)
+    pulls = jnp.stack([jnp.cos(jnp.arange(10.0)), jnp.sin(3 * jnp.arange(10.0))], axis=1)
+    run = eomdl.solve(chord, START, 10, batches=pulls)
+    exact = np.asarray(START) - 0.1 * np.concatenate([np.zeros((1, 2)), np.cumsum(pulls, axis=0)])
+    np.testing.assert_allclose(run.params, exact, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("batches", [None, NET_BATCHES], ids=["full batch", "minibatches"])
 def test_the_tolerances_of_a_strided_flow_are_those_of_its_local_error(batches):
     flow = eomdl.InterpolatingFlow(Descent(), 0.1, points=2, stride=2)
@@ -104,6 +214,9 @@ def test_the_tolerances_of_a_strided_flow_are_those_of_its_local_error(batches):
 
 def _two(batches):
     return jax.tree.map(lambda x: x[:2], batches)
+
+
+# ---------------------------------------------------------------------- diagnostics
 
 
 class Doubtful(eomdl.AbstractFlow):

@@ -160,33 +160,37 @@ def test_runs_that_do_not_fit_are_refused():
 # eta lambda = 1.9 and 0.04: one direction alternates
 EDGE_ARGS = (jnp.diag(jnp.array([1.9 / ETA, 0.1])), jnp.zeros(2))
 OBSERVE = {"loss": quadratic_loss}
-REAL = eomdl.descend(quadratic_loss, jnp.ones(2), SGD, 10, args=EDGE_ARGS, observe=OBSERVE, step_size=ETA)
 STRIDED = eomdl.InterpolatingFlow(QUADRATIC_SGD, ETA, 4, stride=2)
 
 
+@pytest.fixture(scope="module")
+def real():
+    return eomdl.descend(quadratic_loss, jnp.ones(2), SGD, 10, args=EDGE_ARGS, observe=OBSERVE, step_size=ETA)
+
+
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_smoothed_is_the_sliding_mean(window):
-    smoothed = REAL.smoothed(window)
+def test_smoothed_is_the_sliding_mean(real, window):
+    smoothed = real.smoothed(window)
     rows = 12 - window
-    expected = np.mean([REAL.params[i : i + rows] for i in range(window)], axis=0)
+    expected = np.mean([real.params[i : i + rows] for i in range(window)], axis=0)
     np.testing.assert_allclose(smoothed.params, expected, rtol=1e-14)
-    loss = np.mean([REAL.observables["loss"][i : i + rows] for i in range(window)], axis=0)
+    loss = np.mean([real.observables["loss"][i : i + rows] for i in range(window)], axis=0)
     np.testing.assert_allclose(smoothed.observables["loss"], loss, rtol=1e-14)
     np.testing.assert_array_equal(smoothed.steps, np.arange(rows))
     np.testing.assert_allclose(smoothed.times, ETA * np.arange(rows), rtol=1e-14)
 
 
-def test_smoothed_refuses_gaps_and_short_runs():
+def test_smoothed_refuses_gaps_and_short_runs(real):
     gaps = eomdl.descend(quadratic_loss, jnp.ones(2), SGD, 10, args=EDGE_ARGS, save_steps=2)
-    for run, window in ((gaps, 2), (REAL, 12), (REAL, 0)):
+    for run, window in ((gaps, 2), (real, 12), (real, 0)):
         with pytest.raises(ValueError, match=r"^window: expected an integer from 1"):
             run.smoothed(window)
 
 
-def test_comparison_smooths_both_and_picks_multiples():
+def test_comparison_smooths_both_and_picks_multiples(real):
     run = eomdl.solve(STRIDED, jnp.ones(2), 10, args=EDGE_ARGS, observe=OBSERVE)
-    plain, smooth = (eomdl.compare(REAL, {"flow": run}, smooth=n) for n in (1, 2))
-    by_hand = eomdl.compare(REAL.smoothed(2), {"flow": run.smoothed(2)})
+    plain, smooth = (eomdl.compare(real, {"flow": run}, smooth=n) for n in (1, 2))
+    by_hand = eomdl.compare(real.smoothed(2), {"flow": run.smoothed(2)})
     for field in ("steps", "travelled", "distance", "ode_error", "differences"):
         assert_close(getattr(smooth, field), getattr(by_hand, field), atol=0.0)
     np.testing.assert_array_equal(smooth.steps, np.arange(10))
@@ -203,8 +207,8 @@ def test_comparison_smooths_both_and_picks_multiples():
     assert "stride 2" in even.table()
 
 
-def test_wrong_multiples_and_windows_are_named():
-    comparison = eomdl.compare(REAL, {"same": REAL})
+def test_wrong_multiples_and_windows_are_named(real):
+    comparison = eomdl.compare(real, {"same": real})
     assert not any("stride" in note for note in comparison.notes)
     with pytest.raises(ValueError, match=r"^stride: expected an integer >= 1"):
         comparison.at_multiples_of(0)
@@ -212,4 +216,4 @@ def test_wrong_multiples_and_windows_are_named():
     with pytest.raises(ValueError, match=r"^stride: expected a divisor of a saved step"):
         eomdl.compare(late, {"same": late}).at_multiples_of(4)
     with pytest.raises(ValueError, match=r"^smooth: expected an integer >= 1"):
-        eomdl.compare(REAL, {"same": REAL}, smooth=0)
+        eomdl.compare(real, {"same": real}, smooth=0)

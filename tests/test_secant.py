@@ -220,7 +220,12 @@ def test_frame_and_plot(to_minimum):
     frame = to_minimum.to_frame()
     assert list(frame["steps"]) == list(range(31))
     figure = plot_secants({"GD": to_minimum, "model": to_minimum})
-    assert [axes.get_xlabel() for axes in figure.axes] == ["step"] * 3
+    cosines, bounds, rates = ({x.get_label(): x.get_ydata() for x in axes.lines} for axes in figure.axes)
+    for name in ("GD", "model"):
+        np.testing.assert_array_equal(cosines[name], to_minimum.gamma)
+        np.testing.assert_array_equal(bounds[f"EB, {name}"], to_minimum.eb)
+        np.testing.assert_array_equal(bounds[f"RSI, {name}"], to_minimum.rsi)
+        np.testing.assert_array_equal(rates[name], to_minimum.learning_rate)
 
 
 def test_wrong_arguments():

@@ -184,7 +184,7 @@ def test_own_map_by_subclass():
 
 
 def test_step_map_is_abstract():
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"abstract.*StepMap"):
         eomdl.StepMap()
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import VALLEY, assert_close, assert_identical, counted, valley_loss
+from helpers import COMPILED, VALLEY, assert_close, assert_identical, counted, valley_loss
 from registry import up_to
 
 import eomdl
@@ -14,26 +14,10 @@ import eomdl
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 SGD = optax.sgd(0.1)
-COMPILED: list[str] = []
-
-
-def _on_event(event, duration, **kwargs):
-    if event == "/jax/core/compile/backend_compile_duration":
-        COMPILED.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
 def end(eta, params=VALLEY, order=1, num_steps=5):
     return eomdl.solve(eomdl.EquationOfMotion(valley_loss, eta, order), params, num_steps, **TIGHT)
-
-
-def test_the_counter_of_compilations_counts():
-    x = jnp.ones(3).block_until_ready()
-    before = len(COMPILED)
-    jax.jit(lambda x: x + 1)(x)
-    assert len(COMPILED) == before + 1
 
 
 @pytest.mark.parametrize("flow", up_to(2), ids=lambda f: f.name)
@@ -128,15 +112,6 @@ def test_a_flow_goes_into_jit_as_an_argument():
         flow = eomdl.EquationOfMotion(valley_loss, eta, 2)
         assert_close(field(flow), flow(0.0, VALLEY, None), rtol=1e-13)
     assert len(traces) == 1
-
-
-def test_vmap_over_learning_rates():
-    etas = jnp.array([0.05, 0.1, 0.2])
-    runs = jax.vmap(end)(etas)
-    assert runs.params["x"].shape == (3, 6)
-    for i, eta in enumerate(etas):
-        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], runs.params), end(float(eta)).params, rtol=1e-8)
-    np.testing.assert_allclose(runs.times, etas[:, None] * np.arange(6)[None])
 
 
 def test_vmap_over_initial_points():

@@ -1,0 +1,80 @@
+"""The laws of a flow's runs, over every flow in the registry: jit and vmap, resume, minibatches."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import VALLEY, assert_close, flat
+from registry import ALL, TIGHT, Flow, begun, made
+
+import eomdl
+
+
+@ALL
+def test_jit_and_vmap_change_nothing(entry):
+    start, begin = begun(entry, entry.rates[0])
+    flows = [made(entry, rate) for rate in entry.rates[:2]]
+    num_steps = begin + 2 * flows[0].stride
+
+    def path(flow):
+        run = eomdl.solve(
+            flow, VALLEY, num_steps, args=entry.args, resume=start, estimate_error=False, **TIGHT
+        )
+        return run.params, run.times
+
+    arrays, rest = zip(*(eqx.partition(flow, eqx.is_array) for flow in flows), strict=True)
+    stacked = eqx.combine(jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays), rest[0])
+    params, times = eqx.filter_jit(eqx.filter_vmap(path))(stacked)
+    for i, flow in enumerate(flows):
+        alone, clock = path(flow)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], params), alone, rtol=1e-9)
+        np.testing.assert_allclose(times[i], clock, rtol=1e-14)
+
+
+@ALL
+def test_a_resumed_run_is_the_whole_one_within_its_ode_error(entry):
+    rate = entry.rates[0]
+    start, begin = begun(entry, rate)
+    options = {"args": entry.args, "resume": start, "save_steps": [begin]}
+    flow, end = made(entry, rate), begin + 12
+    whole = eomdl.solve(flow, VALLEY, end, **options | {"save_steps": [begin, end]})
+    half = eomdl.solve(flow, VALLEY, begin + 5, **options)  # between two multiples of a stride of 2
+    resumed = eomdl.solve(flow, VALLEY, end, args=entry.args, resume=half, save_steps=[begin, end])
+    np.testing.assert_array_equal(resumed.steps, whole.steps)
+    np.testing.assert_allclose(resumed.times, whole.times, rtol=1e-14)
+    assert resumed.stats.rtol == whole.stats.rtol and resumed.stats.atol == whole.stats.atol
+    rounding = 1e-15 * np.linalg.norm(flat(VALLEY))
+    # The estimate is the difference of two integrations, which may err to the same side.
+    estimate = whole.ode_error[-1] + resumed.ode_error[-1]
+    assert np.linalg.norm(flat(resumed.at(end)) - flat(whole.at(end))) <= 2 * estimate + rounding
+
+
+def a_batch_for_each_step(entry: Flow, num_steps: int) -> jax.Array:
+    """The entry's data, times another number for every step."""
+    numbers = 1 + 0.5 * jnp.sin(jnp.arange(float(num_steps)))
+    return jax.vmap(lambda a: a * entry.args)(numbers)
+
+
+@ALL
+def test_minibatches_are_seen_each_in_its_own_step(entry):
+    flow, num_steps = made(entry), 8
+    batches = a_batch_for_each_step(entry, num_steps)
+    options = {"estimate_error": False, "diagnose": False, **TIGHT}
+
+    def path(batches):
+        return flat_rows(eomdl.solve(flow, VALLEY, num_steps, batches=batches, **options))
+
+    rows = path(batches)
+    for k in (0, 3, 7):  # another batch in step k: another path from the end of its stride on, not before
+        end = (k // flow.stride + 1) * flow.stride
+        other = path(batches.at[k].multiply(-1))
+        np.testing.assert_array_equal(other[: end - flow.stride + 1], rows[: end - flow.stride + 1])
+        assert np.all(np.linalg.norm(other[end:] - rows[end:], axis=1) > 1e-6)
+    # The same batch in every step is no batches at all.
+    constant = path(jnp.broadcast_to(entry.args, batches.shape))
+    whole = flat_rows(eomdl.solve(flow, VALLEY, num_steps, args=entry.args, **options))
+    np.testing.assert_allclose(constant, whole, rtol=1e-9)
+
+
+def flat_rows(run: eomdl.Trajectory) -> np.ndarray:
+    return np.stack([run.params["x"], run.params["y"]], axis=1)
