@@ -1,10 +1,12 @@
 """The strict regime: float64, no silent rank promotion, every warning an error."""
 
+import ctypes
 import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import pytest
 
@@ -29,5 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def _compiled_programs_of_one_file_only() -> Iterator[None]:
     """JAX drops no compiled program by itself: memory would grow with every file."""
     yield
+    eqx.clear_caches()
     jax.clear_caches()
     gc.collect()
+    _give_back_memory()
+
+
+def _give_back_memory() -> None:
+    """What was freed goes back to the system, where the C library can be asked to (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
