@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import COMPILED, VALLEY, VALLEY_REST, assert_identical, flat, pulled_loss
-from registry import ALL, FLOWS, TIGHT, Flow, begun, made, sgd
+from registry import ALL, FLOWS, HIGH, KINDS, TIGHT, WITH_HIGH, Flow, begun, made, sgd
 
 import eomdl
 
@@ -139,7 +139,7 @@ def test_the_learning_rate_is_a_leaf(entry):
     np.testing.assert_allclose(two.step_size, 2 * one.step_size, rtol=1e-15)
 
 
-@ALL
+@KINDS
 def test_a_second_learning_rate_compiles_nothing(entry):
     start, begin = begun(entry, entry.rates[0])
 
@@ -203,7 +203,7 @@ LAWS = [
 ]
 
 
-@ALL
+@WITH_HIGH
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test(law, entry):
     law(entry)
@@ -268,7 +268,7 @@ def broken(wrap: type, terms: int) -> Flow:
 FAST, UNMEASURED, WRONG_STEP = broken(Fast, 1), broken(Unmeasured, 4), broken(WrongStep, 4)
 RESTLESS, DOUBLE = broken(Restless, 1), broken(Double, 1)
 BAKED = FAST._replace(name="Baked", make=lambda loss, rate: eomdl.EquationOfMotion(loss, 0.03, 1))
-REGISTERED = [*FLOWS, FAST, UNMEASURED, WRONG_STEP]
+REGISTERED = [*FLOWS, *HIGH, FAST, UNMEASURED, WRONG_STEP]
 
 
 @pytest.mark.parametrize(

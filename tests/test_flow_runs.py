@@ -1,16 +1,16 @@
-"""The laws of a flow's runs, over every flow in the registry: jit and vmap, resume, minibatches."""
+"""The laws of a flow's runs, over every kind of flow in the registry: jit and vmap, resume, minibatches."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import VALLEY, assert_close, flat
-from registry import ALL, TIGHT, Flow, begun, made
+from registry import KINDS, TIGHT, Flow, begun, made
 
 import eomdl
 
 
-@ALL
+@KINDS
 def test_jit_and_vmap_change_nothing(entry):
     start, begin = begun(entry, entry.rates[0])
     flows = [made(entry, rate) for rate in entry.rates[:2]]
@@ -31,7 +31,7 @@ def test_jit_and_vmap_change_nothing(entry):
         np.testing.assert_allclose(times[i], clock, rtol=1e-14)
 
 
-@ALL
+@KINDS
 def test_a_resumed_run_is_the_whole_one_within_its_ode_error(entry):
     rate = entry.rates[0]
     start, begin = begun(entry, rate)
@@ -55,7 +55,7 @@ def a_batch_for_each_step(entry: Flow, num_steps: int) -> jax.Array:
     return jax.vmap(lambda a: a * entry.args)(numbers)
 
 
-@ALL
+@KINDS
 def test_minibatches_are_seen_each_in_its_own_step(entry):
     flow, num_steps = made(entry), 8
     batches = a_batch_for_each_step(entry, num_steps)

@@ -1,4 +1,4 @@
-"""The reproductions: data, command line, and every one of them at smoke size."""
+"""The reproductions: data, command line, and what one leaves. (.ci/run runs all of them at smoke size.)"""
 
 import dataclasses
 import gzip
@@ -99,12 +99,11 @@ def test_without_a_name_the_main_ones_run_and_all_with_all(monkeypatch, tmp_path
     assert ran == list(REPRODUCTIONS)
 
 
-@pytest.mark.parametrize("name", [name for name in REPRODUCTIONS if name not in MAIN])
-def test_smoke(name, tmp_path):
-    """Exit status 0 means that every claim asserted at this size holds. (.ci/run runs the main ones.)"""
+def test_a_reproduction_leaves_claims_tables_and_pictures(tmp_path):
+    """Exit status 0 means that every claim asserted at this size holds."""
+    name = "development"
     with jax.numpy_rank_promotion("allow"):  # as a user has it
         assert main([name, "--smoke", "--out", str(tmp_path)]) == 0
-    jax.clear_caches()
     record = json.loads((tmp_path / name / "result.json").read_text())
     assert any(claim["holds"] for claim in record["claims"])
     assert all(claim["holds"] is not False for claim in record["claims"])
