@@ -95,23 +95,6 @@ def test_increment_is_the_step_less_the_state(name):
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(),
-        optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1)),
-        optax.apply_if_finite(optax.sgd(0.1), 3),
-        optax.lbfgs(),
-    ],
-    ids=["accumulating", "random", "apply_if_finite", "lbfgs"],
-)
-def test_integers_that_are_no_counters_are_refused(optimizer):
-    with pytest.raises(
-        ValueError, match=r"^optimizer: expected a state of real arrays and integers that count"
-    ):
-        eomdl.optimizer_step(valley_loss, optimizer).init(VALLEY)
-
-
 def test_missing_extra_arguments_are_named():
     with pytest.raises(ValueError, match=r"extra_args: .*'value'"):
         eomdl.iterate(eomdl.optimizer_step(valley_loss, POLYAK), VALLEY, 2)

@@ -1,0 +1,216 @@
+"""What is not real in an optimizer's state: step counters, and flags that settle after the first steps."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from eomdl import _tree
+from eomdl._types import Params
+
+
+SETTLED = 2  # steps after which a flag must not change any more
+_STEPS = 8  # of a real run, to see how each leaf moves
+_COUNTS = np.append(
+    np.arange(2**16), 10**9
+)  # counter values tried: a cycle longer than that is none in practice
+_GAP = 252_000  # a multiple of every period that is made of 2^5, 3^2, 5^3 and 7
+_JUMP = 0.02  # of the size of a leaf, what counts as a jump
+_WIDTH = 3  # of an axis of the parameters that the optimizer is tried on
+_REMEDY = "`eomdl.descend` runs such an optimizer, but it has no flow"
+
+
+class Leaf(NamedTuple):
+    """A leaf that is not real: its values at the steps 0, ..., `SETTLED`, and whether it counts the steps."""
+
+    first: np.ndarray
+    counts: bool
+
+    def at(self, k: jax.Array) -> jax.Array:
+        """The value at a real step number."""
+        if self.counts:
+            return jnp.asarray(self.first[0], k.dtype) + k
+        return jnp.asarray(self.first)[jnp.clip(k, 0, SETTLED).astype(int)]
+
+
+def discrete_leaves(optimizer: optax.GradientTransformation, params: Params) -> list[Leaf]:
+    """The leaves of the optimizer's state that are not real arrays, in order.
+
+    A counter moves by one in every step of a real run and from every value, and the update depends on it
+    without isolated values. Any other leaf must stay as it is after the first steps.
+
+    **Cost:** about a hundred updates, no gradients; once for an optimizer and shapes of parameters.
+    **Raises:** `ValueError` for a state that is neither.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    return _probed(optimizer, structure, tuple((x.shape, jnp.dtype(x.dtype).name) for x in leaves))
+
+
+@functools.lru_cache(maxsize=128)
+def _probed(optimizer: optax.GradientTransformation, structure: Any, shapes: tuple) -> list[Leaf]:
+    def parameters(width: int | None) -> Params:
+        cut = [(tuple(d if width is None else min(d, width) for d in shape), kind) for shape, kind in shapes]
+        return structure.unflatten([jnp.full(*c) for c in [(shape, 0.5, kind) for shape, kind in cut]])
+
+    with jax.ensure_compile_time_eval():
+        try:
+            # What the counters do does not depend on sizes, but for optimizers that are made for some.
+            return _classified(optimizer, parameters(_WIDTH))
+        except ValueError:
+            return _classified(optimizer, parameters(None))
+
+
+def _classified(optimizer: optax.GradientTransformation, params: Params) -> list[Leaf]:
+    state = optimizer.init(params)
+    found = [
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if not eqx.is_inexact_array(leaf)
+    ]
+    for where, leaf in found:
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+            raise _refused(f"a random key at {where}")
+    if not found:
+        return []
+    probe = _Probe(optimizer, params, state)
+    leaves = probe.classified([where for where, _ in found])
+    if any(leaf.counts for leaf in leaves):
+        probe.require_smooth(leaves)
+    return leaves
+
+
+class _Probe:
+    """An optimizer run on numbers that do not matter: only how its integers move does."""
+
+    def __init__(self, optimizer: optax.GradientTransformation, params: Params, state: Any):
+        self._params, self._state = params, state
+        self._optimizer = optax.with_extra_args_support(optimizer)
+        # Another one than the run has seen: what it remembers and what it is given must not look the same.
+        self._gradient = _tree.random_normal(jax.random.key(0), params)
+        self._extra = self._taken_arguments()
+        real = jax.tree.map(eqx.is_inexact_array, state)
+        self._real, self._discrete = eqx.partition(state, real)
+        self._structure = jax.tree.structure(self._discrete)
+
+    def classified(self, where: list[str]) -> list[Leaf]:
+        """The leaves as a real run moves them. (Step by step: to compile a loop takes longer.)"""
+        states = [jax.tree.map(jnp.asarray, self._state)]
+        for _ in range(_STEPS):
+            _, new = _tried(lambda: self._update(states[-1], self._params))
+            states.append(jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, states[0]))
+        self._real, _ = self._split(states[-1])
+        rows = zip(*(self._split(state)[1] for state in states), strict=True)
+        leaves = [
+            self._leaf(name, np.stack(jax.device_get(row))) for name, row in zip(where, rows, strict=True)
+        ]
+        self._require_counting(where, leaves)
+        return leaves
+
+    def _leaf(self, where: str, values: np.ndarray) -> Leaf:
+        if values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
+            if np.array_equal(values, values[0] + np.arange(len(values))):
+                return Leaf(values[: SETTLED + 1], counts=True)
+            if not np.all(values[SETTLED:] == values[-1]):
+                raise _refused(f"an integer that goes {', '.join(map(str, values))} at {where}")
+        elif not np.all(values[SETTLED:] == values[-1]):
+            raise _refused(f"{values.dtype} {values.shape[1:]} that keeps changing at {where}")
+        return Leaf(values[: SETTLED + 1], counts=False)
+
+    def _require_counting(self, where: list[str], leaves: list[Leaf]) -> None:
+        """From every value a counter goes to the next: also from those that a short run does not reach."""
+        counting = [leaf.counts for leaf in leaves]
+
+        def following(n: jax.Array) -> list[jax.Array]:
+            # Only the counters are asked for, so only they are computed.
+            here = [
+                jnp.asarray(leaf.first[0] + n if leaf.counts else leaf.first[-1], leaf.first.dtype)
+                for leaf in leaves
+            ]
+            after = self._split(self._update(self._joined(here), self._gradient)[1])[1]
+            return [jnp.asarray(x) for x, counts in zip(after, counting, strict=True) if counts]
+
+        if not any(counting):
+            return
+        after = jax.device_get(_tried(lambda: jax.jit(jax.vmap(following))(jnp.asarray(_COUNTS))))
+        counters = [pair for pair in zip(where, leaves, strict=True) if pair[1].counts]
+        for (name, leaf), values in zip(counters, after, strict=True):
+            wrong = np.flatnonzero(np.asarray(values) != leaf.first[0] + _COUNTS + 1)
+            if len(wrong):
+                n = leaf.first[0] + _COUNTS[wrong[0]]
+                raise _refused(f"an integer that goes from {n} to {values[wrong[0]]} at {name}")
+
+    def require_smooth(self, leaves: list[Leaf]) -> None:
+        """No update at a whole step number that is not also the one just before or just after it."""
+        real = jnp.result_type(float)
+
+        def at(k: jax.Array) -> list[jax.Array]:
+            updates, new = self._update(self._joined([leaf.at(k) for leaf in leaves]), self._gradient)
+            return jax.tree.leaves((updates, self._split(new)[0]))
+
+        steps = np.append(np.arange(SETTLED + 1, SETTLED + 33), _GAP)
+        gaps = np.where(steps > 2**12, 1 / 16, 1 / 1024)  # wide enough to be a difference in float32
+        ks = jnp.asarray(np.stack([steps - gaps, steps, steps + gaps]), real)
+        values = jax.device_get(_tried(lambda: jax.vmap(jax.vmap(at))(ks)))
+        found = [_compared(*np.asarray(x, float).reshape(3, len(steps), -1)) for x in values]
+        alone, jumps = (np.any(column, axis=0) for column in zip(*found, strict=True))
+        if np.any(alone):
+            k = steps[np.flatnonzero(alone)[0]]
+            raise _refused(f"an update that at step {k} is not what it is just before and just after")
+        if np.mean(jumps) > 1 / 8:
+            raise _refused(f"an update that jumps in {int(np.sum(jumps))} of {len(steps)} steps")
+
+    def _taken_arguments(self) -> dict[str, Any]:
+        """Those of the arguments beyond the gradient that this optimizer takes."""
+        p = self._params
+        value = {"value": jnp.ones(()), "grad": p, "value_fn": lambda q, *a, **kw: _tree.vdot(q, q)}
+        errors = []
+        for extra in (value, {}, {"grad_fn": lambda q, *a, **kw: q}):
+            try:
+                jax.eval_shape(lambda s, e=extra: self._optimizer.update(p, s, p, **e), self._state)
+            except Exception as error:  # of any type: it is the optimizer's own code
+                errors.append(error)
+            else:
+                return extra
+        raise _raised(errors[0])
+
+    def _update(self, state: Any, gradient: Params) -> tuple[Params, Any]:
+        return self._optimizer.update(gradient, state, self._params, **self._extra)
+
+    def _joined(self, discrete: list[Any]) -> Any:
+        return eqx.combine(self._real, self._structure.unflatten(discrete))
+
+    def _split(self, state: Any) -> tuple[Any, list[Any]]:
+        """The real part, and the leaves that are not."""
+        mask = jax.tree.map(lambda x: x is not None, self._real, is_leaf=lambda x: x is None)
+        real, discrete = eqx.partition(state, mask)
+        return real, jax.tree.leaves(discrete)
+
+
+def _compared(before: np.ndarray, here: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether `here` is a value by itself, and whether there is a jump: arrays (steps, entries) -> (steps,)."""
+    size = np.linalg.norm(here, axis=1) + np.linalg.norm(before, axis=1)
+    left, right, across = (np.linalg.norm(d, axis=1) for d in (here - before, after - here, after - before))
+    return np.minimum(left, right) > _JUMP * size + 10 * across, across > _JUMP * size
+
+
+def _tried(run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except Exception as error:
+        raise _raised(error) from error
+
+
+def _raised(error: Exception) -> ValueError:
+    return _refused(f"an update that raised {type(error).__name__}: {str(error).splitlines()[0]:.200}")
+
+
+def _refused(got: str) -> ValueError:
+    return ValueError(
+        "optimizer: expected an update that is smooth in a real step number, with integers that count the steps and "
+        f"flags that settle after {SETTLED} steps, got {got}; {_REMEDY}"
+    )
