@@ -146,6 +146,7 @@ def observables(
     if not isinstance(observe, Mapping):
         raise _wrong("observe", "a dict {name: function (params, args) -> array}", repr(observe))
     for name, function in observe.items():
+        _require_name("observe", name)
         if not callable(function):
             raise _wrong(f"observe[{name!r}]", "a function (params, args) -> array", repr(function))
         expected = "a function (params, args) -> array"
@@ -153,6 +154,11 @@ def observables(
         if not hasattr(out, "shape"):
             raise _wrong(f"observe[{name!r}]", "one array", f"{out}")
     return dict(observe)
+
+
+def _require_name(argument: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise _wrong(argument, "names that are strings", repr(name))
 
 
 def state_observables(
@@ -163,6 +169,7 @@ def state_observables(
     if observe is not None and not isinstance(observe, Mapping):
         raise _wrong("observe_state", expected, repr(observe))
     for name, function in (observe or {}).items():
+        _require_name("observe_state", name)
         if not callable(function):
             raise _wrong(f"observe_state[{name!r}]", expected, repr(function))
         t = jnp.zeros((), jnp.result_type(float))

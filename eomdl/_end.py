@@ -75,6 +75,7 @@ class Stats:
     - `rtol`, `atol`: tolerances of the ODE solver, or None.
     - `stride`: the flow passes through every m-th step.
     - `flow`: which flow, with its numbers; empty for a real run.
+    - `run`: which run, a checksum of its beginning; 0 if it was not written to checkpoints.
     - `diagnostics`: `{name: Diagnostic}` measured along the path.
     """
 
@@ -86,11 +87,16 @@ class Stats:
     atol: Any = None
     stride: int = dataclasses.field(metadata=STATIC, default=1)
     flow: str = dataclasses.field(metadata=STATIC, default="")
+    run: Any = 0
     diagnostics: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
 
     def plus(self, counts: Mapping[str, Any]) -> "Stats":
         """With these counts added."""
         return dataclasses.replace(self, **{k: getattr(self, k) + v for k, v in counts.items()})
+
+    def of_run(self, run: int) -> "Stats":
+        """With the checksum of a run."""
+        return dataclasses.replace(self, run=run)
 
     def diagnosed(self, found: Mapping[str, Diagnostic]) -> "Stats":
         """With these diagnostics after those there are."""

@@ -6,7 +6,7 @@ description of what it stands for.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -56,9 +56,40 @@ def _kind(node: Any) -> str:
     return _PLAIN.get(type(node), f"{type(node).__module__}:{type(node).__qualname__}")
 
 
+class _Repr(str):
+    """Stands for a key of a dict that JSON cannot say."""
+
+
 def _key(entry: Any) -> Any:
-    key = getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None)))
-    return key if isinstance(key, str | int) and not isinstance(key, bool) else repr(key)
+    return _said(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))))
+
+
+def _said(key: Any) -> Any:
+    """A key in JSON: strings and integers as they are, others as `[type, value]`."""
+    if isinstance(key, _Repr):
+        return ["repr", str(key)]
+    if isinstance(key, str):
+        return str(key)
+    if isinstance(key, int | np.integer):
+        return int(key)
+    if isinstance(key, bytes):
+        return ["bytes", key.hex()]
+    if isinstance(key, float):
+        return ["float", key.hex()]
+    if isinstance(key, tuple):
+        return ["tuple", [_said(k) for k in key]]
+    return ["repr", repr(key)]
+
+
+def _meant(said: Any) -> Any:
+    """The key that `_said` says: equal to it, but for a `repr`."""
+    if not isinstance(said, list):
+        return said
+    kind, value = said
+    if kind == "tuple":
+        return tuple(_meant(k) for k in value)
+    read: dict[str, Callable[[str], Any]] = {"bytes": bytes.fromhex, "float": float.fromhex, "repr": _Repr}
+    return read[kind](value)
 
 
 def rebuild(description: Any, leaves: Iterator[Any]) -> Any:
@@ -68,7 +99,7 @@ def rebuild(description: Any, leaves: Iterator[Any]) -> Any:
     if description == LEAF:
         return next(leaves)
     kind, items = description
-    keys = [key for key, _ in items]
+    keys = [_meant(key) for key, _ in items]
     children = [rebuild(child, leaves) for _, child in items]
     if kind == "dict":
         return dict(zip(keys, children, strict=True))
@@ -129,12 +160,21 @@ def restore(name: str, saved: Any, like: Any, hint: str = "") -> Any:
         if np.shape(old) != np.shape(new):
             where = jax.tree_util.keystr(path)
             raise ValueError(f"{name}{where}: expected shape {np.shape(new)}, got {np.shape(old)}{hint}")
+        if _is_key(old) != _is_key(new):
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"{name}{where}: expected dtype {new.dtype}, got {jnp.result_type(old)}{hint}")
         leaves.append(_placed(old, new))
     return structure.unflatten(leaves)
 
 
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def _placed(saved: Any, like: Any) -> jax.Array:
     """An array in the dtype of another, and where that one is if it was put there."""
+    if _is_key(like):
+        return saved
     array = jnp.asarray(saved, jnp.result_type(like))
     from_disk = not isinstance(saved, jax.Array)
     put = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer) and like.committed

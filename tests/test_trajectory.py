@@ -123,7 +123,7 @@ def test_other_files(tmp_path):
         eomdl.Trajectory.load(path)
     real = eomdl.descend(valley_loss, VALLEY, SGD, 3)
     eomdl.compare(real, {"itself": real}).save(path)
-    with pytest.raises(ValueError, match=r"path: expected .*eomdl\.Trajectory.*got 'eomdl\.Comparison"):
+    with pytest.raises(ValueError, match=r"path: expected .*eomdl\.Trajectory.*got .*'eomdl\.Comparison"):
         eomdl.Trajectory.load(path)
     with pytest.raises(FileNotFoundError):
         eomdl.Trajectory.load(tmp_path / "missing.npz")

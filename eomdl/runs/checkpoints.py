@@ -1,18 +1,22 @@
 """Checkpoints of a run on disk: on a schedule, at events, to go on or branch off from."""
 
+import contextlib
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import equinox as eqx
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from eomdl import _check, _structure
 from eomdl._end import End
 from eomdl._types import Args, Observable, Params
+from eomdl.runs.files import DamagedFile
 from eomdl.runs.plan import saved_steps
 from eomdl.runs.trajectory import Trajectory, concatenated, summary
 
@@ -75,8 +79,9 @@ class Checkpoints:
     - `store.at(k)` reads one; `resume=store.at(k).end` goes on from it, and with something changed in the call
         makes a branch. With nothing changed a real run is reproduced bit for bit, a flow to
         within its ODE error.
-    - `store.latest` is where the last one is, an `eomdl.runs.End`, or None, so that
-        `descend(..., resume=store.latest, checkpoints=store)` begins a run and continues a killed one.
+    - `store.latest` is where the last whole one is, an `eomdl.runs.End`, or None, so that
+        `descend(..., resume=store.latest, checkpoints=store)` begins a run and continues a killed one. Where a later
+        file is damaged a warning names it.
     - `store.steps`, `len(store)`, iteration (one in memory at a time), `store.events`.
 
     **Arguments:**
@@ -90,8 +95,13 @@ class Checkpoints:
     **Cost:** of a checkpoint, writing the state; of an event, at most one more stretch of the run (up to 256 saved
     steps), which is repeated to have the state there.
 
+    One folder is for one run: a run locks it, for as long as it lasts or its process lives, and its checkpoints
+    carry a checksum of what it began with. Damaged files behind the start of a run are moved aside
+    (`.npz.damaged`).
+
     **Raises:** `ValueError` for a wrong argument. A run raises it before its first step, and nothing is
-    overwritten, where the folder holds checkpoints later than its start, or of other parameters.
+    overwritten, where another run writes to the folder, or the folder holds checkpoints later than its start, of
+    another run, or of other parameters.
     """
 
     def __init__(
@@ -126,9 +136,19 @@ class Checkpoints:
 
     @property
     def latest(self) -> End | None:
-        """Where the last checkpoint is, or None where there is none yet."""
-        steps = self.steps
-        return self.at(int(steps[-1])).end if len(steps) else None
+        """Where the last whole checkpoint is, or None where there is none. Warns of damaged ones after it."""
+        damaged: list[str] = []
+        found = None
+        for step in self.steps[::-1]:
+            try:
+                found = self.at(int(step)).end
+                break
+            except DamagedFile as error:
+                damaged.append(str(error))
+        if damaged:
+            on = "none before is whole" if found is None else f"going on from step {found.step}"
+            warnings.warn(f"damaged checkpoints, {on}: {'; '.join(damaged)}", stacklevel=2)
+        return found
 
     @property
     def events(self) -> dict[str, np.ndarray]:
@@ -149,7 +169,12 @@ class Checkpoints:
             raise ValueError(
                 f"step: expected one of the checkpoints {summary(self.steps)} in {self.folder}, got {step}"
             )
-        return Trajectory.load(path, self._like)
+        checkpoint = Trajectory.load(path, self._like)
+        if checkpoint.end.step != step:
+            raise DamagedFile(
+                f"path: expected a checkpoint of step {step}, got step {checkpoint.end.step} in {path}"
+            )
+        return checkpoint
 
     def observe(
         self, observe: Mapping[str, Observable], args: Args = None, *, progress: bool = False
@@ -176,6 +201,32 @@ class Checkpoints:
 
     # ------------------------------------------------------- what a run calls
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder as one run's own. The system takes the lock back from a process that dies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"checkpoints: expected a folder that no other run is writing to, got {self.folder}, which is locked; "
+                "give each run a folder of its own"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _set_damaged_aside(self, start: int) -> None:
+        """What cannot be read after the start must not pass for a checkpoint of this run, nor keep it from writing."""
+        for step in self.steps[self.steps > start]:
+            path = self._path(step)
+            try:
+                self.at(int(step))
+            except DamagedFile:
+                path.rename(path.with_name(path.name + ".damaged"))
+
     def begin(self, num_steps: int, start: End, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
         """Raise if a run from `start` must not write here; the steps of its schedule."""
         for name, event in self._events.items():
@@ -189,6 +240,7 @@ class Checkpoints:
                     f"events[{name!r}]: expected a scalar observable, got {event.observable!r} of shape "
                     f"{shapes[event.observable]}"
                 )
+        self._set_damaged_aside(int(start.step))
         old = self.steps
         if len(old) and old[-1] > start.step:
             raise ValueError(
@@ -201,8 +253,13 @@ class Checkpoints:
                 f"the checkpoints in {self.folder} are of other parameters or another optimizer; "
                 "nothing was overwritten"
             )
-            _structure.restore("checkpoints", self.at(int(old[-1])).end.state, start.state, hint)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            last = self.at(int(old[-1])).end
+            _structure.restore("checkpoints", last.state, start.state, hint)
+            if int(last.stats.run) != int(start.stats.run):
+                raise ValueError(
+                    f"checkpoints: expected a folder of this run, got {self.folder} with checkpoints of another run (it "
+                    "began elsewhere, or with another optimizer or flow); nothing was overwritten"
+                )
         self._before = {}
         steps = saved_steps("schedule", num_steps, self._schedule)
         self._fixed = steps[(steps >= start.step) & ~np.isin(steps, old)]

@@ -182,6 +182,10 @@ class FlowDynamics(AbstractDynamics):
     def step_size(self) -> Any:
         return self.flow.step_size
 
+    @property
+    def identity(self) -> str:
+        return self.name
+
     def known(self, begin: End | None) -> "FlowDynamics":
         """With the tolerances of an earlier run of the same flow."""
         if begin is None or begin.stats.flow != self.name or begin.stats.rtol is None:

@@ -16,6 +16,7 @@ from eomdl.maps.optimizer import ExtraArgs, gradient_update
 from eomdl.maps.step_map import StepMap, as_step_map, check_step
 from eomdl.runs.data import Window
 from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span, scan_rows
+from eomdl.runs.identity import identity
 from eomdl.runs.options import RunOptions, Setup, set_up
 from eomdl.runs.trajectory import Trajectory
 
@@ -128,6 +129,10 @@ class _Discrete(AbstractDynamics):
     @property
     def step_size(self) -> Any:
         return self.time_step
+
+    @property
+    def identity(self) -> str:
+        return identity(self.step_map)
 
     def advance(self, state: State, span: Span, window: Window) -> Advanced:
         state, rows, steps = _iterate(self.step_map, self.gradients, state, span, window)

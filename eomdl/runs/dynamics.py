@@ -69,6 +69,11 @@ class AbstractDynamics(abc.ABC):
     def step_size(self) -> Any:
         """Time of a step; nan where it is not known."""
 
+    @property
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """What the state is carried on by, in a word that survives the disk."""
+
     @abc.abstractmethod
     def advance(self, state: State, span: Span, window: Window) -> Advanced:
         """The rows of a span, and the state at its end."""

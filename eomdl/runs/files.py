@@ -1,51 +1,128 @@
-"""Arrays and JSON in one file, no pickle."""
+"""Arrays and JSON in one file: no pickle, a checksum for every array, never half a file."""
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _structure
 
 
+class DamagedFile(ValueError):
+    """A file that is not what `Trajectory.save` writes, or not any more."""
+
+
 def write_npz(path: str | Path, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
-    """Arrays and JSON in one file, written aside and moved into place: never half a file."""
+    """Written aside and moved into place. A full or read-only disk leaves nothing behind.
+
+    **Raises:** `OSError` naming the file.
+    """
     path = Path(path)
     aside = path.with_name(path.name + ".part")
-    with open(aside, "wb") as file:
-        whole: Any = {name: np.asarray(a) for name, a in arrays.items()}
-        np.savez(file, meta=np.array(json.dumps(meta)), **whole)
-    aside.replace(path)
-
-
-def read_npz(path: str | Path, format: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What `write_npz` wrote; `ValueError` if it is something else."""
+    members: dict[str, Any] = {}
+    listed: dict[str, Any] = {}
+    for i, (name, value) in enumerate(arrays.items()):
+        array, kind = _plain(value)
+        members[f"array{i}"] = array
+        listed[name] = [f"array{i}", kind, _checksum(array.tobytes())]
+    text = json.dumps({"arrays": listed, "meta": meta}).encode()
+    members |= {"text": np.frombuffer(text, np.uint8), "checksum": np.frombuffer(_digest(text), np.uint8)}
     try:
-        # Opened here, since `np.load` leaves a damaged file open.
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = dict(file)
-        meta = json.loads(str(arrays.pop("meta")))
-    except FileNotFoundError:
+        with open(aside, "wb") as file:
+            np.savez(file, **members)
+        aside.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
-    except Exception as error:
-        raise ValueError(
-            f"path: expected a whole file of format {format!r}, got {path} ({type(error).__name__})"
-        ) from error
-    if meta.get("format") != format:
-        raise ValueError(f"path: expected a file of format {format!r}, got {meta.get('format')!r} in {path}")
-    return arrays, meta
+
+
+def read_npz(path: str | Path, format: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_npz` wrote. **Raises:** `DamagedFile` if it is something else, `FileNotFoundError`."""
+    with _opened(path, format) as file:
+        listed, meta = _text(file, format)
+        expected = {"text", "checksum", *(member for member, _, _ in listed.values())}
+        if set(file.files) != expected:
+            raise ValueError(f"members {sorted(set(file.files) ^ expected)} missing or not listed")
+        arrays = {}
+        for name, (member, kind, checksum) in listed.items():
+            array = file[member]
+            if _checksum(array.tobytes()) != checksum:
+                raise ValueError(f"checksum of {name!r}")
+            arrays[name] = _restored(array, kind)
+        return arrays, meta
 
 
 def read_meta(path: str | Path, format: str) -> dict[str, Any]:
-    """The JSON in a file, none of its arrays read."""
-    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-        meta = json.loads(str(file["meta"]))
-    if meta.get("format") != format:
-        raise ValueError(f"path: expected a file of format {format!r}, got {meta.get('format')!r} in {path}")
-    return meta
+    """The JSON in a file, none of its arrays read. **Raises:** as `read_npz`."""
+    with _opened(path, format) as file:
+        return _text(file, format)[1]
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, format: str) -> Iterator[Any]:
+    with open(path, "rb") as raw:  # here, since `np.load` leaves a damaged file open
+        try:
+            _require_uncompressed(raw)
+            with np.load(raw, allow_pickle=False) as file:
+                yield file
+        except Exception as error:
+            raise DamagedFile(
+                f"path: expected a whole file of format {format!r}, got {path} ({type(error).__name__}: {error})"
+            ) from error
+
+
+def _require_uncompressed(raw: Any) -> None:
+    """`write_npz` does not compress: so no file unpacks to more than its own size."""
+    with zipfile.ZipFile(raw) as archive:
+        packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"compressed members {packed}")
+    raw.seek(0)
+
+
+def _text(file: Any, format: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    text = file["text"].tobytes()
+    if _digest(text) != file["checksum"].tobytes():
+        raise ValueError("checksum of the text")
+    whole = json.loads(text)
+    found = whole["meta"]["format"]
+    if found != format:
+        raise ValueError(f"format {found!r}")
+    return whole["arrays"], whole["meta"]
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _checksum(data: bytes) -> str:
+    return _digest(data).hex()
+
+
+def _plain(leaf: Any) -> tuple[np.ndarray, str]:
+    """A leaf as an array of NumPy's own dtypes, and what it was, where that is another."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(leaf)), f"key {jax.random.key_impl(leaf)}"
+    array = np.asarray(leaf)
+    if array.dtype.kind == "V":  # bfloat16 and its kin
+        return array.view(f"u{array.dtype.itemsize}"), array.dtype.name
+    return array, ""
+
+
+def _restored(array: np.ndarray, kind: str) -> Any:
+    if kind.startswith("key "):
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=kind.removeprefix("key "))
+    return array.view(jnp.dtype(kind)) if kind else array
 
 
 class Tree:
@@ -55,10 +132,10 @@ class Tree:
     def write(name: str, tree: Any, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
         """Put it there."""
         meta[name] = _structure.describe(tree)
-        arrays |= {f"{name}:{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+        arrays |= {f"{name}:{i}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
     @staticmethod
-    def read(name: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Any:
+    def read(name: str, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> Any:
         """Take it out."""
         prefix = f"{name}:"
         count = sum(key.startswith(prefix) for key in arrays)

@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -23,6 +24,8 @@ def identity(flow: eqx.Module) -> str:
 def _say(x: Any, depth: int) -> str:
     if depth == 0:
         return "..."
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
     if eqx.is_array_like(x):
         array = np.asarray(x)
         return str(array.tolist()) if array.size <= 8 else f"{array.shape}#{_digest(array.tobytes())}"
@@ -57,6 +60,11 @@ def _cell(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
+
+
+def checksum(*parts: bytes) -> int:
+    """A number > 0 of 31 bits."""
+    return int(_digest(*parts)[:8], 16) % (2**31 - 1) + 1
 
 
 def _digest(*parts: bytes) -> str:

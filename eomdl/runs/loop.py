@@ -2,11 +2,12 @@
 
 A run is cut into stretches. One compiled program advances a stretch; between stretches the host moves the
 rows out of device memory (which stays flat in the number of steps), shows progress, and can stop: at a
-non-finite state, at the end of the batches, or at Ctrl-C. Inside `jit`, `vmap` or `grad` the whole run is one
+non-finite state or at the end of the batches. Inside `jit`, `vmap` or `grad` the whole run is one
 stretch. Neither asks what kind of run it is, nor where its arrays live.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import diffrax
@@ -21,7 +22,7 @@ from eomdl.runs.dynamics import AbstractDynamics, Span
 from eomdl.runs.leg import Leg, span_of
 from eomdl.runs.plan import Plan
 from eomdl.runs.record import Record, recorded
-from eomdl.runs.trajectory import Trajectory, concatenated
+from eomdl.runs.trajectory import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,31 +35,25 @@ class Loop:
     checkpoints: Checkpoints | None
     meter: diffrax.AbstractProgressMeter
 
-    def run(self, dynamics: AbstractDynamics, begin: End) -> Trajectory:
-        """From `begin` to the end of the plan, or as far as it goes."""
-        pieces: list[Trajectory] = []
+    def pieces(self, dynamics: AbstractDynamics, begin: End) -> Iterator[Trajectory]:
+        """The rows of every stretch, as soon as they are there: to the end of the plan, or as far as it goes.
+
+        Checkpoints are written, and progress shown, when the next piece is asked for: whatever is raised then,
+        the pieces so far are in the caller's hands.
+        """
         end = begin
-        bar = self.meter.init()
-        first, last = self.plan.stretches[0].start, self.plan.stretches[-1].end
-        try:
+        with _Bar(self.meter, self.plan) as bar:
             for i in range(len(self.plan.stretches)):
                 leg = self._leg(i, dynamics, end)
                 dynamics = leg.dynamics
                 table, good = leg.computed()
-                # From here on it is kept, whatever comes.
-                pieces.append(self._kept(table, good & leg.stretch.saved))
+                yield self._kept(table, good & leg.stretch.saved)
                 self._write(leg, table, good)
                 end = table.end
-                bar = self.meter.step(bar, jnp.asarray((end.step - first) / max(last - first, 1)))
+                bar.show(int(end.step))
                 self.data.raise_pending()
                 if not succeeded(table.result):
                     break
-        except KeyboardInterrupt:
-            if not pieces:
-                raise
-            pieces[-1] = dataclasses.replace(pieces[-1], result=RESULTS.interrupted)
-        self.meter.close(bar)
-        return concatenated(pieces)
 
     def _leg(self, i: int, dynamics: AbstractDynamics, begin: End) -> Leg:
         """The i-th stretch with its data, as far as there are any."""
@@ -90,6 +85,25 @@ class Loop:
             if end is not None:
                 row = dataclasses.replace(table.rows(slice(i, i + 1)), result=RESULTS.successful, end=end)
                 self.checkpoints.write(row, events)
+
+
+class _Bar:
+    """A progress meter in use, closed whatever happens."""
+
+    def __init__(self, meter: diffrax.AbstractProgressMeter, plan: Plan):
+        self._meter, self._first = meter, plan.stretches[0].start
+        self._length = max(plan.stretches[-1].end - self._first, 1)
+
+    def __enter__(self) -> "_Bar":
+        self._state = self._meter.init()
+        return self
+
+    def show(self, step: int) -> None:
+        """That the run has come to a step."""
+        self._state = self._meter.step(self._state, jnp.asarray((step - self._first) / self._length))
+
+    def __exit__(self, *error: object) -> None:
+        self._meter.close(self._state)
 
 
 def run_traced(

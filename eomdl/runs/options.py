@@ -1,22 +1,26 @@
 """The options that `descend`, `iterate` and `solve` share: declared, documented and checked once."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import diffrax
+import jax
 import numpy as np
 
 from eomdl import _check, _structure, _tree
-from eomdl._end import End
+from eomdl._end import End, real_part
 from eomdl._types import Args, Observable, Params, State
 from eomdl.runs.checkpoints import Checkpoints
 from eomdl.runs.data import AbstractData, open_data
 from eomdl.runs.dynamics import AbstractDynamics
+from eomdl.runs.identity import checksum
 from eomdl.runs.loop import Loop, run_traced
 from eomdl.runs.plan import plan, plan_at_once, saved_steps
 from eomdl.runs.record import Record, column_shapes
-from eomdl.runs.trajectory import Trajectory, joined
+from eomdl.runs.salvage import carry, interrupted, nothing_yet
+from eomdl.runs.trajectory import Trajectory, concatenated, joined
 
 
 class RunOptions(TypedDict, total=False):
@@ -41,6 +45,10 @@ class RunOptions(TypedDict, total=False):
         step still to do.
     - `checkpoints`: an `eomdl.Checkpoints`, which writes the whole state to disk on its schedule.
     - `throw`: raise `RuntimeError` where the run fails instead of returning what it has.
+
+    What is raised in a run (by the iterator in `batches`, an observable, a progress meter, a full disk) goes on as it
+    is, with the rows computed so far as the exception's attribute `trajectory`, from which `resume=` goes on. At Ctrl-C
+    the rows are returned, with the result `RESULTS.interrupted`; before the first rows it is raised.
     """
 
     args: Args
@@ -89,30 +97,54 @@ class Setup:
         begin = End(self.start, state, None) if self.begin is None else self.begin
         begin = dataclasses.replace(begin, step=self.start, state=state, params=self.starting_params)
         self._check_joinable({*self.record.observe, *state_columns})
-        traced = _tree.is_traced(dynamics, state, self.data.args, self.data.example)
-        saved = self.record.steps
-        if traced:
+        if _tree.is_traced(dynamics, state, self.data.args, self.data.example):
             if self.checkpoints is not None:
                 raise ValueError("checkpoints: expected a run outside jit, vmap and grad, got traced values")
-            planned = plan_at_once(self.start, self.num_steps, saved)
-            trajectory = run_traced(dynamics, begin, planned, self.record, self.data)
-        else:
-            cuts = self._checkpointed(begin)
+            planned = plan_at_once(self.start, self.num_steps, self.record.steps)
+            return self._whole([run_traced(dynamics, begin, planned, self.record, self.data)])
+        pieces: list[Trajectory] = []
+        try:
+            # What `extend` has taken stays in the list, whatever is raised in the run.
+            pieces.extend(self._pieces(dynamics, begin))
+            return self._whole(pieces)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and pieces:
+                return interrupted(self._joined(pieces))
+            begun = self.before or nothing_yet(begin, dynamics.step_size, self.record, self.data)
+            carry(error, self._joined(pieces) if pieces else begun)
+            raise
+
+    def _pieces(self, dynamics: AbstractDynamics, begin: End) -> Iterator[Trajectory]:
+        """The run on the host, stretch by stretch."""
+        if self.checkpoints is not None and int(begin.stats.run) == 0:
+            begin = dataclasses.replace(begin, stats=begin.stats.of_run(_origin(dynamics, begin)))
+        with self._writing(begin) as cuts:
             size = max(_tree.size(self.params), 1 if self.data.in_arrays else _tree.size(self.data.example))
-            planned = plan(self.start, self.num_steps, saved, cuts, size, dynamics.max_rows)
-            loop = Loop(planned, self.record, self.data, self.checkpoints, self.meter)
-            trajectory = loop.run(dynamics, begin)
-        if self.before is not None:
-            trajectory = joined(self.before, trajectory)
+            planned = plan(self.start, self.num_steps, self.record.steps, cuts, size, dynamics.max_rows)
+            yield from Loop(planned, self.record, self.data, self.checkpoints, self.meter).pieces(
+                dynamics, begin
+            )
+
+    def _joined(self, pieces: list[Trajectory]) -> Trajectory:
+        whole = concatenated(pieces)
+        return whole if self.before is None else joined(self.before, whole)
+
+    def _whole(self, pieces: list[Trajectory]) -> Trajectory:
+        """The trajectory, or the error that it is asked to be."""
+        trajectory = self._joined(pieces)
         if self.throw and not _tree.is_traced(trajectory.result._value) and trajectory.message:
             raise RuntimeError(trajectory.message)
         return trajectory
 
-    def _checkpointed(self, begin: End) -> np.ndarray:
+    @contextlib.contextmanager
+    def _writing(self, begin: End) -> Iterator[np.ndarray]:
+        """The steps at which checkpoints are due; the folder is this run's as long as it lasts."""
         if self.checkpoints is None:
-            return np.array([], int)
-        shapes = column_shapes(self.record.observe, self.params, self.data.seen_by)
-        return self.checkpoints.begin(self.num_steps, begin, shapes)
+            yield np.array([], int)
+            return
+        shapes = column_shapes(self.record.observe, begin.params, self.data.seen_by)
+        with self.checkpoints.locked():
+            yield self.checkpoints.begin(self.num_steps, begin, shapes)
 
     def _check_joinable(self, observed: set[str]) -> None:
         run, save_params = self.before, self.record.save_params
@@ -189,6 +221,12 @@ def _resumed(resume: Any, num_steps: int) -> tuple[End | None, Trajectory | None
     # Not the rows behind the state: those of a run that failed there.
     behind = np.asarray(resume.steps) > end.step
     return end, resume.rows(~behind) if behind.any() else resume
+
+
+def _origin(dynamics: AbstractDynamics, begin: End) -> int:
+    """A run in a number, made of where it began and how it goes on."""
+    arrays = [np.asarray(real).tobytes() for real in jax.tree.leaves(real_part(begin.state))]
+    return checksum(dynamics.identity.encode(), str(begin.step).encode(), *arrays)
 
 
 def _meter(progress: bool | diffrax.AbstractProgressMeter) -> diffrax.AbstractProgressMeter:

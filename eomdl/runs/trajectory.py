@@ -12,7 +12,7 @@ import numpy as np
 from eomdl import _structure, _tree
 from eomdl._end import RESULTS, Diagnostic, End, Stats
 from eomdl._types import Params, record_type
-from eomdl.runs.files import Tree, read_meta, read_npz, write_npz
+from eomdl.runs.files import DamagedFile, Tree, read_meta, read_npz, write_npz
 
 
 _COLUMN = {"column": True}
@@ -184,30 +184,55 @@ class Trajectory:
         pytree give one as `like`; without it its nodes come back as plain nodes with the children by key.
         The state in `end` is put in its own structure by `resume=`.
 
-        Raises `ValueError` if the file is not such a file, is truncated, or does not fit `like`.
+        **Raises:** `ValueError` naming the file if it is not such a file, is damaged (every array has a checksum),
+        or does not fit `like`. No file unpacks to more than its size: a compressed one is refused.
         """
-        arrays, meta = read_npz(path, _FORMAT)
-        trees = {name: Tree.read(name, arrays, meta) for name in _TREES}
-        if like is not None:
-            trees["end.params"] = _like("like", trees["end.params"], like, path, 0)
-            trees["params"] = _like("like", trees["params"], like, path, 1)
-        diagnostics = {
-            name: Diagnostic(trees["diagnostics values"][name], *meta["diagnostics"][name])
-            for name in meta["diagnostics"]
-        }
-        end = End(
-            int(trees["end.step"]),
-            trees["end.state"],
-            trees["end.params"],
-            Stats(**meta["stats"], diagnostics=diagnostics),
+        trajectory = _read(path)
+        if like is None:
+            return trajectory
+        end = dataclasses.replace(trajectory.end, params=_like("like", trajectory.end.params, like, path, 0))
+        return dataclasses.replace(
+            trajectory, end=end, params=_like("like", trajectory.params, like, path, 1)
         )
-        columns = {name: tree for name, tree in trees.items() if name in _COLUMNS}
-        return Trajectory(**columns, result=_result_from_index(meta["result"]), end=end)
+
+
+def _read(path: str | Path) -> Trajectory:
+    arrays, meta = read_npz(path, _FORMAT)
+    try:
+        trees = {name: Tree.read(name, arrays, meta) for name in _TREES}
+        values = trees.pop("diagnostics values")
+        diagnostics = {name: Diagnostic(values[name], *meta["diagnostics"][name]) for name in values}
+        stats = Stats(**meta["stats"], diagnostics=diagnostics)
+        end = End(int(trees.pop("end.step")), trees.pop("end.state"), trees.pop("end.params"), stats)
+        return _valid(Trajectory(**trees, result=_result_from_index(meta["result"]), end=end))
+    except Exception as error:
+        raise DamagedFile(
+            f"path: expected the contents of a trajectory, got others in {path} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _valid(run: Trajectory) -> Trajectory:
+    """The trajectory, if its columns have one length and its numbers are numbers."""
+    steps = run.steps
+    if steps.ndim != 1 or steps.dtype.kind not in "iu" or np.any(np.diff(steps) <= 0) or np.any(steps < 0):
+        raise ValueError(f"steps: expected increasing integers >= 0, got {summary(steps)}")
+    if run.end.step < 0:
+        raise ValueError(f"end.step: expected an integer >= 0, got {run.end.step}")
+    columns = [getattr(run, name) for name in _COLUMNS]
+    shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(columns)}
+    if shapes != {steps.shape}:
+        raise ValueError(f"columns: expected {len(steps)} rows, got leading axes {sorted(shapes)}")
+    for field in dataclasses.fields(Stats):
+        value = getattr(run.stats, field.name)
+        expected = {"flow": str, "diagnostics": dict}.get(field.name, int | float | None)
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise ValueError(f"stats.{field.name}: expected {expected}, got {value!r}")
+    return run
 
 
 _COLUMNS = tuple(f.name for f in dataclasses.fields(Trajectory) if f.metadata.get("column"))
 _TREES = (*_COLUMNS, "end.step", "end.state", "end.params", "diagnostics values")
-_FORMAT = "eomdl.Trajectory 3"
+_FORMAT = "eomdl.Trajectory 4"
 
 
 def joined(first: Trajectory, second: Trajectory) -> Trajectory:
