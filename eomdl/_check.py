@@ -82,6 +82,14 @@ def params(name: str, value: Params) -> Params:
     return jax.tree.map(jnp.asarray, value)
 
 
+def wide_enough(name: str, state: Any) -> None:
+    """No floating-point leaf of 16 bits or less: an ODE solver's steps drown in their rounding."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if jnp.finfo(leaf.dtype).bits < 32:
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise _wrong(where, "float32 or float64 to integrate in", f"{leaf.dtype}; cast it before `solve`")
+
+
 def shape_of(name: str, expected: str, function: Callable, *inputs: Any) -> Any:
     """Shape and dtype of the function's output, without evaluating it."""
     return _tried(name, expected, jax.eval_shape, function, *inputs)

@@ -17,7 +17,8 @@ class RESULTS(eqx.Enumeration):
 
     successful = ""
     nonfinite = (
-        "The state became infinite or NaN, so the run stopped there. Use a smaller learning rate, or "
+        "The state or its gradient became infinite or NaN, so the run stopped there. Look at the data of that step; "
+        "use a smaller learning rate, a lower order, or "
         "float64 (jax.config.update('jax_enable_x64', True)); what was computed up to then is returned."
     )
     max_steps_reached = (

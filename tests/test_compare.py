@@ -120,7 +120,7 @@ def test_a_failed_run_is_noted():
     real = eomdl.descend(lambda y, args: y**4 / 4, jnp.array(4.0), optax.sgd(0.2), 40)
     comparison = eomdl.compare(real, {"itself": real})
     assert [note.split(":")[0] for note in comparison.notes] == ["reference", "itself"]
-    assert all("Use a smaller learning rate" in note for note in comparison.notes)
+    assert all("use a smaller learning rate" in note for note in comparison.notes)
     assert comparison.notes[0] in comparison.table()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from eomdl import _check
 from eomdl._types import Params
 from eomdl.runs.files import read_npz, write_npz
-from eomdl.runs.trajectory import Trajectory
+from eomdl.runs.trajectory import Trajectory, summary
 
 
 _FORMAT = "eomdl.Comparison 1"
@@ -209,6 +209,8 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
     - `smooth`: compare means over this many consecutive steps (`Trajectory.smoothed`), of the reference
         and of the models. Past the edge of stability `smooth=2` compares the middle of the oscillation.
 
+    A run without rows, since it failed at once, is compared as NaN, with a note of why.
+
     **Returns:** `eomdl.Comparison`: distances over all parameters and per top-level block,
     relative to the distance travelled; differences of every observable that both have;
     and the ODE solver's own error.
@@ -222,13 +224,15 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
     runs = {"reference": reference, **{f"trajectories[{k!r}]": run for k, run in trajectories.items()}}
     if smooth > 1:
         runs = {name: run.smoothed(smooth) for name, run in runs.items()}
-    steps = functools.reduce(np.intersect1d, (np.asarray(run.steps) for run in runs.values()))
+    steps = functools.reduce(
+        np.intersect1d, (np.asarray(run.steps) for run in runs.values() if len(run.steps))
+    )
     if len(steps) == 0:
         raise ValueError(
             "trajectories: expected a saved step in common, got "
-            + ", ".join(f"{name}: {np.asarray(run.steps)[[0, -1]]}..." for name, run in runs.items())
+            + ", ".join(f"{name}: {summary(run.steps)}" for name, run in runs.items())
         )
-    real, *others = (run.rows(np.searchsorted(np.asarray(run.steps), steps)) for run in runs.values())
+    real, *others = (_at_steps(run, steps) for run in runs.values())
     models = dict(zip(trajectories, others, strict=True))
     apart = {
         name: jax.tree.map(np.subtract, run.params, real.params)
@@ -254,17 +258,29 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
     )
 
 
+def _at_steps(run: Trajectory, steps: np.ndarray) -> Trajectory:
+    """The rows at these steps; NaN where a run that failed at once has none."""
+    if len(run.steps):
+        return run.rows(np.searchsorted(np.asarray(run.steps), steps))
+    filled = run.map_columns(lambda x: np.full((len(steps), *np.shape(x)[1:]), np.nan))
+    return dataclasses.replace(filled, steps=steps)
+
+
 def _check_runs(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> None:
     if not isinstance(reference, Trajectory):
         raise ValueError(f"reference: expected an eomdl.Trajectory, got {type(reference).__name__}")
     if not isinstance(trajectories, Mapping) or not trajectories:
         raise ValueError(f"trajectories: expected a dict {{name: eomdl.Trajectory}}, got {trajectories!r}")
+    if len(reference.steps) == 0:
+        raise ValueError(f"reference: expected a run with saved steps, got none. {reference.message}")
     for key, run in trajectories.items():
         name = f"trajectories[{key!r}]"
         if not isinstance(run, Trajectory):
             raise ValueError(f"{name}: expected an eomdl.Trajectory, got {type(run).__name__}")
         if reference.params is not None and run.params is not None:
-            first, expected = (jax.tree.map(lambda x: x[0], r.params) for r in (run, reference))
+            first, expected = (
+                jax.tree.map(lambda x: np.empty(np.shape(x)[1:]), r.params) for r in (run, reference)
+            )
             _check.same_structure(f"{name}.params", first, "reference.params", expected)
 
 

@@ -19,6 +19,7 @@ class _Sharpness(AbstractObservable):
     num_matvecs: int = eqx.field(static=True)
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
+        params = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
         # One flat vector: with a vector of many leaves Lanczos compiles several times as long.
         flat_params, unravel = ravel_pytree(params)
         start, _ = ravel_pytree(_tree.random_normal(jax.random.key(0), params))

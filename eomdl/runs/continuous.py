@@ -17,7 +17,7 @@ from eomdl.flows.base import AbstractFlow
 from eomdl.runs.data import Window
 from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span
 from eomdl.runs.identity import identity
-from eomdl.runs.integrator import Integrator, diagnostics_at, integrate, params_at
+from eomdl.runs.integrator import Integrator, default_controller, diagnostics_at, integrate, params_at
 from eomdl.runs.options import RunOptions, Setup, set_up
 from eomdl.runs.tolerances import default_tolerances, distances, measured_tolerances, state_units
 from eomdl.runs.trajectory import Trajectory
@@ -101,6 +101,8 @@ def solve(
     example = setup.data.example
     flow.validate(setup.params, example)
     state = flow.init(setup.starting_params, example)
+    _check.wide_enough("params", setup.params)
+    _check.wide_enough("the state of flow", state)
     observe_state = _check.state_observables(observe_state, state, example)
     traced = _tree.is_traced(flow, state, setup.data.args, example)
     estimate = estimate_error and not traced and stepsize_controller is None
@@ -250,17 +252,13 @@ class FlowDynamics(AbstractDynamics):
         first = self.integrator.dt0 if looser == 1.0 else 0.5 * self.integrator.dt0
         controller = self.controller
         if controller is None:
-            controller = self._controller(self.rtol * looser, self.atol * looser, x)
+            controller = default_controller(self.rtol * looser, self.atol * looser, _tree.dtype(x))
         integrator = dataclasses.replace(self.integrator, dt0=first)
         return integrate(self.flow, integrator, controller, self.units, self.observe_state, x, span, window)
 
     def _one_step(self, rtol: float, atol: float, x: State, span: Span, window: Window) -> State:
         """The state after the gaps of a span, with these tolerances."""
-        controller = self._controller(rtol, atol, x)
+        controller = default_controller(rtol, atol, _tree.dtype(x))
         return integrate(
             self.flow, self.integrator, controller, self.units, self.observe_state, x, span, window
         )[0]
-
-    def _controller(self, rtol: Any, atol: Any, x: State) -> diffrax.PIDController:
-        dtype = _tree.dtype(x)
-        return diffrax.PIDController(jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype))

@@ -38,8 +38,8 @@ class Integrator(eqx.Module):
 class _Problem(eqx.Module):
     """The ODE of a flow as the solver sees it.
 
-    On the clock of steps from `base` on, in units in which the solver weighs its state; `unravel` takes the
-    state out of one vector.
+    On the clock of steps from `base` on, in units in which the solver weighs its state, all of it in the widest of
+    its dtypes; `unravel` takes the state out of one vector, each leaf in its own dtype.
     """
 
     flow: AbstractFlow
@@ -48,6 +48,7 @@ class _Problem(eqx.Module):
     units: State
     base: jax.Array
     unravel: Callable[[jax.Array], State] = eqx.field(static=True)
+    dtypes: State = eqx.field(static=True)
 
     def field(self, s: Any, y: State, args: Args) -> State:
         h = self.flow.step_size
@@ -56,10 +57,16 @@ class _Problem(eqx.Module):
 
     def to_solver(self, x: State) -> State:
         y = x if self.units is None else jax.tree.map(jnp.multiply, self.units, x)
-        return ravel_pytree(y)[0] if self.integrator.flat else y
+        if self.integrator.flat:
+            return ravel_pytree(y)[0]
+        widest = jnp.result_type(*jax.tree.leaves(y))
+        return jax.tree.map(lambda leaf: leaf.astype(widest), y)
 
     def from_solver(self, y: State) -> State:
-        x = self.unravel(y) if self.integrator.flat else y
+        if self.integrator.flat:
+            x = self.unravel(y)
+        else:
+            x = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), y, self.dtypes)
         return x if self.units is None else jax.tree.map(jnp.divide, x, self.units)
 
     def solve(self, x: State, s0: Any, s1: Any, args: Args, saveat: diffrax.SaveAt) -> diffrax.Solution:
@@ -117,7 +124,8 @@ def integrate(
     the last multiple of m up to the start.
     """
     base = span.start - span.start % flow.stride
-    problem = _Problem(flow, integrator, controller, units, base, ravel_pytree(state)[1])
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, state)
+    problem = _Problem(flow, integrator, controller, units, base, ravel_pytree(state)[1], dtypes)
     if window.batches is None and not flow.refreshes:
         return _at_once(problem, observe_state, state, span, window)
     return _stride_by_stride(problem, observe_state, state, span, window)
@@ -141,6 +149,8 @@ def _at_once(
     end = span.end - span.end % m - problem.base
     solution = problem.solve(state, 0, end, args, diffrax.SaveAt(subs=subs))
     rows, last = cast(tuple, solution.ys)
+    # The solver saves the start when it has taken a step, and then as the step rounds it.
+    rows = jax.tree.map(lambda row, x: row.at[0].set(x), rows, save(None, problem.to_solver(state), args))
     records: Any = (rows, {})
     if not plain:
         records = jax.lax.map(
@@ -221,4 +231,27 @@ def _counts(solution: diffrax.Solution) -> dict[str, jax.Array]:
 
 def _result(solution: diffrax.Solution) -> Any:
     ok = solution.result == diffrax.RESULTS.successful
-    return result_where(ok, RESULTS.successful, RESULTS.max_steps_reached)
+    # Steps are cut where a trial step is not finite: down to none where the velocity itself is not.
+    stuck = solution.result == diffrax.RESULTS.dt_min_reached
+    failed = result_where(stuck, RESULTS.nonfinite, RESULTS.max_steps_reached)
+    return result_where(ok, RESULTS.successful, failed)
+
+
+_rms = diffrax.PIDController(rtol=1.0, atol=1.0).norm
+
+
+def _error_norm(error: State) -> jax.Array:
+    """Infinite where the error is NaN: diffrax's controller cuts an infinite step, and never recovers from NaN."""
+    norm = _rms(error)
+    return jnp.where(jnp.isnan(norm), jnp.inf, norm)
+
+
+def default_controller(rtol: Any, atol: Any, dtype: Any) -> diffrax.PIDController:
+    """Root mean square errors; a step that has to be cut to nothing (4096 roundings of a step) ends the run."""
+    return diffrax.PIDController(
+        jnp.asarray(rtol, dtype),
+        jnp.asarray(atol, dtype),
+        norm=_error_norm,
+        dtmin=jnp.asarray(4096 * jnp.finfo(dtype).eps, dtype),
+        force_dtmin=False,
+    )

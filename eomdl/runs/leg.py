@@ -55,9 +55,10 @@ class Leg:
         if succeeded(out.result) and ok and np.all(good | ~reached):
             end = self._diagnosed(self._end(self.stretch.end, out.state, counts))
             result = RESULTS.successful if self.is_whole else RESULTS.batches_exhausted
-        elif good.any():
+        else:
             # Back to the last good row, so that the run can go on from what its rows end with.
-            end = self.end_at(int(rows[good][-1])) or self.begin
+            last = self.end_at(int(rows[good][-1])) if good.any() else None
+            end = self._diagnosed(last or self.begin)
         times = rows * np.asarray(self.dynamics.step_size)
         return Trajectory(rows, times, params, observed | of_state, error, result, end), good
 
@@ -75,7 +76,7 @@ class Leg:
 
     def _diagnosed(self, end: End) -> End:
         """With the diagnostics at the end of the stretch, and at the start of the run."""
-        ends = [self.begin, end] if self.stretch.start == 0 else [end]
+        ends = [self.begin] * (self.stretch.start == 0) + [end] * (end is not self.begin)
         stats = end.stats
         for there in ends:
             stats = stats.diagnosed(self.dynamics.diagnose(there.state, int(there.step), self.window))
