@@ -51,7 +51,7 @@ FLOWLESS = {
     "modulo 3": (period(3), "goes 0, 1, 2, 0"),
     "modulo 100": (period(100), "from 99 to 0"),
     "modulo a million": (period(10**6), "from 1000000000 to 1"),
-    "reset at 5000": (reset_at(5000), "from 4999 to 0"),
+    "reset at 3000": (reset_at(3000), "from 2999 to 0"),
     "galore": (contrib.galore(RATE, rank=2, update_proj_gap=200), "not what it is just before"),
     "every fifth step": (counting(lambda c: c + 1, lambda c: jnp.where(c % 5 == 0, 1.0, 2.0)), "at step 5"),
     "two rates": (counting(lambda c: c + 1, lambda c: jnp.where(c % 2 < 1, 1.0, 2.0)), "jumps in 33 of 33"),
@@ -133,3 +133,22 @@ def test_an_optimizer_made_for_its_shapes_is_tried_on_them():
 
     optimizer = optax.GradientTransformation(lambda params: Count(jnp.zeros((), int)), update)
     assert eomdl.iterate(eomdl.optimizer_step(loss, optimizer), START, 3).message == ""
+
+
+def test_an_optimizer_made_inside_jit():
+    @jax.jit
+    def final(rate):
+        step = eomdl.optimizer_step(loss, optax.adam(rate))
+        return eomdl.iterate(step, START, 5).final_params
+
+    assert_close(
+        final(jnp.asarray(RATE)), eomdl.descend(loss, START, optax.adam(RATE), 5).final_params, rtol=1e-12
+    )
+
+    @jax.jit
+    def refused(rate):
+        optimizer = optax.chain(optax.sgd(rate), optax.apply_every(3))
+        return eomdl.iterate(eomdl.optimizer_step(loss, optimizer), START, 5).final_params
+
+    with pytest.raises(ValueError, match="goes 0, 1, 2, 0"):
+        refused(jnp.asarray(RATE))

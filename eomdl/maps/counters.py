@@ -44,15 +44,31 @@ def discrete_leaves(optimizer: optax.GradientTransformation, params: Params) -> 
     A counter moves by one in every step of a real run and from every value, and the update depends on it
     without isolated values. Any other leaf must stay as it is after the first steps.
 
+    Where the optimizer holds traced values (a learning rate inside `jit`), only its counters are looked at.
+
     **Cost:** about a hundred updates, no gradients; once for an optimizer and shapes of parameters.
     **Raises:** `ValueError` for a state that is neither.
     """
     leaves, structure = jax.tree.flatten(params)
-    return _probed(optimizer, structure, tuple((x.shape, jnp.dtype(x.dtype).name) for x in leaves))
+    shapes = tuple((x.shape, jnp.dtype(x.dtype).name) for x in leaves)
+    try:
+        return _remembered(optimizer, structure, shapes)
+    except _Traced:
+        return _probed(optimizer, structure, shapes, traced=True)
+
+
+class _Traced(Exception):
+    """The optimizer holds traced values, which must not be remembered."""
 
 
 @functools.lru_cache(maxsize=128)
-def _probed(optimizer: optax.GradientTransformation, structure: Any, shapes: tuple) -> list[Leaf]:
+def _remembered(optimizer: optax.GradientTransformation, structure: Any, shapes: tuple) -> list[Leaf]:
+    return _probed(optimizer, structure, shapes, traced=False)
+
+
+def _probed(
+    optimizer: optax.GradientTransformation, structure: Any, shapes: tuple, traced: bool
+) -> list[Leaf]:
     def parameters(width: int | None) -> Params:
         cut = [(tuple(d if width is None else min(d, width) for d in shape), kind) for shape, kind in shapes]
         return structure.unflatten([jnp.full(*c) for c in [(shape, 0.5, kind) for shape, kind in cut]])
@@ -60,12 +76,12 @@ def _probed(optimizer: optax.GradientTransformation, structure: Any, shapes: tup
     with jax.ensure_compile_time_eval():
         try:
             # What the counters do does not depend on sizes, but for optimizers that are made for some.
-            return _classified(optimizer, parameters(_WIDTH))
+            return _classified(optimizer, parameters(_WIDTH), traced)
         except ValueError:
-            return _classified(optimizer, parameters(None))
+            return _classified(optimizer, parameters(None), traced)
 
 
-def _classified(optimizer: optax.GradientTransformation, params: Params) -> list[Leaf]:
+def _classified(optimizer: optax.GradientTransformation, params: Params, traced: bool) -> list[Leaf]:
     state = optimizer.init(params)
     found = [
         (jax.tree_util.keystr(path), leaf)
@@ -78,9 +94,14 @@ def _classified(optimizer: optax.GradientTransformation, params: Params) -> list
     if not found:
         return []
     probe = _Probe(optimizer, params, state)
-    leaves = probe.classified([where for where, _ in found])
+    if probe.is_traced and not traced:
+        raise _Traced
+    where = [where for where, _ in found]
+    leaves = probe.classified(where)
     if any(leaf.counts for leaf in leaves):
-        probe.require_smooth(leaves)
+        probe.require_counting(where, leaves)
+        if not traced:
+            probe.require_smooth(leaves)
     return leaves
 
 
@@ -91,11 +112,17 @@ class _Probe:
         self._params, self._state = params, state
         self._optimizer = optax.with_extra_args_support(optimizer)
         # Another one than the run has seen: what it remembers and what it is given must not look the same.
-        self._gradient = _tree.random_normal(jax.random.key(0), params)
+        rng = np.random.default_rng(0)
+        self._gradient = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params)
         self._extra = self._taken_arguments()
         real = jax.tree.map(eqx.is_inexact_array, state)
         self._real, self._discrete = eqx.partition(state, real)
         self._structure = jax.tree.structure(self._discrete)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether an update depends on traced values."""
+        return _tree.is_traced(_tried(lambda: self._update(self._state, self._params)))
 
     def classified(self, where: list[str]) -> list[Leaf]:
         """The leaves as a real run moves them. (Step by step: to compile a loop takes longer.)"""
@@ -105,11 +132,9 @@ class _Probe:
             states.append(jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, states[0]))
         self._real, _ = self._split(states[-1])
         rows = zip(*(self._split(state)[1] for state in states), strict=True)
-        leaves = [
+        return [
             self._leaf(name, np.stack(jax.device_get(row))) for name, row in zip(where, rows, strict=True)
         ]
-        self._require_counting(where, leaves)
-        return leaves
 
     def _leaf(self, where: str, values: np.ndarray) -> Leaf:
         if values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
@@ -121,12 +146,11 @@ class _Probe:
             raise _refused(f"{values.dtype} {values.shape[1:]} that keeps changing at {where}")
         return Leaf(values[: SETTLED + 1], counts=False)
 
-    def _require_counting(self, where: list[str], leaves: list[Leaf]) -> None:
+    def require_counting(self, where: list[str], leaves: list[Leaf]) -> None:
         """From every value a counter goes to the next: also from those that a short run does not reach."""
         counting = [leaf.counts for leaf in leaves]
 
         def following(n: jax.Array) -> list[jax.Array]:
-            # Only the counters are asked for, so only they are computed.
             here = [
                 jnp.asarray(leaf.first[0] + n if leaf.counts else leaf.first[-1], leaf.first.dtype)
                 for leaf in leaves
@@ -134,9 +158,8 @@ class _Probe:
             after = self._split(self._update(self._joined(here), self._gradient)[1])[1]
             return [jnp.asarray(x) for x, counts in zip(after, counting, strict=True) if counts]
 
-        if not any(counting):
-            return
-        after = jax.device_get(_tried(lambda: jax.jit(jax.vmap(following))(jnp.asarray(_COUNTS))))
+        # Not compiled, since every optimizer would be compiled anew.
+        after = jax.device_get(_tried(lambda: jax.vmap(following)(jnp.asarray(_COUNTS))))
         counters = [pair for pair in zip(where, leaves, strict=True) if pair[1].counts]
         for (name, leaf), values in zip(counters, after, strict=True):
             wrong = np.flatnonzero(np.asarray(values) != leaf.first[0] + _COUNTS + 1)

@@ -24,6 +24,8 @@ class Integrator(eqx.Module):
     """How diffrax is to integrate.
 
     - `dt0`: the first ODE step tried, in steps.
+    - `widen`: times this, but not more than half of the way there is without it: so a run with twice the first step
+        is never the same to the last bit. None to take `dt0` as it is.
     - `flat`: as one vector, which compiles twice as fast where a state has hundreds of leaves, but gathers
         what is sharded.
     """
@@ -32,6 +34,7 @@ class Integrator(eqx.Module):
     adjoint: diffrax.AbstractAdjoint
     max_steps: int = eqx.field(static=True)
     dt0: jax.Array
+    widen: jax.Array | None = None
     flat: bool = eqx.field(static=True, default=False)
 
 
@@ -72,13 +75,16 @@ class _Problem(eqx.Module):
     def solve(self, x: State, s0: Any, s1: Any, args: Args, saveat: diffrax.SaveAt) -> diffrax.Solution:
         """From step base + s0 to base + s1."""
         time = _tree.dtype(x)
+        first = self.integrator.dt0
+        if self.integrator.widen is not None:
+            first = self.integrator.widen * jnp.minimum(first, 0.5 * (s1 - s0))
         with _no_callbacks():
             return diffrax.diffeqsolve(
                 diffrax.ODETerm(self.field),
                 self.integrator.solver,
                 jnp.asarray(s0, time),
                 jnp.asarray(s1, time),
-                self.integrator.dt0.astype(time),
+                first.astype(time),
                 self.to_solver(x),
                 args,
                 saveat=saveat,
