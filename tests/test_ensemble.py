@@ -224,3 +224,25 @@ def test_single_precision_stays_single():
     run = eomdl.iterate(Ensemble(CUBIC), starts, 20)
     assert run.params.dtype == jnp.float32
     np.testing.assert_array_equal(run.end.state.alive, [1, 0])
+
+
+def mean_of_members(params, args):
+    return jax.tree.leaves(params)[0].mean(axis=0)
+
+
+def test_observables_are_cut_by_what_they_are_and_not_by_their_shape(tmp_path):
+    """As many members as parameters: the mean over the members has the shape of a value for each."""
+    starts = jnp.array([[0.3, 0.4, 0.5], [0.1, 0.2, 0.3], [0.2, 0.3, 0.4]])
+    norm = lambda params, args: jnp.sum(params**2)
+    observe = {"mean": mean_of_members, "norm": each(norm), "batch norm": eomdl.on_batch(each(norm))}
+    halve = Ensemble(lambda state, args, k: 0.5 * state)
+    run = eomdl.iterate(halve, starts, 3, observe=observe)
+    run.save(tmp_path / "run.npz")
+    for whole in (run, eomdl.Trajectory.load(tmp_path / "run.npz", like=starts), run.rows(slice(2))):
+        assert whole.per_member == ("norm", "batch norm")
+    half = eomdl.iterate(halve, starts, 1, observe=observe)
+    for whole in (run, eomdl.iterate(halve, starts, 3, observe=observe, resume=half)):
+        for s, member in enumerate(members(whole)):
+            assert set(member.observables) == {"norm", "batch norm"}
+            alone = eomdl.iterate(lambda x, args, k: 0.5 * x, starts[s], 3, observe={"norm": norm})
+            np.testing.assert_allclose(member.observables["norm"], alone.observables["norm"], rtol=1e-15)

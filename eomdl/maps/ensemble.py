@@ -162,6 +162,10 @@ class _Each(AbstractObservable):
     observable: Observable
     args_axis: Any = eqx.field(static=True)
 
+    @property
+    def per_member(self) -> bool:
+        return True
+
     def __call__(self, params: Params, args: Args) -> jax.Array:
         return jax.vmap(self.observable, in_axes=(0, self.args_axis))(params, args)
 
@@ -177,8 +181,8 @@ def each(observable: Observable, args_axis: int | tuple | None = None) -> Observ
 def members(trajectory: Any) -> list[Any]:
     """One `eomdl.Trajectory` for each member, from a run (`eomdl.iterate`) of an `eomdl.Ensemble`.
 
-    Params lose their axis of members, and so does every observable that has one (as from
-    `eomdl.maps.each`). Observables of the ensemble as a whole, `stats` and `ode_error` are left out.
+    Params lose their axis of members, and so do the observables made by `eomdl.maps.each`. Other observables are of
+    the ensemble as a whole: they are left out, as are `stats` and `ode_error`.
     A frozen member has the rows up to the last step at which it was finite, and the result
     `RESULTS.nonfinite`. Its `end` is what `resume=` takes in `eomdl.iterate` of the members' step map.
 
@@ -199,10 +203,9 @@ def members(trajectory: Any) -> list[Any]:
         return dataclasses.replace(
             rows,
             params=jax.tree.map(lambda x: x[:, s], rows.params),
-            observables={
-                name: x[:, s] for name, x in rows.observables.items() if np.shape(x)[1:2] == (len(reached),)
-            },
+            observables={name: rows.observables[name][:, s] for name in rows.per_member},
             ode_error=None,
+            per_member=(),
             result=trajectory.result if alive[s] else RESULTS.nonfinite,
             end=end,
         )

@@ -15,6 +15,11 @@ class AbstractObservable(eqx.Module):
     there are in it.
     """
 
+    @property
+    def per_member(self) -> bool:
+        """Whether its value has a leading axis of the members of an `eomdl.Ensemble`."""
+        return False
+
     @abc.abstractmethod
     def __call__(self, params: Params, args: Args) -> jax.Array:
         """The value at the parameters, with the data."""

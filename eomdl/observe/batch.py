@@ -12,6 +12,10 @@ class OnBatch(AbstractObservable):
 
     function: Observable
 
+    @property
+    def per_member(self) -> bool:
+        return getattr(self.function, "per_member", False)
+
     def __call__(self, params: Params, batch: Args) -> jax.Array:
         return self.function(params, batch)
 

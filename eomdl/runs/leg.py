@@ -26,6 +26,7 @@ class Leg:
     """A stretch to compute: how, from where, and with which data.
 
     - `is_whole`: there is data for all of its steps.
+    - `per_member`: names of the observables with a value for each member.
     - `keep_params`: the parameters of its rows are wanted on the host.
     """
 
@@ -35,6 +36,7 @@ class Leg:
     begin: End
     window: Window
     observe: dict[str, Observable]
+    per_member: tuple[str, ...]
     keep_params: bool
     is_whole: bool
 
@@ -60,7 +62,7 @@ class Leg:
             last = self.end_at(int(rows[good][-1])) if good.any() else None
             end = self._diagnosed(last or self.begin)
         times = rows * np.asarray(self.dynamics.step_size)
-        return Trajectory(rows, times, params, observed | of_state, error, result, end), good
+        return Trajectory(rows, times, params, observed | of_state, error, result, end, self.per_member), good
 
     def end_at(self, step: int) -> End | None:
         """Where the run is at a row, by computing up to there again; None where it is not finite."""

@@ -67,6 +67,7 @@ class Loop:
             begin=dataclasses.replace(begin, stats=dynamics.stats(begin.stats)),
             window=window,
             observe=self.record.observe,
+            per_member=self.record.per_member,
             keep_params=self.record.save_params or self.checkpoints is not None,
             is_whole=available >= stretch.count,
         )
@@ -127,4 +128,4 @@ def run_traced(
     columns: Any = (out.params if record.save_params else None, observed | out.observables, out.ode_error)
     params, observed, error = jax.tree.map(lambda column: column[keep], columns)
     times = stretch.rows[keep] * dynamics.step_size
-    return Trajectory(stretch.rows[keep], times, params, observed, error, result, end)
+    return Trajectory(stretch.rows[keep], times, params, observed, error, result, end, record.per_member)

@@ -24,6 +24,11 @@ class Record:
     steps: np.ndarray
     save_params: bool
 
+    @property
+    def per_member(self) -> tuple[str, ...]:
+        """Names of the observables with a value for each member of an ensemble."""
+        return tuple(name for name, f in self.observe.items() if getattr(f, "per_member", False))
+
 
 @eqx.filter_jit
 def recorded(

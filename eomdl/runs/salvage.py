@@ -46,4 +46,4 @@ def nothing_yet(begin: End, step_size: float, record: Record, data: AbstractData
     params = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], rows, axis=0), begin.params)
     times = steps * np.asarray(step_size)
     kept = params if record.save_params else None
-    return Trajectory(steps, times, kept, observables, None, RESULTS.interrupted, begin)
+    return Trajectory(steps, times, kept, observables, None, RESULTS.interrupted, begin, record.per_member)

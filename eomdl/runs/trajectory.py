@@ -11,7 +11,7 @@ import numpy as np
 
 from eomdl import _structure, _tree
 from eomdl._end import RESULTS, Diagnostic, End, Stats
-from eomdl._types import Params, record_type
+from eomdl._types import STATIC, Params, record_type
 from eomdl.runs.files import DamagedFile, Tree, read_meta, read_npz, write_npz
 
 
@@ -37,6 +37,8 @@ class Trajectory:
     - `result`: an item of `eomdl.RESULTS`; `message` puts it in words.
     - `end`: an `eomdl.runs.End`, where the run is: the last state reached, from which `resume=`
         continues. `stats` and `final_params` are its `stats` and `params`.
+    - `per_member`: names of the observables with an axis of the members of an `eomdl.Ensemble`, see
+        `eomdl.maps.members`.
 
     A pytree: `jax.vmap` over `solve` gives a batch of them.
 
@@ -53,6 +55,7 @@ class Trajectory:
     ode_error: Any = dataclasses.field(metadata=_COLUMN)
     result: Any
     end: End
+    per_member: tuple[str, ...] = dataclasses.field(metadata=STATIC, default=())
 
     def __repr__(self) -> str:
         columns = ", ".join(["params"] * (self.params is not None) + list(self.observables))
@@ -156,6 +159,7 @@ class Trajectory:
         """
         arrays: dict[str, Any] = {}
         meta: dict[str, Any] = {"format": _FORMAT, "result": int(self.result._value), "events": list(events)}
+        meta["per_member"] = list(self.per_member)
         for name, tree in self._trees().items():
             Tree.write(name, tree, arrays, meta)
         stats = {f.name: getattr(self.stats, f.name) for f in dataclasses.fields(Stats)}
@@ -204,7 +208,10 @@ def _read(path: str | Path) -> Trajectory:
         diagnostics = {name: Diagnostic(values[name], *meta["diagnostics"][name]) for name in values}
         stats = Stats(**meta["stats"], diagnostics=diagnostics)
         end = End(int(trees.pop("end.step")), trees.pop("end.state"), trees.pop("end.params"), stats)
-        return _valid(Trajectory(**trees, result=_result_from_index(meta["result"]), end=end))
+        named = tuple(meta["per_member"])
+        return _valid(
+            Trajectory(**trees, result=_result_from_index(meta["result"]), end=end, per_member=named)
+        )
     except Exception as error:
         raise DamagedFile(
             f"path: expected the contents of a trajectory, got others in {path} ({type(error).__name__}: {error})"
@@ -222,6 +229,8 @@ def _valid(run: Trajectory) -> Trajectory:
     shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(columns)}
     if shapes != {steps.shape}:
         raise ValueError(f"columns: expected {len(steps)} rows, got leading axes {sorted(shapes)}")
+    if not set(run.per_member) <= set(run.observables):
+        raise ValueError(f"per_member: expected names of observables, got {run.per_member}")
     for field in dataclasses.fields(Stats):
         value = getattr(run.stats, field.name)
         expected = {"flow": str, "diagnostics": dict}.get(field.name, int | float | None)
