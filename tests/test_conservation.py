@@ -90,6 +90,37 @@ def test_first_order_law_converges_at_second_order():
     np.testing.assert_allclose(orders[-1], [1, 2], atol=0.1)
 
 
+def test_the_damped_oscillator_has_its_closed_form():
+    """Translation with decay: mass p'' + (1 - beta) p' + decay p = 0, underdamped here, from half of its first update."""
+    eta, beta, decay = 0.1, 0.9, 2.0
+    run = train(beta, decay, 40, eta=eta)
+    found = eomdl.symmetry.conservation(
+        run, CHARGES["translation"], learning_rate=eta, weight_decay=decay, momentum=beta
+    )
+    mass, t = eta / 2 * (1 + beta), eta * np.arange(41.0)
+    rate, omega = (1 - beta) / (2 * mass), np.sqrt(decay / mass - ((1 - beta) / (2 * mass)) ** 2)
+    start = found.charge[0]
+    slope = -decay * start / 2
+    wave = np.cos(omega * t)[:, None] * start + np.sin(omega * t)[:, None] * (slope + rate * start) / omega
+    expected = np.exp(-rate * t)[:, None] * wave
+    np.testing.assert_allclose(found.laws["damped oscillator"], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CHARGES)
+def test_the_damped_oscillator_knows_the_transient_of_momentum(name):
+    """From step 0 with momentum 0.9 the laws without a transient miss most of the change; it does not, at order 1."""
+    errors = []
+    for eta, steps in ((0.1, 24), (0.05, 48), (0.025, 96)):
+        run = train(0.9, DECAY, steps, eta=eta)
+        found = eomdl.symmetry.conservation(
+            run, CHARGES[name], learning_rate=eta, weight_decay=DECAY, momentum=0.9
+        )
+        errors.append(found.errors["damped oscillator"].max())
+        assert errors[-1] < 0.02 * found.change
+        assert errors[-1] < 0.02 * min(found.errors[law].max() for law in ("gradient flow", "first order"))
+    assert np.all(np.abs(np.log2(np.array(errors[:-1]) / np.array(errors[1:])) - 1) < 0.3)
+
+
 def test_flows_predict_charges_from_the_start_alone():
     eta, steps = 0.02, 20
     run = train(0.0, DECAY, steps, eta=eta)

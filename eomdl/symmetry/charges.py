@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.linalg
 from jax.typing import ArrayLike
 
 from eomdl import _check
@@ -81,6 +82,11 @@ def conservation(
     - **first order** (one counter term; with momentum that of `eomdl.flows.MomentumFlow`), $\kappa = (1 + \beta) / (1 - \beta)$:
         $\dot Q = -(2\lambda + h\kappa\lambda^2) Q + h\kappa \langle \nabla f, \nabla f \rangle_S$, integrated with $\nabla f + \lambda\theta$ of each
         step, averaged over the memory ($-\Delta_k / h$), and $\dot p = -(\lambda + h\kappa\lambda^2/2) p$.
+        It has no transient: from step 0 on, with momentum, it is not to be used before the memory has filled.
+    - **damped oscillator** (Kunin et al. 2021, section 6): $\frac{\eta}{2}(1+\beta)\ddot\theta + (1-\beta)\dot\theta = -\nabla f - \lambda\theta$
+        in time $k\eta$, so $\frac{\eta}{2}(1+\beta)\ddot Q + (1-\beta)\dot Q + 2\lambda Q = \eta (1+\beta) \langle\dot\theta,\dot\theta\rangle_S$ with
+        the measured $\dot\theta = \Delta_k / \eta$, and the same for p without a drive and with $\lambda$ for $2\lambda$. It begins
+        with the mean of the updates before and after the start, of which the first is 0 at step 0.
 
     The exact law holds to rounding, which tests symmetry, optimizer and arguments at once. Orders beyond are those
     of `models`: flows integrated from the start, which predict the path as well.
@@ -148,7 +154,14 @@ def _translation_laws(
     h = eta / (1 - beta)
     rates = {"gradient flow": decay, "first order": decay + h * (1 + beta) / (1 - beta) * decay**2 / 2}
     flows = {name: charge[:1] * np.exp(-rate * h * _column(charge)) for name, rate in rates.items()}
-    return {"exact": exact} | flows
+    after = charge[1] - charge[0]
+    before = _update_before(after, decay * charge[0], from_rest, eta, beta)
+    slope, drive = (before + after) / (2 * eta), np.zeros_like(charge[1:])
+    return (
+        {"exact": exact}
+        | flows
+        | {"damped oscillator": _oscillator(charge[0], slope, drive, eta, decay, beta)}
+    )
 
 
 def _scaling_laws(
@@ -180,7 +193,37 @@ def _scaling_laws(
     for k in range(len(square)):
         first[k + 1] = kept * first[k] + weight * growth[k]
     flow = charge[:1] * np.exp(-2 * decay * h * _column(charge))
-    return {"exact": exact, "gradient flow": flow, "first order": first}
+    after = _rows(symmetry.pair, before, update)[0]
+    earlier = _update_before(after, decay * charge[0], from_rest, eta, beta)
+    # Q' = 2 <theta, theta'>, with theta' the mean of the two updates over eta.
+    slope, drive = (earlier + after) / eta, (1 + beta) / eta * square
+    oscillator = _oscillator(charge[0], slope, drive, eta, 2 * decay, beta)
+    return {"exact": exact, "gradient flow": flow, "first order": first, "damped oscillator": oscillator}
+
+
+def _update_before(
+    after: np.ndarray, pull: np.ndarray, from_rest: bool, eta: float, beta: float
+) -> np.ndarray:
+    """A linear function of the update before the start, from the one after it: after = beta * before - eta * pull."""
+    return np.zeros_like(after) if from_rest or beta == 0 else (after + eta * pull) / beta
+
+
+def _oscillator(
+    start: np.ndarray, slope: np.ndarray, drive: np.ndarray, eta: float, stiffness: float, beta: float
+) -> np.ndarray:
+    r"""$\frac{\eta}{2}(1 + \beta) \ddot q + (1 - \beta) \dot q + c q = d_k$ on $[k\eta, (k+1)\eta]$: q at every step, exactly.
+
+    `start` and `slope` are q and its derivative at 0, c is the `stiffness`, `drive` has shape (n - 1, ...).
+    """
+    mass = eta / 2 * (1 + beta)
+    generator = np.array([[0, 1, 0], [-stiffness / mass, -(1 - beta) / mass, 1 / mass], [0, 0, 0]])
+    carry = scipy.linalg.expm(eta * generator)
+    rows, here = [start], np.stack([start, slope, np.zeros_like(start)])
+    for force in drive:
+        here[2] = force
+        here = np.tensordot(carry, here, 1)
+        rows.append(here[0])
+    return np.stack(rows)
 
 
 def _column(charge: np.ndarray) -> np.ndarray:
