@@ -42,9 +42,8 @@ def _scalar(name: str, value: Any, expected: str, holds: Callable[[float], bool]
         raise _wrong(name, expected, repr(value)) from None
     if array.shape != () or jnp.iscomplexobj(array) or array.dtype == bool:
         raise _wrong(name, expected, f"{value!r} (shape {array.shape}, dtype {array.dtype})")
-    if array.weak_type or not jnp.issubdtype(array.dtype, jnp.floating):
-        # One dtype for 0.1 and numpy.float64(0.1): else the second would compile again.
-        array = jax.lax.convert_element_type(array, jnp.result_type(float))
+    # One dtype for 0.1, numpy.float32(0.1) and numpy.float64(0.1): else each would compile again.
+    array = jax.lax.convert_element_type(array, jnp.result_type(float))
     if not _tree.is_traced(array) and not (np.isfinite(array) and holds(float(array))):
         raise _wrong(name, expected, repr(value))
     return array
@@ -92,25 +91,32 @@ def wide_enough(name: str, state: Any) -> None:
 
 def shape_of(name: str, expected: str, function: Callable, *inputs: Any) -> Any:
     """Shape and dtype of the function's output, without evaluating it."""
-    return _tried(name, expected, jax.eval_shape, function, *inputs)
+    return _tried(name, expected, eqx.filter_eval_shape, function, *inputs)
 
 
-def _tried(name: str, expected: str, call: Callable, function: Callable, *inputs: Any) -> Any:
+def _tried(
+    name: str, expected: str, call: Callable, function: Callable, *inputs: Any, source: str = "args"
+) -> Any:
     try:
         return call(function, *inputs)
     except Exception as error:
-        hint = " (args is None: was the data not passed?)" if any(x is None for x in inputs) else ""
-        got = f"a function that raised {type(error).__name__}: {error}{hint}"
+        data = eqx.tree_pformat(inputs[-1], short_arrays=True, width=1000) if inputs else ""
+        hint = "args is None: was the data not passed?" if data == "None" else f"{source}: {data:.200}"
+        got = f"a function that raised {type(error).__name__}: {error} ({hint})"
         raise _wrong(name, expected, got) from error
 
 
-def loss_is_scalar(loss: Loss, params: Params, args: Args) -> None:
-    """The loss is one real number and, where it can be evaluated, finite at the start."""
+def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args") -> None:
+    """The loss is one real number and, where it can be evaluated, finite at the start.
+
+    `source`: where the data come from.
+    """
     expected = "a function (params, args) -> real scalar"
     if not callable(loss):
         raise _wrong("loss", expected, repr(loss))
     traced = _tree.is_traced(loss, params, args)
-    out = _tried("loss", expected, jax.eval_shape if traced else _value, loss, params, args)
+    call = eqx.filter_eval_shape if traced else _value
+    out = _tried("loss", expected, call, loss, params, args, source=source)
     if not isinstance(out, float) and getattr(out, "shape", None) != ():
         raise _wrong("loss", expected, f"output of shape {getattr(out, 'shape', None)}: {out!r:.80}")
     if not jnp.issubdtype(jnp.result_type(out), jnp.floating):

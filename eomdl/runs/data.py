@@ -3,7 +3,7 @@
 import abc
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -64,6 +64,7 @@ class AbstractData(abc.ABC):
 
     args: Args
     example: Args  # what the loss sees first
+    source: ClassVar[str] = "the first of `batches`, for one step"
     _error: BaseException | None = None
 
     @abc.abstractmethod
@@ -89,6 +90,7 @@ class AbstractData(abc.ABC):
 class Constant(AbstractData):
     """The same `args` for every step."""
 
+    source = "args"
     in_arrays = True
 
     def __init__(self, args: Args):

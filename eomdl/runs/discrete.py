@@ -60,7 +60,7 @@ def descend(
     """
     _check.optimizer(optimizer)
     setup = set_up("descend", params, num_steps, options)
-    _check.loss_is_scalar(loss, setup.params, setup.data.example)
+    _check.loss_is_scalar(loss, setup.params, setup.data.example, setup.data.source)
     return _run(_Descent(loss, optimizer, extra_args), setup, step_size, gradients=1)
 
 

@@ -60,4 +60,4 @@ def recorded(
 
 def column_shapes(observe: dict[str, Observable], params: Params, seen_by: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the observables."""
-    return {name: jax.eval_shape(f, params, seen_by(f)).shape for name, f in observe.items()}
+    return {name: eqx.filter_eval_shape(f, params, seen_by(f)).shape for name, f in observe.items()}
