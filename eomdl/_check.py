@@ -4,7 +4,9 @@ Traced values are not known and pass; shapes and dtypes are always checked.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -18,6 +20,11 @@ from eomdl._types import Args, Loss, Observable, Params, StateObservable
 
 def _wrong(name: str, expected: str, got: Any) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def finite_scalar(name: str, value: Any) -> jax.Array:
+    """A finite scalar as a floating-point array."""
+    return _scalar(name, value, "a finite number", lambda x: True)
 
 
 def positive_scalar(name: str, value: Any) -> jax.Array:
@@ -36,10 +43,7 @@ def fraction(name: str, value: Any) -> jax.Array:
 
 
 def _scalar(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> jax.Array:
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise _wrong(name, expected, repr(value)) from None
+    array = _array(name, value, expected)
     if array.shape != () or jnp.iscomplexobj(array) or array.dtype == bool:
         raise _wrong(name, expected, f"{value!r} (shape {array.shape}, dtype {array.dtype})")
     # One dtype for 0.1, numpy.float32(0.1) and numpy.float64(0.1): else each would compile again.
@@ -49,16 +53,102 @@ def _scalar(name: str, value: Any, expected: str, holds: Callable[[float], bool]
     return array
 
 
-def integer(name: str, value: Any, minimum: int) -> int:
-    """A Python integer >= `minimum`."""
-    expected = f"an integer >= {minimum}"
+def _array(name: str, value: Any, expected: str) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise _wrong(name, expected, repr(value)) from None
+
+
+def numbers(
+    name: str,
+    value: Any,
+    expected: str,
+    holds: Callable[[np.ndarray], Any] = np.isfinite,
+    ndim: int | None = None,
+) -> jax.Array:
+    """A real array, floating-point, of any shape but an empty one; `holds` must be true of every number."""
+    array = _array(name, value, expected)
+    if array.size == 0 or jnp.iscomplexobj(array) or array.dtype == bool or ndim not in (None, array.ndim):
+        raise _wrong(name, expected, f"{value!r:.80} (shape {array.shape}, dtype {array.dtype})")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(jnp.result_type(float))
+    if not _tree.is_traced(array) and not np.all(holds(np.asarray(array))):
+        raise _wrong(name, expected, f"{value!r:.80}")
+    return array
+
+
+def positive_numbers(name: str, value: Any) -> jax.Array:
+    """Finite numbers > 0."""
+    return numbers(name, value, "finite numbers > 0", lambda x: np.isfinite(x) & (x > 0))
+
+
+def nonnegative_numbers(name: str, value: Any) -> jax.Array:
+    """Finite numbers >= 0."""
+    return numbers(name, value, "finite numbers >= 0", lambda x: np.isfinite(x) & (x >= 0))
+
+
+def fractions(name: str, value: Any) -> jax.Array:
+    """Numbers in [0, 1)."""
+    return numbers(name, value, "numbers in [0, 1)", lambda x: (x >= 0) & (x < 1))
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise _wrong(name, "True or False", f"{value!r:.80}")
+    return bool(value)
+
+
+def kind(name: str, value: Any, cls: Any, expected: str) -> Any:
+    """An instance of a class."""
+    if not isinstance(value, cls):
+        raise _wrong(name, expected, f"{value!r:.80}")
+    return value
+
+
+def mapping(name: str, value: Any, cls: Any, expected: str) -> Mapping[str, Any]:
+    """A dict, not empty, of instances of a class."""
+    if not isinstance(value, Mapping) or not value or not all(isinstance(v, cls) for v in value.values()):
+        raise _wrong(name, f"a dict {{name: {expected}}}", f"{value!r:.80}")
+    return value
+
+
+def step_numbers(name: str, value: Any) -> list[int]:
+    """Step numbers, at least one."""
+    steps = np.asarray(value)
+    if steps.ndim != 1 or steps.size == 0 or steps.dtype.kind not in "iu" or steps.min() < 0:
+        raise _wrong(name, "a sequence of step numbers", f"{value!r:.80}")
+    return steps.tolist()
+
+
+def seed(name: str, value: Any) -> int:
+    """The seed of a random number generator."""
+    return integer(name, value, 0)
+
+
+def path(name: str, value: Any) -> Path:
+    """A path in the file system."""
+    return Path(kind(name, value, str | os.PathLike, "a path, a string or a pathlib.Path"))
+
+
+def where(name: str, value: Any) -> Any:
+    """The name of a block of the parameters, or a function that selects it."""
+    if not isinstance(value, str) and not callable(value):
+        raise _wrong(name, "the name of a block, or a function params -> block", f"{value!r:.80}")
+    return value
+
+
+def integer(name: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> int:
+    """A Python integer from `minimum` to `maximum`."""
+    expected = f"an integer >= {minimum}" + (f" and <= {maximum}" if maximum < 2**31 - 1 else "")
     if isinstance(value, bool | np.bool_):
         raise _wrong(name, expected, repr(value))
     try:
         number = operator.index(value)
     except TypeError:
         raise _wrong(name, expected, repr(value)) from None
-    if number < minimum:
+    if not minimum <= number <= maximum:
         raise _wrong(name, expected, number)
     return number
 
@@ -89,20 +179,22 @@ def wide_enough(name: str, state: Any) -> None:
             raise _wrong(where, "float32 or float64 to integrate in", f"{leaf.dtype}; cast it before `solve`")
 
 
-def shape_of(name: str, expected: str, function: Callable, *inputs: Any) -> Any:
-    """Shape and dtype of the function's output, without evaluating it."""
-    return _tried(name, expected, eqx.filter_eval_shape, function, *inputs)
+def shape_of(
+    name: str, expected: str, function: Callable, *inputs: Any, names: Sequence[str] = ("params", "args")
+) -> Any:
+    """Shape and dtype of the function's output, without evaluating it. `names`: of its inputs, for the message."""
+    return _tried(name, expected, eqx.filter_eval_shape, function, *inputs, names=names)
 
 
 def _tried(
-    name: str, expected: str, call: Callable, function: Callable, *inputs: Any, source: str = "args"
+    name: str, expected: str, call: Callable, function: Callable, *inputs: Any, names: Sequence[str]
 ) -> Any:
     try:
         return call(function, *inputs)
     except Exception as error:
-        data = eqx.tree_pformat(inputs[-1], short_arrays=True, width=1000) if inputs else ""
-        hint = "args is None: was the data not passed?" if data == "None" else f"{source}: {data:.200}"
-        got = f"a function that raised {type(error).__name__}: {error} ({hint})"
+        said = [f"{n} = {eqx.tree_pformat(x, width=1000):.120}" for n, x in zip(names, inputs, strict=True)]
+        hint = "; was the data not passed?" if "args = None" in said else ""
+        got = f"a function that raised {type(error).__name__}: {error} ({', '.join(said)}{hint})"
         raise _wrong(name, expected, got) from error
 
 
@@ -116,7 +208,7 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args")
         raise _wrong("loss", expected, repr(loss))
     traced = _tree.is_traced(loss, params, args)
     call = eqx.filter_eval_shape if traced else _value
-    out = _tried("loss", expected, call, loss, params, args, source=source)
+    out = _tried("loss", expected, call, loss, params, args, names=("params", source))
     if not isinstance(out, float) and getattr(out, "shape", None) != ():
         raise _wrong("loss", expected, f"output of shape {getattr(out, 'shape', None)}: {out!r:.80}")
     if not jnp.issubdtype(jnp.result_type(out), jnp.floating):
@@ -131,18 +223,16 @@ def _value(loss: Loss, params: Params, args: Args) -> jax.Array:
     return loss(params, args)
 
 
-def function(name: str, value: Any) -> Loss:
-    """Something to call as a loss."""
+def function(name: str, value: Any, expected: str = "a function (params, args) -> real scalar") -> Any:
+    """Something to call."""
     if not callable(value):
-        raise _wrong(name, "a function (params, args) -> real scalar", repr(value))
+        raise _wrong(name, expected, f"{value!r:.80}")
     return value
 
 
 def observable(name: str, value: Any) -> Observable:
     """Something to call as an observable."""
-    if not callable(value):
-        raise _wrong(name, "a function (params, args) -> array", repr(value))
-    return value
+    return function(name, value, "a function (params, args) -> array")
 
 
 def optimizer(value: Any) -> None:
@@ -187,7 +277,8 @@ def state_observables(
         if not callable(function):
             raise _wrong(f"observe_state[{name!r}]", expected, repr(function))
         t = jnp.zeros((), jnp.result_type(float))
-        out = shape_of(f"observe_state[{name!r}]", expected, function, t, state, args)
+        inputs = ("t", "state", "args")
+        out = shape_of(f"observe_state[{name!r}]", expected, function, t, state, args, names=inputs)
         if not hasattr(out, "shape"):
             raise _wrong(f"observe_state[{name!r}]", "one array", f"{out}")
     return dict(observe or {})

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from eomdl import _check
 from eomdl._types import Args, Loss, Params
 from eomdl.errors.comparison import compare
 from eomdl.flows.base import AbstractFlow
@@ -40,7 +41,10 @@ def observed_order(learning_rates: ArrayLike, errors: ArrayLike) -> float:
 
     **Raises:** `ValueError` for errors that are not positive, or fewer than two learning rates.
     """
-    x, y = np.log(np.asarray(learning_rates, float)), np.log(np.asarray(errors, float))
+    x, y = (
+        np.log(np.asarray(_check.positive_numbers(name, values)))
+        for name, values in (("learning_rates", learning_rates), ("errors", errors))
+    )
     if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 or not np.all(np.isfinite([x, y])):
         raise ValueError(
             "errors: expected positive errors at two learning rates or more, got "
@@ -80,6 +84,14 @@ def convergence_study(
     **Raises:** `ValueError` if `time` or `warmup` is not a whole number of steps of every learning rate.
     """
 
+    _check.function("flow", flow, "a function learning rate -> eomdl.AbstractFlow")
+    _check.function("optimizer", optimizer, "a function learning rate -> optax.GradientTransformation")
+    rates = np.asarray(_check.positive_numbers("learning_rates", learning_rates))
+    if rates.ndim != 1:
+        raise ValueError(f"learning_rates: expected a sequence of numbers, got shape {rates.shape}")
+    time = None if time is None else float(_check.positive_scalar("time", time))
+    warmup = float(_check.nonnegative_scalar("warmup", warmup))
+
     def whole(name: str, time: float, step: float) -> int:
         count = round(time / step)
         if abs(count * step - time) > 1e-9 * time:
@@ -87,8 +99,9 @@ def convergence_study(
         return count
 
     counts, errors, ode_errors = [], [], []
-    for rate in learning_rates:
-        made, real_optimizer = flow(rate), optimizer(float(rate))
+    for rate in rates.tolist():
+        made, real_optimizer = flow(rate), optimizer(rate)
+        _check.kind("flow", made, AbstractFlow, "a function that returns an eomdl.AbstractFlow")
         step = float(made.step_size)
         begin = whole("warmup", warmup, step)
         count = made.stride if time is None else whole("time", time, step)
@@ -106,6 +119,4 @@ def convergence_study(
         counts.append(count)
         errors.append(comparison.distance["model"][-1])
         ode_errors.append(comparison.ode_error["model"][-1])
-    return Convergence(
-        np.asarray(learning_rates, float), np.array(counts), np.array(errors), np.array(ode_errors)
-    )
+    return Convergence(rates, np.array(counts), np.array(errors), np.array(ode_errors))

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from eomdl import _check
 from eomdl._end import End
 from eomdl._types import Args, State
 from eomdl.errors.comparison import row_norms
@@ -41,10 +42,15 @@ def local_error(
 
     **Raises:** `ValueError` if steps k and k + m are not saved.
     """
+    _check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow")
+    _check.kind("reference", reference, Trajectory, "an eomdl.Trajectory")
     stride = flow.stride
     if reference.params is None:
         raise ValueError("reference: expected saved params, got a run with save_params=False")
     chosen = _chosen(reference, stride, steps)
+    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+    if batches is not None and (len(lengths) != 1 or () in lengths):
+        raise ValueError(f"batches: expected arrays with one leading axis, the steps, got {batches!r:.80}")
     window = stacked_window(args, batches)
     errors = []
     for k, state in zip(chosen, _states(flow, reference, chosen, window), strict=True):
@@ -68,7 +74,7 @@ def _chosen(reference: Trajectory, stride: int, steps: Sequence[int] | None) -> 
     saved = np.asarray(reference.steps)
     possible = saved[np.isin(saved + stride, saved) & (saved % stride == 0)]
     spread = np.linspace(0, len(possible) - 1, min(16, len(possible))).round().astype(int)
-    chosen = possible[spread] if steps is None else np.asarray(steps)
+    chosen = possible[spread] if steps is None else np.asarray(_check.step_numbers("steps", steps))
     if len(chosen) == 0 or not np.all(np.isin(chosen, possible)):
         raise ValueError(
             f"steps: expected multiples of the stride {stride} saved together with the step {stride} later, got "

@@ -37,7 +37,7 @@ class AdamFlow(AbstractDescentFlow):
     **Raises:** `ValueError` for a wrong argument.
     """
 
-    loss: Loss
+    loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
     b1: jax.Array = eqx.field(default=0.9, converter=lambda x: _check.fraction("b1", x))
     b2: jax.Array = eqx.field(default=0.999, converter=lambda x: _check.fraction("b2", x))

@@ -11,7 +11,7 @@ from eomdl._types import Args, Loss, Params
 from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.flows.gradient import gradient_descent_step
 from eomdl.observe.curvature import sharpness
-from eomdl.series.euler import modified_field
+from eomdl.series.euler import MAX_ORDER, modified_field
 
 
 class EquationOfMotion(AbstractDescentFlow):
@@ -44,9 +44,11 @@ class EquationOfMotion(AbstractDescentFlow):
     Source: Miyagawa 2022 (arXiv 2210.15898).
     """
 
-    loss: Loss
+    loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
-    order: int = eqx.field(default=1, static=True, converter=lambda n: _check.integer("order", n, 0))
+    order: int = eqx.field(
+        default=1, static=True, converter=lambda n: _check.integer("order", n, 0, MAX_ORDER)
+    )
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         del t

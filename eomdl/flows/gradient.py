@@ -29,7 +29,7 @@ class GradientFlow(AbstractDescentFlow):
     Source: Hairer, Lubich & Wanner 2006, ch. IX (gradient descent is explicit Euler on this equation).
     """
 
-    loss: Loss
+    loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:

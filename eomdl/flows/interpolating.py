@@ -15,7 +15,7 @@ from eomdl._types import Args, Params, State
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.stride import step_data
 from eomdl.maps.step_map import StepMap, as_step_map, check_step
-from eomdl.series.weights import difference_weights, taylor_weights
+from eomdl.series.weights import MAX_POINTS, difference_weights, taylor_weights
 
 
 class InterpolatingFlow(AbstractFlow):
@@ -65,10 +65,11 @@ class InterpolatingFlow(AbstractFlow):
 
     step_map: StepMap = eqx.field(converter=as_step_map)
     step_size: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("step_size", x))
-    points: int = eqx.field(static=True, converter=lambda n: _check.integer("points", n, 1))
+    points: int = eqx.field(static=True, converter=lambda n: _check.integer("points", n, 1, MAX_POINTS))
     stride: int = eqx.field(default=1, static=True, converter=lambda n: _check.integer("stride", n, 1))
     weights: jax.Array | None = eqx.field(
-        default=None, converter=lambda b: None if b is None else jnp.asarray(b)
+        default=None,
+        converter=lambda b: None if b is None else _check.numbers("weights", b, "finite numbers", ndim=1),
     )
 
     def __check_init__(self):

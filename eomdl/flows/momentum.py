@@ -31,10 +31,10 @@ class MomentumFlow(AbstractFlow):
     **Cost** of one evaluation: about 2.7 gradients. **Raises:** `ValueError` for a wrong argument.
     """
 
-    loss: Loss
+    loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
     momentum: jax.Array = eqx.field(default=0.9, converter=lambda x: _check.fraction("momentum", x))
-    nesterov: bool = eqx.field(default=False, static=True)
+    nesterov: bool = eqx.field(default=False, static=True, converter=lambda x: _check.flag("nesterov", x))
 
     # Equinox lets a property fill an AbstractVar; mypy does not know.
     @property  # type: ignore[misc]

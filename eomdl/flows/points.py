@@ -13,7 +13,7 @@ from eomdl import _check, _tree
 from eomdl._end import End
 from eomdl._types import Args, Params, State
 from eomdl.maps.step_map import StepMap, as_step_map, check_step
-from eomdl.series.weights import difference_weights
+from eomdl.series.weights import MAX_POINTS, difference_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def choose_points(
     step_map = as_step_map(step_map)
     num_steps = _check.integer("num_steps", num_steps, 1)
     stride = _check.integer("stride", stride, 1)
-    max_points = _check.integer("max_points", max_points, 1)
+    max_points = _check.integer("max_points", max_points, 1, MAX_POINTS)
     params = _check.params("params", params)
     check_step(step_map, params, args)
     state, first = _start(step_map, params, start)

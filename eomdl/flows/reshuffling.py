@@ -35,7 +35,7 @@ class ReshufflingFlow(AbstractDescentFlow):
     Source: Smith et al. 2021 (arXiv 2101.12176), eq. 1.
     """
 
-    loss: Loss
+    loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:

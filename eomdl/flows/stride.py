@@ -4,6 +4,8 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from eomdl._types import Args
@@ -20,9 +22,18 @@ class StrideData(eqx.Module):
         return jax.tree.map(lambda leaf: leaf[n % count], self.batches)
 
 
+def _is_count(n: Any) -> bool:
+    if isinstance(n, int) and not isinstance(n, bool):
+        return True
+    is_scalar = isinstance(n, jax.Array | np.ndarray | np.generic) and n.shape == ()
+    return is_scalar and jnp.issubdtype(n.dtype, jnp.integer)
+
+
 def step_data(args: Args, n: ArrayLike) -> Args:
     """The data of the n-th step of a stride: its own batch, or all of `args` in a run without batches.
 
     For a strided flow of your own: `self.step_map(state, step_data(args, n), k + n)`.
     """
+    if not _is_count(n):
+        raise ValueError(f"n: expected the number of a step in its stride, an integer, got {n!r:.80}")
     return args.at(n) if isinstance(args, StrideData) else args

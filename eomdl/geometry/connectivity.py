@@ -25,7 +25,7 @@ def loss_on_line(loss: Loss, a: Params, b: Params, args: Args = None, num_points
     num_points = _check.integer("num_points", num_points, 2)
     a, b = _check.params("a", a), _check.params("b", b)
     _check.same_structure("b", b, "a", a)
-    _scalar_loss(loss, a, args)
+    _scalar_loss(loss, a, args, "a")
     return _losses_on_line(loss, a, b, args, num_points)
 
 
@@ -80,10 +80,11 @@ def barriers(
     """
     num_points = _check.integer("num_points", num_points, 2)
     batch_size = _check.integer("batch_size", batch_size, 1)
+    progress = _check.flag("progress", progress)
     if not isinstance(runs, Trajectory):
         runs = _check.params("runs", runs)
         stacked_size("runs", runs)
-        _scalar_loss(loss, jax.tree.map(lambda x: x[0], runs), args)
+        _scalar_loss(loss, jax.tree.map(lambda x: x[0], runs), args, "runs[0]")
         return _barriers(loss, runs, args, num_points, batch_size)
     reached = np.asarray(ensemble_state(runs).reached)
     if runs.params is None:
@@ -139,11 +140,11 @@ def _above_chord(losses: jax.Array) -> jax.Array:
     return jnp.max(height.at[jnp.array([0, -1])].set(0 * (losses[0] + losses[-1])))
 
 
-def _scalar_loss(loss: Loss, params: Params, args: Args) -> None:
+def _scalar_loss(loss: Loss, params: Params, args: Args, name: str = "params") -> None:
     """Check the shape only: the loss need not be finite where a barrier is measured."""
     _check.function("loss", loss)
     expected = "a function (params, args) -> real scalar"
-    out = _check.shape_of("loss", expected, loss, params, args)
+    out = _check.shape_of("loss", expected, loss, params, args, names=(name, "args"))
     if getattr(out, "shape", None) != ():
         raise ValueError(f"loss: expected {expected}, got output {out}")
 
@@ -166,7 +167,7 @@ def clusters(matrix: ArrayLike, threshold: float, linkage: str = "complete") -> 
 
     **Raises:** `ValueError` for a wrong argument.
     """
-    matrix = np.array(matrix, float)
+    matrix = np.array(_check.numbers("matrix", matrix, "a symmetric matrix (S, S)", lambda x: True), float)
     if (
         matrix.ndim != 2
         or matrix.shape[0] != matrix.shape[1]
@@ -175,7 +176,7 @@ def clusters(matrix: ArrayLike, threshold: float, linkage: str = "complete") -> 
     ):
         raise ValueError(f"matrix: expected a symmetric matrix (S, S), got shape {matrix.shape}")
     threshold = float(_check.nonnegative_scalar("threshold", threshold))
-    if linkage not in ("complete", "single", "average"):
+    if not isinstance(linkage, str) or linkage not in ("complete", "single", "average"):
         raise ValueError(f"linkage: expected 'complete', 'single' or 'average', got {linkage!r}")
     if len(matrix) == 1:
         return np.zeros(1, int)

@@ -99,6 +99,7 @@ def intrinsic_dimension(
     """
     blocks = _check.integer("blocks", blocks, 2)
     partitions = _check.integer("partitions", partitions, 1)
+    seed = _check.seed("seed", seed)
     if estimator is None:
         estimator = _skdim_id().TwoNN()
     if not callable(getattr(estimator, "fit", None)):
@@ -161,8 +162,13 @@ def dimension_along(
 
     **Raises:** `ValueError` for a step that was not saved; otherwise as `intrinsic_dimension`.
     """
+    _check.kind("trajectory", trajectory, Trajectory, "an eomdl.Trajectory")
+    expected = "a function (params, args) -> array (n, ...)"
+    _check.function("points", points, expected)
+    progress = _check.flag("progress", progress)
+    chosen = _check.step_numbers("steps", trajectory.steps if steps is None else steps)
+    _check.shape_of("points", expected, points, trajectory.at(chosen[0]), args)
     compiled = eqx.filter_jit(points)
-    chosen = [int(k) for k in (trajectory.steps if steps is None else steps)]
     return {
         k: intrinsic_dimension(compiled(trajectory.at(k), args), estimator, **options)
         for k in tqdm(chosen, desc="checkpoints", disable=not progress)
@@ -203,6 +209,7 @@ def path_points(trajectory: Trajectory, num_points: int, seed: int = 0) -> np.nd
     **Raises:** `ValueError` for a path that stands still, or without saved params.
     """
     num_points = _check.integer("num_points", num_points, 1)
+    seed = _check.seed("seed", seed)
     length = path_length(trajectory)
     if not length[-1] > 0:
         raise ValueError("trajectory: expected a path that moves, got one that stands still")
@@ -227,11 +234,12 @@ def gradient_points(loss: Loss, params: Params, args: Args, batch_size: int = 64
     **Raises:** `ValueError` if the leaves of `args` have no common leading axis, or the loss is not a scalar.
     """
     params = _check.params("params", params)
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(args)]
+    batch_size = _check.integer("batch_size", batch_size, 1)
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(args)]
     if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) != 1:
         raise ValueError(f"args: expected arrays with the examples as leading axis, got shapes {shapes}")
     _check.loss_is_scalar(loss, params, jax.tree.map(lambda leaf: leaf[:1], args))
-    return _gradients(loss, _check.integer("batch_size", batch_size, 1), params, args)
+    return _gradients(loss, batch_size, params, args)
 
 
 @eqx.filter_jit

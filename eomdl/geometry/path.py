@@ -26,6 +26,10 @@ def rows(tree: Any, name: str = "points") -> np.ndarray:
     shapes = [leaf.shape for leaf in leaves]
     if not leaves or len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(f"{name}: expected arrays with one leading axis in common, got shapes {shapes}")
+    if any(leaf.dtype.kind not in "fiuV" for leaf in leaves):
+        raise ValueError(
+            f"{name}: expected real numbers, got dtypes {sorted({str(x.dtype) for x in leaves})}"
+        )
     flat = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1, dtype=float)
     finite = np.isfinite(flat).all(axis=1)
     if not finite.all():

@@ -43,15 +43,14 @@ def loss_plane(
 
     **Raises:** `ValueError` for a wrong argument.
     """
-    centre = _check.params("centre", centre)
+    progress = _check.flag("progress", progress)
+    centre, u, v = (_check.params(name, p) for name, p in (("centre", centre), ("u", u), ("v", v)))
     for name, direction in (("u", u), ("v", v)):
         _check.same_structure(name, direction, "centre", centre)
     _check.loss_is_scalar(loss, centre, args)
     grid = []
     for name, values in (("x", x), ("y", y)):
-        grid.append(np.asarray(values, float))
-        if grid[-1].ndim != 1 or grid[-1].size == 0 or not np.isfinite(grid[-1]).all():
-            raise ValueError(f"{name}: expected finite coordinates, shape (m,), got {values!r}")
+        grid.append(np.asarray(_check.numbers(name, values, "finite coordinates, shape (m,)", ndim=1)))
     across = jnp.asarray(grid[0])
     lines = [
         np.asarray(_line(loss, _along(centre, v, at), u, across, args))

@@ -191,7 +191,7 @@ def region_map(
     params = _check.params("params", params)
     resolution = _check.integer("resolution", resolution, 2)
     batch_size = _check.integer("batch_size", batch_size, 1)
-    corners = jnp.asarray(corners)
+    corners = _check.numbers("corners", corners, "three inputs, shape (3, ...)")
     if corners.shape[:1] != (3,):
         raise ValueError(f"corners: expected three inputs, shape (3, ...), got shape {corners.shape}")
     points = _inputs(preactivations, params, {f"corners[{i}]": corners[i] for i in range(3)})
@@ -241,15 +241,14 @@ def _inputs(preactivations: Preactivations, params: Params, inputs: dict[str, An
     """Inputs as floating-point arrays of one shape that the function takes."""
     arrays: list[jax.Array] = []
     for name, x in inputs.items():
-        x = jnp.asarray(x)
-        x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+        x = _check.numbers(name, x, "an input, an array of finite numbers")
         if arrays and x.shape != arrays[0].shape:
             raise ValueError(f"{name}: expected shape {arrays[0].shape}, that of the first, got {x.shape}")
-        if not bool(jnp.all(jnp.isfinite(x))):
-            raise ValueError(f"{name}: expected finite values, got infinity or NaN")
         arrays.append(x)
     expected = "a function (params, one input) -> the hidden pre-activations"
-    out = _check.shape_of("preactivations", expected, preactivations, params, arrays[0])
+    out = _check.shape_of(
+        "preactivations", expected, preactivations, params, arrays[0], names=("params", next(iter(inputs)))
+    )
     if not jax.tree.leaves(out) or not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(out)):
         raise ValueError(f"preactivations: expected {expected}, got output {out}")
     return arrays

@@ -80,6 +80,8 @@ def secant(loss: Loss, end: Params, num_random: int = 4) -> Observable:
     """
     _check.function("loss", loss)
     end = _check.params("end", end)
+    for leaf in jax.tree.leaves(end):
+        _check.numbers("end", leaf, "finite parameters")
     # Not a closure: another end point is other data, and compiles nothing.
     measure = jax.tree_util.Partial(_secant, loss, end, _check.integer("num_random", num_random, 1))
     return on_batch(measure) if isinstance(loss, OnBatch) else measure

@@ -123,9 +123,9 @@ def _where(condition: jax.Array, this: Any, other: Any) -> Any:
 
 
 def _axis(value: Any) -> Any:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and -32 <= value < 32):
         return value
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and value:
         return tuple(_axis(v) for v in value)
     raise ValueError(
         f"args_axis: expected None, an integer or a tuple of these (in_axes of jax.vmap), got {value!r}"
@@ -148,8 +148,8 @@ def stack(params: Sequence[Params]) -> Params:
 
     **Raises:** `ValueError` if there is none, or if structures or shapes differ.
     """
-    if len(params) == 0:
-        raise ValueError("params: expected at least one pytree, got an empty sequence")
+    if not isinstance(params, Sequence) or isinstance(params, str) or len(params) == 0:
+        raise ValueError(f"params: expected a sequence of at least one pytree, got {params!r:.80}")
     params = [_check.params(f"params[{i}]", p) for i, p in enumerate(params)]
     for i, p in enumerate(params[1:], 1):
         _check.same_structure(f"params[{i}]", p, "params[0]", params[0])

@@ -100,8 +100,8 @@ def optimizer_step(
     """
     _check.function("loss", loss)
     _check.optimizer(optimizer)
-    if extra_args is not None and not callable(extra_args):
-        raise ValueError(f"extra_args: expected a function (params, args) -> dict, got {extra_args!r}")
+    if extra_args is not None:
+        _check.function("extra_args", extra_args, "a function (params, args) -> dict")
     return OptimizerStep(loss, optimizer, extra_args)
 
 

@@ -86,7 +86,10 @@ def check_step(step_map: StepMap, params: Params, args: Args) -> None:
     """Check that the map keeps structure, shapes and dtypes of its state, which has only real arrays."""
     state = _check.params("step_map.init(params)", step_map.init(params))
     k = jnp.zeros((), jnp.result_type(float))
-    new = _check.shape_of("step_map", "a function (state, args, k) -> state", step_map, state, args, k)
+    names = ("the state of params", "args", "k")
+    new = _check.shape_of(
+        "step_map", "a function (state, args, k) -> state", step_map, state, args, k, names=names
+    )
     _check.same_structure("step_map(state, args, k)", new, "its state", state)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(state), strict=True):
         if a.dtype != b.dtype:

@@ -33,7 +33,7 @@ class _BlockNorm(AbstractObservable):
 
 def block_norm(where: Where = whole) -> Observable:
     r"""Observable $|\theta_A|$, the Euclidean norm of a block. **Cost:** no gradients."""
-    return _BlockNorm(where)
+    return _BlockNorm(_check.where("where", where))
 
 
 class _ShiftComponent(AbstractObservable):
@@ -51,8 +51,10 @@ def shift_component(where: Where, axis: int = -1) -> Observable:
     The component of an array block along the all-ones direction of `axis`. The loss does not depend on it
     for the weights into a softmax, shape (inputs, classes), along the axis of the classes; the
     component then has shape (inputs,).
+
+    **Raises:** `ValueError` for a wrong argument.
     """
-    return _ShiftComponent(where, axis)
+    return _ShiftComponent(_check.where("where", where), _check.integer("axis", axis, -32, 31))
 
 
 class _LieDerivative(AbstractObservable):
@@ -72,7 +74,8 @@ def lie_derivative(observable: Observable, flow: Callable[[Any, Params, Args], P
 
     **Cost:** one evaluation of the flow, and one derivative of the observable.
     """
-    return _LieDerivative(observable, flow)
+    _check.function("flow", flow, "a flow, or a function (t, params, args) -> velocity")
+    return _LieDerivative(_check.observable("observable", observable), flow)
 
 
 def decay_rate(values: ArrayLike, learning_rate: ArrayLike) -> np.ndarray:
@@ -81,7 +84,9 @@ def decay_rate(values: ArrayLike, learning_rate: ArrayLike) -> np.ndarray:
     **Arguments:** `values` recorded at every step, shape (n, ...); for an array observable
     $|v_k|$ is the Euclidean norm of row k. **Returns:** shape (n - 1,).
     """
-    values = np.asarray(values)
+    values = np.asarray(_check.numbers("values", values, "finite numbers, shape (n, ...)"))
+    if values.ndim == 0:
+        raise ValueError(f"values: expected numbers at every step, shape (n, ...), got {values}")
     size = np.linalg.norm(values.reshape(len(values), -1), axis=1)
     return -np.diff(np.log(size)) / np.asarray(_check.positive_scalar("learning_rate", learning_rate))
 
@@ -93,6 +98,11 @@ def angle_per_step(block: Any) -> np.ndarray:
     digits at small angles, where arccos does not. `block`: a pytree with leading axis n, such
     as `trajectory.params["w"]`.
     """
-    rows = np.concatenate([np.reshape(x, (len(x), -1)) for x in jax.tree.leaves(block)], axis=1)
+    leaves = jax.tree.leaves(block)
+    if not leaves or len({np.shape(x)[:1] for x in leaves}) != 1 or np.ndim(leaves[0]) < 1:
+        raise ValueError(f"block: expected arrays with one leading axis in common, got {block!r:.80}")
+    for leaf in leaves:
+        _check.numbers("block", leaf, "a pytree of arrays of finite numbers")
+    rows = np.concatenate([np.reshape(x, (len(x), -1)) for x in leaves], axis=1)
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return 2 * np.arcsin(np.clip(np.linalg.norm(np.diff(unit, axis=0), axis=1) / 2, 0, 1))

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from eomdl import _check
 from eomdl.symmetry.charges import Conservation
 
 
@@ -13,10 +14,11 @@ def plot_conservation(charges: Mapping[str, Conservation]) -> Any:
 
     Solid black: measured. Dashed: laws. Dotted: flows integrated from the start.
 
-    **Returns:** a `matplotlib.figure.Figure`.
+    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for anything else.
     """
     from matplotlib.figure import Figure
 
+    _check.mapping("charges", charges, Conservation, "eomdl.symmetry.Conservation")
     figure = Figure(figsize=(11, 3.4 * len(charges)), layout="constrained")
     panels = figure.subplots(len(charges), 2, squeeze=False)
     for (left, right), (name, found) in zip(panels, charges.items(), strict=True):

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from eomdl import _check
 from eomdl.errors.comparison import Comparison
 
 
@@ -13,9 +14,12 @@ def plot_comparison(comparison: Comparison) -> Any:
     Solid: distance of each model. Dotted, same colour: the ODE solver's own error.
 
     **Returns:** a `matplotlib.figure.Figure`; nothing is shown or written.
+
+    **Raises:** `ValueError` for anything else, and for a comparison of nothing.
     """
     from matplotlib.figure import Figure
 
+    _check.kind("comparison", comparison, Comparison, "an eomdl.Comparison")
     scalars = sorted({k for d in comparison.differences.values() for k, v in d.items() if v.ndim == 1})
     panels = [*(["distance"] if comparison.distance else []), *scalars]
     if not panels:

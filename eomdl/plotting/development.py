@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from eomdl import _check
 from eomdl.geometry.connectivity import clusters
 
 
@@ -32,7 +33,7 @@ def plot_barriers(steps: ArrayLike, matrices: ArrayLike, labels: ArrayLike) -> A
         for edge in edges:
             axes.axhline(edge, color="w", lw=0.8)
             axes.axvline(edge, color="w", lw=0.8)
-        axes.set(title=f"step {step}", xlabel="run, by cluster", xticks=[], yticks=[])
+        axes.set(title=f"step {step:g}", xlabel="run, by cluster", xticks=[], yticks=[])
     panels[0].set_ylabel("run, by cluster")
     figure.colorbar(image, ax=list(panels), label="loss barrier on the line")
     return figure
@@ -61,7 +62,10 @@ def plot_development(
     from matplotlib.ticker import ScalarFormatter
 
     steps, matrices, labels = _checked(steps, matrices, labels)
-    losses = np.asarray(losses)
+    losses = np.asarray(_check.numbers("losses", losses, "losses, shape (n, S)", lambda x: True))
+    threshold = float(_check.nonnegative_scalar("threshold", threshold))
+    if intervention is not None:
+        intervention = float(_check.nonnegative_scalar("intervention", intervention))
     if losses.shape != matrices.shape[:2]:
         raise ValueError(f"losses: expected shape {matrices.shape[:2]} as in matrices, got {losses.shape}")
     figure = Figure(figsize=(15, 4), layout="constrained")
@@ -99,9 +103,15 @@ def plot_development(
 
 
 def _checked(steps: Any, matrices: Any, labels: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    steps, matrices, labels = np.asarray(steps), np.asarray(matrices), np.asarray(labels)
-    if matrices.ndim != 3 or len(matrices) != len(steps) or matrices.shape[1] != matrices.shape[2]:
+    steps = np.asarray(_check.nonnegative_numbers("steps", steps))
+    matrices = np.asarray(_check.numbers("matrices", matrices, "barriers, shape (n, S, S)", lambda x: True))
+    labels = np.asarray(labels)
+    if steps.ndim != 1 or (matrices.ndim == 3 and len(matrices) != len(steps)):
+        raise ValueError(f"steps: expected one for each of {len(matrices)} matrices, got shape {steps.shape}")
+    if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2]:
         raise ValueError(f"matrices: expected shape ({len(steps)}, S, S), got {matrices.shape}")
-    if labels.shape != matrices.shape[1:2]:
-        raise ValueError(f"labels: expected shape {matrices.shape[1:2]}, got {labels.shape}")
+    if labels.shape != matrices.shape[1:2] or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels: expected integers of shape {matrices.shape[1:2]}, got {labels.dtype} of shape {labels.shape}"
+        )
     return steps, matrices, labels

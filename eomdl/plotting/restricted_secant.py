@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from eomdl import _check
 from eomdl.geometry.restricted_secant import Secants
 
 
@@ -14,10 +15,11 @@ def plot_secants(runs: Mapping[str, Secants]) -> Any:
     Dotted in `gamma`'s panel, same colour: the random directions (root mean square of their cosines).
     The first run is drawn solid, the others dashed.
 
-    **Returns:** a `matplotlib.figure.Figure`.
+    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for anything else.
     """
     from matplotlib.figure import Figure
 
+    _check.mapping("runs", runs, Secants, "eomdl.geometry.Secants")
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     cosines, bounds, rates = figure.subplots(1, 3)
     for i, (name, run) in enumerate(runs.items()):

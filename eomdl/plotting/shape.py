@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from eomdl import _check
 from eomdl.geometry.dimension import IntrinsicDimension
 from eomdl.geometry.path import PathShape
 from eomdl.geometry.plane import LossPlane
@@ -21,7 +22,7 @@ def plot_path_shape(shapes: Mapping[str, PathShape]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    _some("shapes", shapes)
+    _check.mapping("shapes", shapes, PathShape, "eomdl.geometry.PathShape")
     figure = Figure(figsize=(12, 8), layout="constrained")
     (bend, twist), (off, length) = figure.subplots(2, 2)
     real = next(iter(shapes.values()))
@@ -62,7 +63,8 @@ def plot_path_plane(plane: LossPlane, paths: Mapping[str, np.ndarray]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    _some("paths", paths)
+    _check.kind("plane", plane, LossPlane, "an eomdl.geometry.LossPlane")
+    _check.mapping("paths", paths, object, "coordinates of shape (n, 2)")
     for name, path in paths.items():
         if np.ndim(path) != 2 or np.shape(path)[1] != 2:
             raise ValueError(f"paths[{name!r}]: expected coordinates of shape (n, 2), got {np.shape(path)}")
@@ -90,7 +92,7 @@ def plot_dimensions(dimensions: Mapping[str, Mapping[int, IntrinsicDimension]]) 
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    _some("dimensions", dimensions)
+    _check.mapping("dimensions", dimensions, Mapping, "{step: eomdl.geometry.IntrinsicDimension}")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     layers, training = figure.subplots(1, 2, sharey=True)
     steps = sorted({step for layer in dimensions.values() for step in layer})
@@ -120,7 +122,7 @@ def plot_regions(maps: Mapping[str, RegionMap]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    _some("maps", maps)
+    _check.mapping("maps", maps, RegionMap, "eomdl.geometry.RegionMap")
     figure = Figure(figsize=(4.6 * len(maps), 4.6), layout="constrained")
     for axes, (title, regions) in zip(
         figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True
@@ -139,11 +141,6 @@ def plot_regions(maps: Mapping[str, RegionMap]) -> Any:
         )
         axes.set_aspect("equal")
     return figure
-
-
-def _some(name: str, things: Mapping[str, Any]) -> None:
-    if not things:
-        raise ValueError(f"{name}: expected at least one entry, got none")
 
 
 def _style(i: int) -> dict[str, Any]:

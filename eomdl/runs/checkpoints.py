@@ -50,9 +50,8 @@ class Crossing:
     def __init__(self, observable: str, level: float, rising: bool = True):
         if not isinstance(observable, str):
             raise ValueError(f"observable: expected the name of an observable, got {observable!r}")
-        if not np.ndim(level) == 0 or not np.isfinite(level):
-            raise ValueError(f"level: expected a finite number, got {level!r}")
-        self.observable, self.level, self.rising = observable, float(level), rising
+        self.observable, self.rising = observable, _check.flag("rising", rising)
+        self.level = float(_check.finite_scalar("level", level))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """Whether the event is at each of the values, shape (n,) -> (n - 1,): not known of the first.
@@ -112,9 +111,13 @@ class Checkpoints:
         events: Mapping[str, Crossing] | None = None,
         like: Params | None = None,
     ):
-        self.folder = Path(folder)
+        self.folder = _check.path("folder", folder)
         if np.ndim(schedule) == 0:
             _check.integer("schedule", schedule, 1)
+        else:
+            _check.step_numbers("schedule", schedule)
+        if like is not None:
+            _check.params("like", like)
         if events is not None and not (
             isinstance(events, Mapping) and all(isinstance(e, Crossing) for e in events.values())
         ):

@@ -97,6 +97,15 @@ def solve(
     if not isinstance(flow, AbstractFlow):
         raise ValueError(f"flow: expected an eomdl.AbstractFlow, got {type(flow).__name__}")
     max_steps = _check.integer("max_steps", max_steps, 1)
+    estimate_error = _check.flag("estimate_error", estimate_error)
+    diagnose = _check.flag("diagnose", diagnose)
+    solver = diffrax.Tsit5() if solver is None else solver
+    adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
+    _check.kind("solver", solver, diffrax.AbstractSolver, "a diffrax.AbstractSolver")
+    _check.kind("adjoint", adjoint, diffrax.AbstractAdjoint, "a diffrax.AbstractAdjoint")
+    if stepsize_controller is not None:
+        expected = "a diffrax.AbstractStepSizeController"
+        _check.kind("stepsize_controller", stepsize_controller, diffrax.AbstractStepSizeController, expected)
     setup = set_up("solve", params, num_steps, options, flow.stride)
     example = setup.data.example
     flow.validate(setup.params, example)
@@ -111,8 +120,8 @@ def solve(
         flow=flow,
         name="" if traced else identity(flow),
         integrator=Integrator(
-            diffrax.Tsit5() if solver is None else solver,
-            diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
+            solver,
+            adjoint,
             max_steps,
             _check.positive_scalar("dt0", dt0),
             flat=not traced and all(len(x.devices()) == 1 for x in jax.tree.leaves(state)),

@@ -59,6 +59,8 @@ def descend(
     **Raises:** `ValueError` for a wrong argument.
     """
     _check.optimizer(optimizer)
+    if extra_args is not None:
+        _check.function("extra_args", extra_args, "a function (params, args) -> dict")
     setup = set_up("descend", params, num_steps, options)
     _check.loss_is_scalar(loss, setup.params, setup.data.example, setup.data.source)
     return _run(_Descent(loss, optimizer, extra_args), setup, step_size, gradients=1)

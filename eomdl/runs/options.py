@@ -194,13 +194,13 @@ def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, strid
         record=Record(
             _check.observables(given["observe"], params, data.seen_by),
             steps[steps > last],
-            given["save_params"],
+            _check.flag("save_params", given["save_params"]),
         ),
         begin=begin,
         before=before,
         checkpoints=checkpoints,
         meter=_meter(given["progress"]),
-        throw=given["throw"],
+        throw=_check.flag("throw", given["throw"]),
     )
 
 
@@ -232,4 +232,8 @@ def _origin(dynamics: AbstractDynamics, begin: End) -> int:
 def _meter(progress: bool | diffrax.AbstractProgressMeter) -> diffrax.AbstractProgressMeter:
     if isinstance(progress, diffrax.AbstractProgressMeter):
         return progress
+    if not isinstance(progress, bool | np.bool_):
+        raise ValueError(
+            f"progress: expected True, False or a diffrax.AbstractProgressMeter, got {progress!r:.80}"
+        )
     return diffrax.TqdmProgressMeter(refresh_steps=1) if progress else diffrax.NoProgressMeter()

@@ -1,7 +1,6 @@
 """A path through weight space: the one type for real runs and for flows."""
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +8,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from eomdl import _structure, _tree
+from eomdl import _check, _structure, _tree
 from eomdl._end import RESULTS, Diagnostic, End, Stats
 from eomdl._types import STATIC, Params, record_type
 from eomdl.runs.files import DamagedFile, Tree, read_meta, read_npz, write_npz
@@ -103,12 +102,21 @@ class Trajectory:
 
     def rows(self, index: Any) -> "Trajectory":
         """Only these rows: a slice, integers or booleans of shape (n,), as NumPy takes them."""
+        try:
+            is_column = np.arange(len(self.steps))[index].ndim == 1
+        except (IndexError, TypeError, ValueError):
+            is_column = False
+        if not is_column:
+            raise ValueError(
+                f"index: expected a slice, integers or booleans of shape ({len(self.steps)},), got {index!r:.80}"
+            )
         return self.map_columns(lambda column: np.asarray(column)[index])
 
     def at(self, step: int) -> Params:
         """The parameters at a saved step. Raises `ValueError` if it was not saved."""
         if self.params is None:
             raise ValueError("params: expected saved parameters, got a run with save_params=False")
+        step = _check.integer("step", step, 0)
         (index,) = np.nonzero(np.asarray(self.steps) == step)
         if len(index) == 0:
             raise ValueError(f"step: expected a saved step, {summary(self.steps)}, got {step}")
@@ -123,9 +131,9 @@ class Trajectory:
 
         **Raises:** `ValueError` if the saved steps have gaps or are fewer than w.
         """
-        window = operator.index(window)
+        window = _check.integer("window", window, 1)
         steps = np.asarray(self.steps)
-        if window < 1 or len(steps) < window or np.any(np.diff(steps) != 1):
+        if len(steps) < window or np.any(np.diff(steps) != 1):
             raise ValueError(
                 f"window: expected an integer from 1 to the number of saved steps, all consecutive, got {window} "
                 f"with saved {summary(steps)}"
@@ -191,7 +199,7 @@ class Trajectory:
         **Raises:** `ValueError` naming the file if it is not such a file, is damaged (every array has a checksum),
         or does not fit `like`. No file unpacks to more than its size: a compressed one is refused.
         """
-        trajectory = _read(path)
+        trajectory = _read(_check.path("path", path))
         if like is None:
             return trajectory
         end = dataclasses.replace(trajectory.end, params=_like("like", trajectory.end.params, like, path, 0))

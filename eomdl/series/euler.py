@@ -12,6 +12,9 @@ from eomdl.series.elementary import ElementaryDifferentials
 from eomdl.series.trees import Tree, modified_equation
 
 
+MAX_ORDER = 10  # its trees number 1,842, and three times as many with every order more
+
+
 def modified_field(f: VectorField, x: Params, step_size: ArrayLike, order: int) -> Params:
     r"""The field whose flow over time `step_size` is $x + h f(x)$, up to the counter terms left out.
 
@@ -63,7 +66,7 @@ def counterterms(loss: Loss, params: Params, order: int, args: Args = None) -> S
     Source: Miyagawa 2022 (arXiv 2210.15898), equation of motion and its counter terms, here
     computed from rooted trees (Hairer, Lubich & Wanner 2006, ch. IX).
     """
-    order = _check.integer("order", order, 0)
+    order = _check.integer("order", order, 0, MAX_ORDER)
     params = _check.params("params", params)
     _check.loss_is_scalar(loss, params, args)
     if order == 0:

@@ -14,12 +14,15 @@ import numpy as np
 from eomdl import _check
 
 
+MAX_POINTS = 64  # of a series whose terms grow like 2^K: far more than any map bears
+
+
 def taylor_weights(points: int) -> np.ndarray:
     r"""$b_0, \dots, b_{K-1}$ with $\sum_i b_i z^i = \sum_{m<K} \frac{(-1)^m}{m+1} (z-1)^m$.
 
     Formal order K = `points`. **Raises:** `ValueError` if `points` is not an integer >= 1.
     """
-    points = _check.integer("points", points, 1)
+    points = _check.integer("points", points, 1, MAX_POINTS)
     exact = [
         # (z - 1)^m = sum_i C(m, i) (-1)^(m-i) z^i
         sum(Fraction((-1) ** i * math.comb(m, i), m + 1) for m in range(i, points))
@@ -49,8 +52,8 @@ def minimax_weights(points: int, bound: float, order: int | None = None) -> np.n
     """
     from scipy.optimize import linprog
 
-    points = _check.integer("points", points, 1)
-    order = max(points // 2, 1) if order is None else _check.integer("order", order, 1)
+    points = _check.integer("points", points, 1, MAX_POINTS)
+    order = max(points // 2, 1) if order is None else _check.integer("order", order, 1, MAX_POINTS)
     if order > points:
         raise ValueError(f"order: expected at most points = {points}, got {order}")
     bound = float(_check.positive_scalar("bound", bound))

@@ -104,8 +104,9 @@ def conservation(
 
     Source: after Kunin et al. 2021 (arXiv 2012.04728); the exact laws are derived here.
     """
-    if not isinstance(run, Trajectory):
-        raise ValueError(f"run: expected an eomdl.Trajectory, got {type(run).__name__}")
+    _check.kind("run", run, Trajectory, "an eomdl.Trajectory")
+    if models is not None and not (isinstance(models, Mapping) and not models):
+        _check.mapping("models", models, Trajectory, "eomdl.Trajectory with saved params")
     if not isinstance(symmetry, Translation | Scaling):
         raise ValueError(
             f"symmetry: expected an eomdl.symmetry.Translation or eomdl.symmetry.Scaling, got {symmetry!r}"
@@ -132,7 +133,7 @@ def conservation(
         laws = _scaling_laws(symmetry, params, charge, *numbers)
     predicted = {}
     for name, model in (models or {}).items():
-        if not isinstance(model, Trajectory) or model.params is None:
+        if model.params is None:
             raise ValueError(
                 f"models[{name!r}]: expected an eomdl.Trajectory with saved params, got {type(model)}"
             )

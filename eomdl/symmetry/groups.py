@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eomdl import _blocks, _tree
+from eomdl import _blocks, _check, _tree
 from eomdl._blocks import Where
 from eomdl._types import Args, Params
 
@@ -56,8 +56,12 @@ class Translation(AbstractSymmetry):
     parameters; `axis`.
     """
 
-    block: Where = eqx.field(static=True)
-    axis: int | None = eqx.field(default=-1, static=True)
+    block: Where = eqx.field(static=True, converter=lambda b: _check.where("block", b))
+    axis: int | None = eqx.field(
+        default=-1,
+        static=True,
+        converter=lambda axis: None if axis is None else _check.integer("axis", axis, -32, 31),
+    )
 
     @property
     def label(self) -> str:
@@ -187,7 +191,7 @@ def _members(name: str, members: Any) -> tuple:
     for member in members:
         pair = member if isinstance(member, tuple) else (member, None)
         good = len(pair) == 2 and (isinstance(pair[0], str) or callable(pair[0]))
-        if not good or not (pair[1] is None or isinstance(pair[1], int)):
+        if not good or not (pair[1] is None or (isinstance(pair[1], int) and not isinstance(pair[1], bool))):
             raise ValueError(f"{name}: expected a list of blocks or (block, axis), got {member!r} in it")
         pairs.append(pair)
     return tuple(pairs)

@@ -25,7 +25,7 @@ def translation_decay_rate(learning_rate: ArrayLike, weight_decay: ArrayLike, or
     decay = _check.nonnegative_scalar("weight_decay", weight_decay)
     if order is None:
         return -jnp.log1p(-eta * decay) / eta
-    order = _check.integer("order", order, 0)
+    order = _check.integer("order", order, 0, 64)
     return jnp.sum(jnp.stack([eta ** (j - 1) * decay**j / j for j in range(1, order + 2)]))
 
 
@@ -37,6 +37,8 @@ def scale_norm_after_step(
     $|\theta|^2_{k+1} = (1 - \eta\lambda)^2 |\theta|^2_k + \eta^2 |\nabla f|^2$, since
     $\langle \theta_A, \nabla_A f \rangle = 0$. `gradient_norm` is that of f, without decay.
     """
+    norm, gradient_norm = _norms(norm, gradient_norm)
+    learning_rate, weight_decay = _rates(learning_rate, weight_decay)
     return jnp.hypot((1 - learning_rate * weight_decay) * norm, learning_rate * gradient_norm)
 
 
@@ -51,12 +53,12 @@ def scale_norm_rate(
 
     **Raises:** `ValueError` for an order other than 0 and 1.
     """
-    if order == 0:
+    norm, gradient_norm = _norms(norm, gradient_norm)
+    learning_rate, weight_decay = _rates(learning_rate, weight_decay)
+    if _check.integer("order", order, 0, 1) == 0:
         return jnp.broadcast_to(-2.0 * jnp.asarray(weight_decay), jnp.shape(norm))
-    if order == 1:
-        decay = 2 * weight_decay + learning_rate * weight_decay**2
-        return -decay + learning_rate * (gradient_norm / norm) ** 2
-    raise ValueError(f"order: expected 0 or 1 (eomdl.observe.lie_derivative does the others), got {order!r}")
+    decay = 2 * weight_decay + learning_rate * weight_decay**2
+    return -decay + learning_rate * (gradient_norm / norm) ** 2
 
 
 def equilibrium_norm(
@@ -74,9 +76,13 @@ def equilibrium_norm(
     the last update (Wan et al. 2021, arXiv 2006.08419); without, it is exact. Gradient flow has no such
     balance: its norm decays to 0. At it the angle per step is `equilibrium_angle`.
     """
-    c = jnp.asarray(norm) * gradient_norm
-    balance = 2 - learning_rate * weight_decay / (1 + jnp.asarray(momentum))
-    return jnp.asarray(learning_rate * c**2 / (weight_decay * (1 - jnp.asarray(momentum)) * balance)) ** 0.25
+    norm, gradient_norm = _norms(norm, gradient_norm)
+    learning_rate = _check.positive_numbers("learning_rate", learning_rate)
+    weight_decay = _check.positive_numbers("weight_decay", weight_decay)
+    momentum = _check.fractions("momentum", momentum)
+    c = norm * gradient_norm
+    balance = 2 - learning_rate * weight_decay / (1 + momentum)
+    return (learning_rate * c**2 / (weight_decay * (1 - momentum) * balance)) ** 0.25
 
 
 def equilibrium_angle(
@@ -87,7 +93,8 @@ def equilibrium_angle(
     About $\sqrt{2\eta\lambda / (1 + \beta)}$ (Wan et al. 2021, arXiv 2006.08419). It needs no assumption on the gradient: at
     a constant norm the exact law of `eomdl.symmetry.conservation` balances just so.
     """
-    return jnp.arccos(1 - jnp.asarray(learning_rate) * weight_decay / (1 + jnp.asarray(momentum)))
+    learning_rate, weight_decay = _rates(learning_rate, weight_decay)
+    return jnp.arccos(1 - learning_rate * weight_decay / (1 + _check.fractions("momentum", momentum)))
 
 
 def effective_learning_rate(
@@ -98,4 +105,15 @@ def effective_learning_rate(
     $f(\theta_A) = f(\theta_A / |\theta_A|)$, whose gradient is $1/|\theta_A|$ of that on the unit sphere, where a step of the
     direction is another $1/|\theta_A|$ (Hoffer et al. 2018, arXiv 1803.01814).
     """
-    return jnp.asarray(learning_rate) / ((1 - jnp.asarray(momentum)) * jnp.asarray(norm) ** 2)
+    learning_rate = _check.positive_numbers("learning_rate", learning_rate)
+    norm = _check.positive_numbers("norm", norm)
+    return learning_rate / ((1 - _check.fractions("momentum", momentum)) * norm**2)
+
+
+def _norms(norm: ArrayLike, gradient_norm: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    return _check.positive_numbers("norm", norm), _check.nonnegative_numbers("gradient_norm", gradient_norm)
+
+
+def _rates(learning_rate: ArrayLike, weight_decay: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    rates = _check.positive_numbers("learning_rate", learning_rate)
+    return rates, _check.nonnegative_numbers("weight_decay", weight_decay)

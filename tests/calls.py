@@ -1,0 +1,357 @@
+"""A valid call of every public function, for `test_arguments.py`, and the values that are wrong for most arguments."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, valley_loss
+
+import eomdl
+
+
+SGD = optax.sgd(0.05)
+RUN = eomdl.descend(valley_loss, VALLEY, SGD, 12, step_size=0.05, observe={"loss": valley_loss})
+FLOW = eomdl.GradientFlow(valley_loss, 0.05)
+PATH = eomdl.solve(FLOW, VALLEY, 12, observe={"loss": valley_loss})
+STEP = eomdl.optimizer_step(valley_loss, SGD)
+SCALED = eomdl.descend(normalized_loss, NORMALIZED, SGD, 6, args=LABEL_ARGS)
+SCALE = eomdl.symmetry.Scaling([("first.w", 1)])
+CLOUD = np.random.default_rng(0).normal(size=(130, 3))
+OTHER = jax.tree.map(lambda x: x + 1.0, VALLEY)
+TRIANGLE = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+NETWORK = (np.array([[1.0, 2.0], [-1.0, 0.5], [0.3, -0.7]]), np.array([0.1, -0.2, 0.05]))
+
+
+def preactivations(params, x):
+    w, b = params
+    return w @ x + b
+
+
+def runner(**options):
+    return eomdl.descend(valley_loss, VALLEY, SGD, 12, **options)
+
+
+def examples_loss(params, args):
+    return jnp.mean((args - params[None]) ** 2)
+
+
+WRONG: dict[str, Any] = {
+    "None": None,
+    "a string": "wrong",
+    "minus one": -1,
+    "minus a half": -0.5,
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "huge": 10**30,
+    "True": True,
+    "a wrong shape": np.ones((2, 7, 3)),
+    "empty": (),
+    "an object": object(),
+    "complex": 1j,
+    "an array": np.array([1.5, 2.5]),
+}
+
+RUN_OPTIONS = dict(
+    args=None,
+    batches=None,
+    observe={"loss": valley_loss},
+    save_params=True,
+    save_steps=1,
+    progress=False,
+    resume=None,
+    checkpoints=None,
+    throw=False,
+)
+
+MATRICES, LABELS = np.zeros((3, 2, 2)), np.array([0, 0])
+DIMENSION = eomdl.geometry.intrinsic_dimension(CLOUD)
+
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "descend": (
+        eomdl.descend,
+        dict(
+            loss=valley_loss,
+            params=VALLEY,
+            optimizer=SGD,
+            num_steps=12,
+            step_size=0.05,
+            extra_args=None,
+            **RUN_OPTIONS,
+        ),
+    ),
+    "iterate": (
+        eomdl.iterate,
+        dict(step_map=STEP, params=VALLEY, num_steps=12, step_size=0.05, **RUN_OPTIONS),
+    ),
+    "solve": (
+        eomdl.solve,
+        dict(
+            flow=FLOW,
+            params=VALLEY,
+            num_steps=12,
+            observe_state=None,
+            rtol=None,
+            atol=None,
+            solver=None,
+            stepsize_controller=None,
+            adjoint=None,
+            dt0=1.0,
+            max_steps=4096,
+            estimate_error=True,
+            diagnose=True,
+            **RUN_OPTIONS,
+        ),
+    ),
+    "compare": (eomdl.compare, dict(reference=RUN, trajectories={"flow": PATH}, smooth=1)),
+    "counterterms": (eomdl.counterterms, dict(loss=valley_loss, params=VALLEY, order=1, args=None)),
+    "on_batch": (eomdl.on_batch, dict(function=valley_loss)),
+    "optimizer_step": (eomdl.optimizer_step, dict(loss=valley_loss, optimizer=SGD, extra_args=None)),
+    "sharpness": (eomdl.sharpness, dict(loss=valley_loss, num_matvecs=4)),
+    "EquationOfMotion": (eomdl.EquationOfMotion, dict(loss=valley_loss, learning_rate=0.05, order=1)),
+    "GradientFlow": (eomdl.GradientFlow, dict(loss=valley_loss, learning_rate=0.05)),
+    "InterpolatingFlow": (
+        eomdl.InterpolatingFlow,
+        dict(step_map=STEP, step_size=0.05, points=2, stride=1, weights=None),
+    ),
+    "WeightDecay": (eomdl.WeightDecay, dict(loss=valley_loss, weight_decay=0.1)),
+    "Ensemble": (eomdl.Ensemble, dict(step_map=STEP, args_axis=None)),
+    "Checkpoints": (eomdl.Checkpoints, dict(folder="nowhere", schedule=5, events=None, like=None)),
+    "flows.AdamFlow": (
+        eomdl.flows.AdamFlow,
+        dict(loss=valley_loss, learning_rate=0.05, b1=0.9, b2=0.99, eps=1e-8, eps_root=0.0, order=1),
+    ),
+    "flows.MomentumFlow": (
+        eomdl.flows.MomentumFlow,
+        dict(loss=valley_loss, learning_rate=0.05, momentum=0.9, nesterov=False),
+    ),
+    "flows.ReshufflingFlow": (eomdl.flows.ReshufflingFlow, dict(loss=valley_loss, learning_rate=0.05)),
+    "flows.rmsprop_flow": (
+        eomdl.flows.rmsprop_flow,
+        dict(loss=valley_loss, learning_rate=0.05, decay=0.9, eps=1e-8, order=1),
+    ),
+    "flows.choose_points": (
+        eomdl.flows.choose_points,
+        dict(step_map=STEP, params=VALLEY, num_steps=4, args=None, stride=1, max_points=2, start=None),
+    ),
+    "flows.departure_from_identity": (
+        eomdl.flows.departure_from_identity,
+        dict(step_map=STEP, params=VALLEY, args=None, stride=1, num_matvecs=4, start=None),
+    ),
+    "flows.minimax_weights": (eomdl.flows.minimax_weights, dict(points=3, bound=0.8, order=None)),
+    "flows.taylor_weights": (eomdl.flows.taylor_weights, dict(points=3)),
+    "flows.step_data": (eomdl.flows.step_data, dict(args=None, n=0)),
+    "observe.angle_per_step": (eomdl.observe.angle_per_step, dict(block=CLOUD)),
+    "observe.block_norm": (eomdl.observe.block_norm, dict(where="x")),
+    "observe.shift_component": (eomdl.observe.shift_component, dict(where="x", axis=-1)),
+    "observe.decay_rate": (
+        eomdl.observe.decay_rate,
+        dict(values=np.array([3.0, 2.0, 1.0]), learning_rate=0.05),
+    ),
+    "observe.lie_derivative": (eomdl.observe.lie_derivative, dict(observable=valley_loss, flow=FLOW)),
+    "errors.convergence_study": (
+        eomdl.errors.convergence_study,
+        dict(
+            flow=lambda rate: eomdl.GradientFlow(valley_loss, rate),
+            loss=valley_loss,
+            params=VALLEY,
+            learning_rates=[0.1, 0.05],
+            time=0.2,
+            warmup=0.0,
+            optimizer=optax.sgd,
+            args=None,
+        ),
+    ),
+    "errors.local_error": (
+        eomdl.errors.local_error,
+        dict(flow=FLOW, reference=RUN, args=None, batches=None, steps=None),
+    ),
+    "errors.observed_order": (
+        eomdl.errors.observed_order,
+        dict(learning_rates=[0.1, 0.05], errors=[0.2, 0.1]),
+    ),
+    "losses.GradientPenalty": (eomdl.losses.GradientPenalty, dict(loss=valley_loss, coefficient=0.1)),
+    "maps.each": (eomdl.maps.each, dict(observable=valley_loss, args_axis=None)),
+    "maps.members": (
+        eomdl.maps.members,
+        dict(trajectory=eomdl.iterate(eomdl.Ensemble(STEP), eomdl.maps.stack([VALLEY, OTHER]), 2)),
+    ),
+    "maps.stack": (eomdl.maps.stack, dict(params=[VALLEY, OTHER])),
+    "geometry.barrier": (
+        eomdl.geometry.barrier,
+        dict(loss=valley_loss, a=VALLEY, b=OTHER, args=None, num_points=5),
+    ),
+    "geometry.barriers": (
+        eomdl.geometry.barriers,
+        dict(
+            loss=valley_loss,
+            runs=eomdl.maps.stack([VALLEY, OTHER]),
+            args=None,
+            num_points=5,
+            batch_size=8,
+            progress=False,
+        ),
+    ),
+    "geometry.loss_on_line": (
+        eomdl.geometry.loss_on_line,
+        dict(loss=valley_loss, a=VALLEY, b=OTHER, args=None, num_points=5),
+    ),
+    "geometry.clusters": (
+        eomdl.geometry.clusters,
+        dict(matrix=np.zeros((3, 3)), threshold=0.1, linkage="complete"),
+    ),
+    "geometry.count_regions_on_line": (
+        eomdl.geometry.count_regions_on_line,
+        dict(preactivations=preactivations, params=NETWORK, a=np.zeros(2), b=np.ones(2), max_regions=64),
+    ),
+    "geometry.region_map": (
+        eomdl.geometry.region_map,
+        dict(
+            preactivations=preactivations,
+            params=NETWORK,
+            corners=TRIANGLE,
+            resolution=8,
+            margin=0.2,
+            batch_size=64,
+        ),
+    ),
+    "geometry.distance_travelled": (eomdl.geometry.distance_travelled, dict(trajectory=RUN)),
+    "geometry.path_length": (eomdl.geometry.path_length, dict(trajectory=RUN)),
+    "geometry.path_curvature": (eomdl.geometry.path_curvature, dict(trajectory=RUN)),
+    "geometry.path_torsion": (eomdl.geometry.path_torsion, dict(trajectory=RUN)),
+    "geometry.path_shape": (eomdl.geometry.path_shape, dict(trajectory=RUN)),
+    "geometry.straightness": (eomdl.geometry.straightness, dict(trajectory=RUN)),
+    "geometry.path_points": (eomdl.geometry.path_points, dict(trajectory=RUN, num_points=5, seed=0)),
+    "geometry.principal_components": (eomdl.geometry.principal_components, dict(trajectory=RUN, k=1)),
+    "geometry.flow_curvature": (eomdl.geometry.flow_curvature, dict(flow=FLOW)),
+    "geometry.flow_torsion": (eomdl.geometry.flow_torsion, dict(flow=FLOW)),
+    "geometry.gradient_points": (
+        eomdl.geometry.gradient_points,
+        dict(loss=examples_loss, params=jnp.ones(3), args=CLOUD, batch_size=8),
+    ),
+    "geometry.intrinsic_dimension": (
+        eomdl.geometry.intrinsic_dimension,
+        dict(points=CLOUD, estimator=None, blocks=3, partitions=1, seed=0),
+    ),
+    "geometry.participation_ratio": (eomdl.geometry.participation_ratio, dict(points=CLOUD)),
+    "geometry.dimension_along": (
+        eomdl.geometry.dimension_along,
+        dict(
+            trajectory=RUN,
+            points=lambda params, args: args + params["x"],
+            args=CLOUD,
+            estimator=None,
+            steps=[0],
+            progress=False,
+        ),
+    ),
+    "geometry.loss_plane": (
+        eomdl.geometry.loss_plane,
+        dict(
+            loss=valley_loss,
+            centre=VALLEY,
+            u=OTHER,
+            v=VALLEY,
+            x=np.linspace(0, 1, 3),
+            y=np.linspace(0, 1, 3),
+            args=None,
+            progress=False,
+        ),
+    ),
+    "geometry.secant": (eomdl.geometry.secant, dict(loss=valley_loss, end=OTHER, num_random=2)),
+    "geometry.secants": (
+        eomdl.geometry.secants,
+        dict(run=runner, losses={"loss": valley_loss}, end=None, num_random=2),
+    ),
+    "symmetry.Scaling": (eomdl.symmetry.Scaling, dict(incoming=["first.w"], outgoing=())),
+    "symmetry.Translation": (eomdl.symmetry.Translation, dict(block="head", axis=-1)),
+    "symmetry.check": (
+        eomdl.symmetry.check,
+        dict(loss=normalized_loss, params=NORMALIZED, symmetry=SCALE, args=LABEL_ARGS, tolerance=None),
+    ),
+    "symmetry.propose": (
+        eomdl.symmetry.propose,
+        dict(loss=normalized_loss, params=NORMALIZED, args=LABEL_ARGS, tolerance=None),
+    ),
+    "symmetry.conservation": (
+        eomdl.symmetry.conservation,
+        dict(run=SCALED, symmetry=SCALE, learning_rate=0.05, weight_decay=0.0, momentum=0.0, models=None),
+    ),
+    "symmetry.effective_learning_rate": (
+        eomdl.symmetry.effective_learning_rate,
+        dict(norm=1.0, learning_rate=0.05, momentum=0.0),
+    ),
+    "symmetry.equilibrium_angle": (
+        eomdl.symmetry.equilibrium_angle,
+        dict(learning_rate=0.05, weight_decay=0.1, momentum=0.0),
+    ),
+    "symmetry.equilibrium_norm": (
+        eomdl.symmetry.equilibrium_norm,
+        dict(norm=1.0, gradient_norm=0.5, learning_rate=0.05, weight_decay=0.1, momentum=0.0),
+    ),
+    "symmetry.scale_norm_after_step": (
+        eomdl.symmetry.scale_norm_after_step,
+        dict(norm=1.0, gradient_norm=0.5, learning_rate=0.05, weight_decay=0.1),
+    ),
+    "symmetry.scale_norm_rate": (
+        eomdl.symmetry.scale_norm_rate,
+        dict(norm=1.0, gradient_norm=0.5, learning_rate=0.05, weight_decay=0.1, order=1),
+    ),
+    "symmetry.translation_decay_rate": (
+        eomdl.symmetry.translation_decay_rate,
+        dict(learning_rate=0.05, weight_decay=0.1, order=1),
+    ),
+    "plotting.plot_barriers": (
+        eomdl.plotting.plot_barriers,
+        dict(steps=[0, 1, 2], matrices=MATRICES, labels=LABELS),
+    ),
+    "plotting.plot_comparison": (
+        eomdl.plotting.plot_comparison,
+        dict(comparison=eomdl.compare(RUN, {"flow": PATH})),
+    ),
+    "plotting.plot_conservation": (
+        eomdl.plotting.plot_conservation,
+        dict(charges={"scale": eomdl.symmetry.conservation(SCALED, SCALE, learning_rate=0.05)}),
+    ),
+    "plotting.plot_development": (
+        eomdl.plotting.plot_development,
+        dict(
+            steps=[0, 1, 2],
+            matrices=MATRICES,
+            losses=np.ones((3, 2)),
+            labels=LABELS,
+            threshold=0.5,
+            intervention=None,
+            linkage="complete",
+        ),
+    ),
+    "plotting.plot_dimensions": (eomdl.plotting.plot_dimensions, dict(dimensions={"layer": {0: DIMENSION}})),
+    "plotting.plot_path_plane": (
+        eomdl.plotting.plot_path_plane,
+        dict(
+            plane=eomdl.geometry.loss_plane(
+                valley_loss, VALLEY, OTHER, VALLEY, np.linspace(0, 1, 3), np.linspace(0, 1, 3)
+            ),
+            paths={"GD": np.zeros((4, 2))},
+        ),
+    ),
+    "plotting.plot_path_shape": (
+        eomdl.plotting.plot_path_shape,
+        dict(shapes={"GD": eomdl.geometry.path_shape(RUN)}),
+    ),
+    "plotting.plot_regions": (
+        eomdl.plotting.plot_regions,
+        dict(maps={"net": eomdl.geometry.region_map(preactivations, NETWORK, TRIANGLE, resolution=8)}),
+    ),
+    "plotting.plot_secants": (
+        eomdl.plotting.plot_secants,
+        dict(runs=eomdl.geometry.secants(runner, {"GD": valley_loss})),
+    ),
+    "runs.Crossing": (eomdl.runs.Crossing, dict(observable="loss", level=1.0, rising=True)),
+    "runs.logarithmic_steps": (eomdl.runs.logarithmic_steps, dict(num_steps=10, per_decade=3)),
+    "runs.Trajectory.rows": (RUN.rows, dict(index=slice(2))),
+    "runs.Trajectory.at": (RUN.at, dict(step=3)),
+    "runs.Trajectory.smoothed": (RUN.smoothed, dict(window=2)),
+    "runs.Trajectory.load": (eomdl.Trajectory.load, dict(path="nowhere", like=None)),
+}

@@ -1,0 +1,139 @@
+"""Every argument of every public function: each wrong value is accepted with meaning, or refused by its name."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import equinox as eqx
+import pytest
+from calls import CALLS, WRONG
+
+import eomdl
+
+
+# ------------------------------------------------- what is accepted, and means something
+
+ARRAYS = {"a wrong shape", "an array"}
+# Data for a function of the user's: any pytree.
+ANYTHING = {f"{name}.args" for name in CALLS} - {
+    "geometry.gradient_points.args",
+    "geometry.dimension_along.args",
+}
+OPTIONAL = {
+    "descend.step_size",
+    "iterate.step_size",
+    "errors.convergence_study.time",
+    "geometry.dimension_along.steps",
+}
+OPTIONAL |= {f"{verb}.observe" for verb in ("descend", "iterate", "solve")}
+ACCEPTED: dict[str, set[str]] = {
+    "InterpolatingFlow.weights": {"an array"},
+    "Ensemble.args_axis": {"minus one"},
+    "maps.each.args_axis": {"minus one"},
+    "Checkpoints.folder": {"a string"},
+    "Checkpoints.like": {"minus a half", "NaN", "infinity", *ARRAYS},  # pytrees of one array
+    "flows.step_data.n": {"minus one", "huge"},  # counted round
+    "observe.angle_per_step.block": ARRAYS,
+    "observe.decay_rate.values": ARRAYS,
+    "observe.block_norm.where": {"a string"},
+    "observe.shift_component.where": {"a string"},
+    "observe.shift_component.axis": {"minus one"},
+    "errors.local_error.batches": ARRAYS,
+    "errors.observed_order.learning_rates": {"an array"},
+    "errors.observed_order.errors": {"an array"},
+    "geometry.count_regions_on_line.a": {"an array"},
+    "geometry.count_regions_on_line.b": {"an array"},
+    "geometry.gradient_points.params": {"minus a half", "a wrong shape"},
+    "geometry.gradient_points.args": ARRAYS,
+    "geometry.participation_ratio.points": {"an array"},
+    "geometry.loss_plane.x": {"an array"},
+    "geometry.loss_plane.y": {"an array"},
+    "geometry.secant.end": {"minus a half", *ARRAYS},
+    "symmetry.Scaling.outgoing": {"empty"},
+    "symmetry.Translation.block": {"a string"},
+    "symmetry.Translation.axis": {"None", "minus one"},
+    "symmetry.conservation.models": {"empty"},
+    "symmetry.translation_decay_rate.order": {"None"},
+    "runs.Crossing.observable": {"a string"},
+    "runs.Crossing.level": {"minus one", "minus a half"},
+    "runs.Trajectory.rows.index": {"empty"},
+    "runs.Trajectory.load.path": {"a string"},  # no such file
+    "runs.Trajectory.load.like": set(WRONG),  # looked at when there is a file
+}
+ACCEPTED |= {
+    f"symmetry.{law}.{name}": ARRAYS
+    for law in (
+        "effective_learning_rate",
+        "equilibrium_angle",
+        "equilibrium_norm",
+        "scale_norm_after_step",
+        "scale_norm_rate",
+    )
+    for name in ("norm", "gradient_norm", "learning_rate", "weight_decay")
+}
+# Named by what the user's function makes of them.
+ALSO_NAMED = {"errors.convergence_study.learning_rates": "time", "geometry.dimension_along.args": "points"}
+
+
+def accepted(place: str, wrong: str, valid: Any) -> bool:
+    if place in ANYTHING or wrong in ACCEPTED.get(place, set()):
+        return True
+    optional = valid is None or place in OPTIONAL
+    return (wrong == "None" and optional) or (wrong == "True" and isinstance(valid, bool))
+
+
+def refused(function: Any, options: dict[str, Any], place: str, name: str, value: Any) -> str | None:
+    """What is wrong with how a wrong value is met, or None."""
+    try:
+        function(**{**options, name: value})
+    except ValueError as error:
+        named = name in str(error) or ALSO_NAMED.get(place, name) in str(error)
+        return None if named else f"does not name {name}: {error!s:.100}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error!s:.100}"
+    return "accepted"
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_wrong_values_are_refused_by_the_argument_s_name(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    function, options = CALLS[call]
+    failures = {}
+    for name, valid in options.items():
+        place = f"{call}.{name}"
+        for wrong, value in WRONG.items():
+            if not accepted(place, wrong, valid):
+                found = refused(function, options, place, name, value)
+                if found:
+                    failures[f"{place} = {wrong}"] = found
+    assert failures == {}
+    assert list(tmp_path.iterdir()) == []  # nothing written before it is refused
+
+
+NO_CALLS = """RESULTS AbstractFlow StepMap AbstractSymmetry DimensionEstimator RunOptions OptimizerStep
+dimension_estimators counterterms_series"""
+
+
+def test_every_public_function_is_here():
+    tried = {name.rpartition(".")[2] for name in CALLS}
+    spaces = [eomdl, *(getattr(eomdl, space) for space in SPACES)]
+    for space in spaces:
+        for name in space.__all__:
+            thing = getattr(space, name)
+            if callable(thing) and name not in NO_CALLS.split() and not is_result(thing):
+                assert name in tried, f"{name} is not in CALLS"
+                function, options = next(
+                    call for key, call in CALLS.items() if key.rpartition(".")[2] == name
+                )
+                known = set(inspect.signature(function).parameters) - {"options"}
+                assert known <= set(options), f"arguments of {name} left out: {known - set(options)}"
+
+
+SPACES = ("errors", "flows", "geometry", "losses", "maps", "observe", "plotting", "runs", "symmetry")
+
+
+def is_result(thing: Any) -> bool:
+    """What functions return and users only read: dataclasses and named tuples without checks."""
+    return isinstance(thing, type) and (
+        (dataclasses.is_dataclass(thing) and not issubclass(thing, eqx.Module)) or issubclass(thing, tuple)
+    )
