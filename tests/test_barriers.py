@@ -213,5 +213,5 @@ def test_plots_show_every_checkpoint():
     assert len(loss_axes.lines) >= 8
     with pytest.raises(ValueError, match=r"^labels: expected"):
         plot_barriers([0, 5, 60], matrices, labels[:3])
-    with pytest.raises(ValueError, match=r"^matrices: expected"):
+    with pytest.raises(ValueError, match=r"^(matrices|steps): expected"):
         plot_development([0, 5], matrices, losses, labels, 0.5)

@@ -253,7 +253,7 @@ def test_orders_and_defects():
     with raises("time", "0.25 with 0.1"):
         eomdl.errors.convergence_study(lambda eta: GF, valley_loss, VALLEY, [0.05, 0.1], time=0.25)
     for rates, errors in (([0.1], [1.0]), ([0.1, 0.1], [1.0, 2.0]), ([0.1, 0.2], [1.0, np.nan])):
-        with raises("errors", f"errors={errors}"):
+        with raises("errors", f"{errors}"):
             eomdl.errors.observed_order(rates, errors)
     with raises("reference", "save_params=False"):
         eomdl.errors.local_error(GF, descend(save_params=False))

@@ -137,7 +137,7 @@ def test_wrong_lines_are_refused():
             r"^b: expected shape \(2,\), that of the first, got \(3,\)",
             (one_layer, params, ORIGIN, jnp.ones(3)),
         ),
-        (r"^a: expected finite", (one_layer, params, ORIGIN * jnp.nan, ACROSS)),
+        (r"^a: expected an input, an array of finite numbers", (one_layer, params, ORIGIN * jnp.nan, ACROSS)),
         (r"^params", (one_layer, None, ORIGIN, ACROSS)),
         (r"^preactivations: expected a function", (lambda p, x: p[0] @ x[:1], params, ORIGIN, ACROSS)),
         (r"^preactivations: expected finite", (lambda p, x: one_layer(p, x) / 0, params, ORIGIN, ACROSS)),
@@ -210,5 +210,5 @@ def test_the_picture_has_a_panel_a_map():
     assert [axes.get_title() for axes in figure.axes] == ["early: 9 regions seen", "late: 9 regions seen"]
     # One colour a region, and no two of one colour.
     assert len(np.unique(figure.axes[0].collections[0].get_array())) == 9
-    with pytest.raises(ValueError, match=r"^maps: expected at least one entry"):
+    with pytest.raises(ValueError, match=r"^maps: expected a dict"):
         plot_regions({})

@@ -301,5 +301,5 @@ def test_pictures_draw_what_they_are_given(flow_run):
     np.testing.assert_array_equal(training.lines[0].get_ydata(), [1, 6])
     np.testing.assert_array_equal(layers.lines[0].get_ydata(), [1, 1])
     for function in (plot_path_shape, plot_dimensions):
-        with pytest.raises(ValueError, match=r"expected at least one entry"):
+        with pytest.raises(ValueError, match=r"expected a dict"):
             function({})

@@ -10,7 +10,6 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from eomdl import _check, _structure
@@ -207,6 +206,9 @@ class Checkpoints:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """The folder as one run's own. The system takes the lock back from a process that dies."""
+        # Imported here: it brings asyncio along.
+        from filelock import FileLock, Timeout
+
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock", timeout=0)
         try:

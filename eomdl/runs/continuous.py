@@ -256,20 +256,18 @@ class FlowDynamics(AbstractDynamics):
         )
 
     def _integrate(self, x: State, span: Span, window: Window, looser: float) -> tuple:
-        integrator = self.integrator
-        if self.controller is None:
-            # Twice the first step for the looser run: with the same one, what neither run rejects would be the same
-            # to the last bit, and no error would show.
-            widen = jnp.asarray(1.0 if looser == 1.0 else 2.0)
-            integrator = dataclasses.replace(integrator, widen=widen)
-        controller = self.controller
-        if controller is None:
-            controller = default_controller(self.rtol * looser, self.atol * looser, _tree.dtype(x))
-        return integrate(self.flow, integrator, controller, self.units, self.observe_state, x, span, window)
+        if self.controller is not None:
+            return self._with(self.controller, None, x, span, window)
+        controller = default_controller(self.rtol * looser, self.atol * looser, _tree.dtype(x))
+        # Twice the first step for the looser run: with the same one, what neither run rejects would be the same
+        # to the last bit, and no error would show.
+        return self._with(controller, 1.0 if looser == 1.0 else 2.0, x, span, window)
 
     def _one_step(self, rtol: float, atol: float, x: State, span: Span, window: Window) -> State:
         """The state after the gaps of a span, with these tolerances."""
-        controller = default_controller(rtol, atol, _tree.dtype(x))
-        return integrate(
-            self.flow, self.integrator, controller, self.units, self.observe_state, x, span, window
-        )[0]
+        return self._with(default_controller(rtol, atol, _tree.dtype(x)), 1.0, x, span, window)[0]
+
+    def _with(self, controller: Any, widen: float | None, x: State, span: Span, window: Window) -> tuple:
+        # An array, since a number would be a constant of the program: one compilation for each.
+        integrator = dataclasses.replace(self.integrator, widen=None if widen is None else jnp.asarray(widen))
+        return integrate(self.flow, integrator, controller, self.units, self.observe_state, x, span, window)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.linalg
 from jax.typing import ArrayLike
 
 from eomdl import _check
@@ -216,9 +215,11 @@ def _oscillator(
 
     `start` and `slope` are q and its derivative at 0, c is the `stiffness`, `drive` has shape (n - 1, ...).
     """
+    from scipy.linalg import expm  # it takes as long to import as half of the package
+
     mass = eta / 2 * (1 + beta)
     generator = np.array([[0, 1, 0], [-stiffness / mass, -(1 - beta) / mass, 1 / mass], [0, 0, 0]])
-    carry = scipy.linalg.expm(eta * generator)
+    carry = expm(eta * generator)
     rows, here = [start], np.stack([start, slope, np.zeros_like(start)])
     for force in drive:
         here[2] = force
