@@ -13,12 +13,12 @@ from optax import contrib
 import eomdl
 
 
-START = {"w": jnp.linspace(-0.4, 0.6, 12).reshape(3, 4), "b": jnp.arange(3.0)}
+START = {"w": jnp.linspace(-0.4, 0.6, 9).reshape(3, 3), "b": jnp.arange(3.0)}
 RATE = 1e-2
 
 
 def loss(params, args):
-    return 0.1 * jnp.sum((params["w"] @ jnp.arange(1.0, 5.0) - params["b"]) ** 2) + jnp.sum(params["w"] ** 4)
+    return 0.1 * jnp.sum((params["w"] @ jnp.arange(1.0, 4.0) - params["b"]) ** 2) + jnp.sum(params["w"] ** 4)
 
 
 class Count(NamedTuple):
@@ -59,7 +59,6 @@ FLOWLESS = {
     "random": (optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(RATE)), "a random key"),
     "patience": (optax.chain(optax.sgd(RATE), contrib.reduce_on_plateau()), "plateau_count"),
     "memory by index": (optax.lbfgs(RATE, linesearch=None), "integer or boolean type"),
-    "line search": (optax.lbfgs(), "integer or boolean type"),
 }
 
 
@@ -125,14 +124,15 @@ def test_a_flow_with_a_flag_follows_the_run_once_it_has_settled():
 
 def test_an_optimizer_made_for_its_shapes_is_tried_on_them():
     """The probe shrinks parameters; where that does not work it takes them as they are."""
-    weights = jnp.ones((3, 4))
+    weights, start = jnp.ones((3, 5)), {"w": jnp.ones((3, 5))}
 
     def update(gradient, state, params=None):
         scaled = jax.tree.map(lambda g: -RATE * g, gradient)
-        return scaled | {"w": scaled["w"] * weights}, Count(state.count + 1)
+        return {"w": scaled["w"] * weights}, Count(state.count + 1)
 
     optimizer = optax.GradientTransformation(lambda params: Count(jnp.zeros((), int)), update)
-    assert eomdl.iterate(eomdl.optimizer_step(loss, optimizer), START, 3).message == ""
+    step = eomdl.optimizer_step(lambda params, args: jnp.sum(params["w"] ** 2), optimizer)
+    assert eomdl.iterate(step, start, 3).message == ""
 
 
 def test_an_optimizer_made_inside_jit():

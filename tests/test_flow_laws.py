@@ -106,7 +106,7 @@ def nested_loss(params, pull):
     return pull * sum(jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(params))
 
 
-@ALL
+@KINDS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_it_keeps_structure_shapes_and_dtype(entry, dtype):
     params, args = jax.tree.map(lambda x: x.astype(dtype), (NESTED, entry.args))

@@ -4,9 +4,6 @@ import dataclasses
 import gzip
 import json
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,9 +14,6 @@ from paper_repro.__main__ import main
 from paper_repro.data import load, read_idx
 from paper_repro.registry import MAIN, REPRODUCTIONS
 from paper_repro.reproduction import Claim
-
-
-ROOT = Path(__file__).parent.parent
 
 
 def _idx(array: np.ndarray) -> bytes:
@@ -110,26 +104,3 @@ def test_a_reproduction_leaves_claims_tables_and_pictures(tmp_path):
     assert record["environment"]["jax"] and record["config"]["smoke"]
     assert list((tmp_path / name).glob("*.png")) and list((tmp_path / name).glob("*.csv"))
     assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
-
-
-def test_own_data_and_float32(idx_folder, tmp_path):
-    """Any IDX folder works, and in float32 nothing is asserted that float32 cannot show."""
-    folder, *_ = idx_folder
-    argv = [
-        "nec-sgd",
-        "--smoke",
-        "--float32",
-        "--data",
-        str(folder),
-        "--subset",
-        "30",
-        "--out",
-        str(tmp_path),
-    ]
-    # As a user would: a process of its own, with JAX's own settings.
-    command = [sys.executable, "-m", "paper_repro", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "nec-sgd" / "result.json").read_text())
-    assert all(claim["holds"] is None for claim in record["claims"])
-    assert record["config"] | {"float32": True, "subset": 30} == record["config"]

@@ -75,9 +75,11 @@ def _probed(
 
     with jax.ensure_compile_time_eval():
         try:
-            # What the counters do does not depend on sizes, but for optimizers that are made for some.
             return _classified(optimizer, parameters(_WIDTH), traced)
-        except ValueError:
+        except _Raised:
+            # What the counters do does not depend on sizes, but for optimizers that are made for some.
+            if all(d <= _WIDTH for shape, _ in shapes for d in shape):
+                raise
             return _classified(optimizer, parameters(None), traced)
 
 
@@ -228,12 +230,18 @@ def _tried(run: Callable[[], Any]) -> Any:
         raise _raised(error) from error
 
 
+class _Raised(ValueError):
+    """The optimizer itself has raised something."""
+
+
 def _raised(error: Exception) -> ValueError:
-    return _refused(f"an update that raised {type(error).__name__}: {str(error).splitlines()[0]:.200}")
+    return _refused(
+        f"an update that raised {type(error).__name__}: {str(error).splitlines()[0]:.200}", _Raised
+    )
 
 
-def _refused(got: str) -> ValueError:
-    return ValueError(
+def _refused(got: str, kind: type[ValueError] = ValueError) -> ValueError:
+    return kind(
         "optimizer: expected an update that is smooth in a real step number, with integers that count the steps and "
         f"flags that settle after {SETTLED} steps, got {got}; {_REMEDY}"
     )

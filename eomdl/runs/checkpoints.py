@@ -76,7 +76,8 @@ class Checkpoints:
 
     - `store.at(k)` reads one; `resume=store.at(k).end` goes on from it, and with something changed in the call
         makes a branch. With nothing changed a real run is reproduced bit for bit, a flow to
-        within its ODE error.
+        within its ODE error. (Under x64, optimizers that compute in float32 inside, such as `MultiSteps`, `adafactor`
+        and `inject_hyperparams`, to float32's rounding: 1e-9 to 1e-8.)
     - `store.latest` is where the last whole one is, an `eomdl.runs.End`, or None, so that
         `descend(..., resume=store.latest, checkpoints=store)` begins a run and continues a killed one. Where a later
         file is damaged a warning names it.
