@@ -68,6 +68,7 @@ def runs(entry_id: int, rate: float, tight: bool) -> Runs:
         args=entry.args,
         resume=start,
         save_steps=begin + epoch * saved,
+        diagnose=False,
         **(TIGHT if tight else {}),
     )
     assert real.message == model.message == ""
