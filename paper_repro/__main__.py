@@ -5,7 +5,9 @@ import dataclasses
 import difflib
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -36,56 +38,74 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_enable_x64", not args.float32)
     from paper_repro.registry import MAIN, REPRODUCTIONS
     from paper_repro.report import page
-    from paper_repro.reproduction import Config, environment, write
+    from paper_repro.reproduction import Config, environment
 
     console = Console()
-    for name in args.names:
-        if name not in REPRODUCTIONS:
-            nearest = difflib.get_close_matches(name, REPRODUCTIONS, n=1, cutoff=0)[0]
-            console.print(f"unknown reproduction {name!r}; did you mean {nearest!r}? (--list shows all)")
-            return 2
-    table = Table(title="Reproductions")
-    for column in ("name", "what", "minutes"):
-        table.add_column(column)
-    for r in REPRODUCTIONS.values():
-        table.add_row(r.name, r.title, f"{r.seconds / 60:.1f}")
-    console.print(table)
+    wrong = _wrong(args, REPRODUCTIONS)
+    if wrong is None or args.list:
+        console.print(_listed(REPRODUCTIONS))
+    if wrong is not None:
+        console.print(wrong, markup=False)
+        return 2
     if args.list:
         return 0
-    if args.seeds < 1 or (args.subset is not None and args.subset < 1):
-        console.print(f"--seeds, --subset: expected integers >= 1, got {args.seeds}, {args.subset}")
-        return 2
 
     config = Config(args.data, args.subset, args.seeds, args.float32, args.smoke)
-    results, failed = [], []
+    results: list[tuple] = []
     for name in REPRODUCTIONS if args.all else args.names or MAIN:
-        reproduction = REPRODUCTIONS[name]
-        console.rule(f"{name}: {reproduction.title}")
-        start = time.perf_counter()
         try:
-            tables, claims = reproduction.run(config)
+            results.append(_run(REPRODUCTIONS[name], config, args.out, console))
         except ValueError as error:
             console.print(f"{name}: {error}", markup=False)
             return 2
-        seconds = time.perf_counter() - start
-        # Compiled programs are never dropped by JAX, and thirteen reproductions use up a process's memory maps.
-        jax.clear_caches()
-        if config.float32:
-            claims = [dataclasses.replace(claim, holds=None) for claim in claims]
-        figures = write(reproduction, config, tables, claims, seconds, args.out)
-        results.append((reproduction, tables, claims, figures))
-        for claim in claims:
-            word = {True: "holds", False: "DOES NOT HOLD", None: "not asserted"}[claim.holds]
-            console.print(f"  {word}: {claim.text} {claim.measured}", markup=False)
-        failed += [f"{name}: {claim.text}" for claim in claims if claim.holds is False]
-        console.print(f"  {seconds:.0f} s")
         # After every one, so that an interrupted run keeps what it has.
         report = args.out / "report.html"
         report.write_text(page(results, environment()))
     console.print(f"report: {report.resolve()}", soft_wrap=True)
-    for claim in failed:
-        console.print(f"claim does not hold: {claim}", markup=False)
+    failed = [(r.name, c.text) for r, _, claims, _ in results for c in claims if c.holds is False]
+    for name, text in failed:
+        console.print(f"claim does not hold: {name}: {text}", markup=False)
     return 1 if failed else 0
+
+
+def _wrong(args: argparse.Namespace, known: Mapping[str, Any]) -> str | None:
+    """What is wrong with the arguments, if anything."""
+    for name in args.names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            return f"unknown reproduction {name!r}; did you mean {nearest!r}? (--list shows all)"
+    if args.seeds < 1 or (args.subset is not None and args.subset < 1):
+        return f"--seeds, --subset: expected integers >= 1, got {args.seeds}, {args.subset}"
+    return None
+
+
+def _listed(reproductions: Mapping[str, Any]) -> Table:
+    table = Table(title="Reproductions")
+    for column in ("name", "what", "minutes"):
+        table.add_column(column)
+    for r in reproductions.values():
+        table.add_row(r.name, r.title, f"{r.seconds / 60:.1f}")
+    return table
+
+
+def _run(reproduction: Any, config: Any, out: Path, console: Console) -> tuple:
+    """One reproduction: its tables, claims and pictures, written and told."""
+    from paper_repro.reproduction import write
+
+    console.rule(f"{reproduction.name}: {reproduction.title}")
+    start = time.perf_counter()
+    tables, claims = reproduction.run(config)
+    seconds = time.perf_counter() - start
+    # Compiled programs are never dropped by JAX, and thirteen reproductions use up a process's memory maps.
+    jax.clear_caches()
+    if config.float32:
+        claims = [dataclasses.replace(claim, holds=None) for claim in claims]
+    figures = write(reproduction, config, tables, claims, seconds, out)
+    for claim in claims:
+        word = {True: "holds", False: "DOES NOT HOLD", None: "not asserted"}[claim.holds]
+        console.print(f"  {word}: {claim.text} {claim.measured}", markup=False)
+    console.print(f"  {seconds:.0f} s")
+    return reproduction, tables, claims, figures
 
 
 if __name__ == "__main__":
