@@ -268,6 +268,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
         "exact": "C2",
         "gradient flow": "C0",
         "first order": "C1",
+        "damped oscillator": "C5",
         "EoM 1, integrated": "C1",
         "EoM 2, integrated": "C3",
         "1 point, integrated": "C4",
