@@ -74,8 +74,10 @@ def test_a_first_solve_compiles_each_program_once(programs):
 
 
 def test_a_second_flow_of_a_kind_compiles_nothing(programs):
-    solved(), solved(np.float64(0.2), 33)
-    rates, other_data = (0.05, np.float64(0.07), jnp.asarray(0.03)), (normal(8, 6, 3), normal(9, 6, 2))
+    solved(), solved(np.float64(0.2), 33), solved(np.float32(0.2))  # small conversions compile once for ever
+    solved(2), solved(jnp.asarray(0.1, jnp.float32))
+    rates = (0.05, np.float64(0.07), jnp.asarray(0.03), np.float32(0.06), jnp.asarray(0.04, jnp.float32), 1)
+    other_data = (normal(8, 6, 3), normal(9, 6, 2))
     programs.clear()
     for rate in rates:
         solved(rate)
