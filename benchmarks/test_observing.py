@@ -81,9 +81,8 @@ def _observed(p: str, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_observing(record, size, name):
     row = record("observing", _observed, size.problem, name)
+    # Seconds are recorded and not asserted: at smoke size they are those of whatever else the machine does.
     assert row["gradients"] is None or row["gradients"] < 8
-    # Lanczos takes as many Hessian-vector products as it was told to, each a few gradients.
-    assert row["steps_once"] < (150 if name == LOOPS else 50)
 
 
 def _checkpointed(p: str) -> dict[str, Any]:
