@@ -152,3 +152,19 @@ def test_an_optimizer_made_inside_jit():
 
     with pytest.raises(ValueError, match="goes 0, 1, 2, 0"):
         refused(jnp.asarray(RATE))
+
+
+def test_a_flag_for_every_parameter_has_its_shape():
+    class Seen(NamedTuple):
+        seen: jax.Array
+
+    def update(gradient, state, params=None):
+        return jax.tree.map(lambda g: -RATE * g, gradient), Seen(jnp.ones_like(state.seen))
+
+    optimizer = optax.GradientTransformation(lambda params: Seen(jnp.zeros(params.shape, bool)), update)
+    step = eomdl.optimizer_step(lambda params, args: jnp.sum(params**2), optimizer)
+    assert_close(
+        eomdl.iterate(step, jnp.ones((3, 5)), 3).params[-1],
+        (1 - 2 * RATE) ** 3 * jnp.ones((3, 5)),
+        rtol=1e-12,
+    )

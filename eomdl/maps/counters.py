@@ -16,9 +16,7 @@ from eomdl._types import Params
 
 SETTLED = 2  # steps after which a flag must not change any more
 _STEPS = 8  # of a real run, to see how each leaf moves
-_COUNTS = np.append(
-    np.arange(2**16), 10**9
-)  # counter values tried: a cycle longer than that is none in practice
+_COUNTS = np.append(np.arange(2**12), 10**9)  # counter values tried; the last is behind any cycle
 _GAP = 252_000  # a multiple of every period that is made of 2^5, 3^2, 5^3 and 7
 _JUMP = 0.02  # of the size of a leaf, what counts as a jump
 _WIDTH = 3  # of an axis of the parameters that the optimizer is tried on
@@ -73,14 +71,18 @@ def _probed(
         cut = [(tuple(d if width is None else min(d, width) for d in shape), kind) for shape, kind in shapes]
         return structure.unflatten([jnp.full(*c) for c in [(shape, 0.5, kind) for shape, kind in cut]])
 
+    is_small = all(d <= _WIDTH for shape, _ in shapes for d in shape)
     with jax.ensure_compile_time_eval():
         try:
-            return _classified(optimizer, parameters(_WIDTH), traced)
+            # What counters do does not depend on sizes; but some optimizers are made for some,
+            leaves = _classified(optimizer, parameters(_WIDTH), traced)
+            if is_small or all(leaf.first.ndim == 1 for leaf in leaves):
+                return leaves
         except _Raised:
-            # What the counters do does not depend on sizes, but for optimizers that are made for some.
-            if all(d <= _WIDTH for shape, _ in shapes for d in shape):
+            if is_small:
                 raise
-            return _classified(optimizer, parameters(None), traced)
+        # and a flag for every parameter has their shape.
+        return _classified(optimizer, parameters(None), traced)
 
 
 def _classified(optimizer: optax.GradientTransformation, params: Params, traced: bool) -> list[Leaf]:
