@@ -72,7 +72,8 @@ import jax, diffrax, optax, equinox, sys
 before = set(sys.modules)
 import eomdl
 new = set(sys.modules) - before
-print(sorted({m.partition(".")[0] for m in new} - set(sys.stdlib_module_names)))
+packages = [{m.partition(".")[0] for m in modules} for modules in (new, before)]
+print(sorted(packages[0] - packages[1] - set(sys.stdlib_module_names)))
 print(sorted(m for m in new if m in ("scipy.linalg", "scipy.cluster", "scipy.optimize")))
 """
     packages, dear = run(code).splitlines()
