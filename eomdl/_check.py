@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _tree
-from eomdl._types import Args, Loss, Observable, Params, StateObservable
+from eomdl._types import Args, Array, Loss, Observable, Params, StateObservable
 
 
 def _wrong(name: str, expected: str, got: Any) -> ValueError:
@@ -66,29 +66,36 @@ def numbers(
     expected: str,
     holds: Callable[[np.ndarray], Any] = np.isfinite,
     ndim: int | None = None,
-) -> jax.Array:
-    """A real array, floating-point, of any shape but an empty one; `holds` must be true of every number."""
-    array = _array(name, value, expected)
-    if array.size == 0 or jnp.iscomplexobj(array) or array.dtype == bool or ndim not in (None, array.ndim):
+) -> Array:
+    """A real array, floating-point, of any shape but an empty one; `holds` must be true of every number.
+
+    What is no JAX array stays with NumPy: without x64 JAX would cut it to float32.
+    """
+    try:
+        array = value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError:  # rows of several lengths
+        raise _wrong(name, expected, f"{value!r:.80}") from None
+    real = jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"
+    if array.size == 0 or not real or ndim not in (None, array.ndim):
         raise _wrong(name, expected, f"{value!r:.80} (shape {array.shape}, dtype {array.dtype})")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(jnp.result_type(float))
+    if array.dtype.kind in "iu":
+        array = array.astype(float if isinstance(array, np.ndarray) else jnp.result_type(float))
     if not _tree.is_traced(array) and not np.all(holds(np.asarray(array))):
         raise _wrong(name, expected, f"{value!r:.80}")
     return array
 
 
-def positive_numbers(name: str, value: Any) -> jax.Array:
+def positive_numbers(name: str, value: Any) -> Array:
     """Finite numbers > 0."""
     return numbers(name, value, "finite numbers > 0", lambda x: np.isfinite(x) & (x > 0))
 
 
-def nonnegative_numbers(name: str, value: Any) -> jax.Array:
+def nonnegative_numbers(name: str, value: Any) -> Array:
     """Finite numbers >= 0."""
     return numbers(name, value, "finite numbers >= 0", lambda x: np.isfinite(x) & (x >= 0))
 
 
-def fractions(name: str, value: Any) -> jax.Array:
+def fractions(name: str, value: Any) -> Array:
     """Numbers in [0, 1)."""
     return numbers(name, value, "numbers in [0, 1)", lambda x: (x >= 0) & (x < 1))
 
@@ -116,7 +123,10 @@ def mapping(name: str, value: Any, cls: Any, expected: str) -> Mapping[str, Any]
 
 def step_numbers(name: str, value: Any) -> list[int]:
     """Step numbers, at least one."""
-    steps = np.asarray(value)
+    try:
+        steps = np.asarray(value)
+    except ValueError:  # rows of several lengths
+        raise _wrong(name, "a sequence of step numbers", f"{value!r:.80}") from None
     if steps.ndim != 1 or steps.size == 0 or steps.dtype.kind not in "iu" or steps.min() < 0:
         raise _wrong(name, "a sequence of step numbers", f"{value!r:.80}")
     return steps.tolist()
@@ -124,7 +134,7 @@ def step_numbers(name: str, value: Any) -> list[int]:
 
 def seed(name: str, value: Any) -> int:
     """The seed of a random number generator."""
-    return integer(name, value, 0)
+    return integer(name, value, 0, 2**63 - 1)
 
 
 def path(name: str, value: Any) -> Path:

@@ -95,10 +95,6 @@ class Stats:
         """With these counts added."""
         return dataclasses.replace(self, **{k: getattr(self, k) + v for k, v in counts.items()})
 
-    def of_run(self, run: int) -> "Stats":
-        """With the checksum of a run."""
-        return dataclasses.replace(self, run=run)
-
     def diagnosed(self, found: Mapping[str, Diagnostic]) -> "Stats":
         """With these diagnostics after those there are."""
         if not found:

@@ -5,6 +5,8 @@ import inspect
 from typing import Any
 
 import equinox as eqx
+import jax
+import numpy as np
 import pytest
 from calls import CALLS, WRONG
 
@@ -137,3 +139,11 @@ def is_result(thing: Any) -> bool:
     return isinstance(thing, type) and (
         (dataclasses.is_dataclass(thing) and not issubclass(thing, eqx.Module)) or issubclass(thing, tuple)
     )
+
+
+def test_numbers_of_the_host_keep_their_digits_without_x64():
+    with jax.enable_x64(False):
+        rate = eomdl.observe.decay_rate(np.exp(-1e-9 * np.arange(3.0)), 1.0)
+        order = eomdl.errors.observed_order([0.1, 0.05], [4e-50, 1e-50])
+    np.testing.assert_allclose(rate, 1e-9, rtol=1e-6)
+    assert order == pytest.approx(2)

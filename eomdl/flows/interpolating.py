@@ -69,7 +69,9 @@ class InterpolatingFlow(AbstractFlow):
     stride: int = eqx.field(default=1, static=True, converter=lambda n: _check.integer("stride", n, 1))
     weights: jax.Array | None = eqx.field(
         default=None,
-        converter=lambda b: None if b is None else _check.numbers("weights", b, "finite numbers", ndim=1),
+        converter=lambda b: (
+            None if b is None else jnp.asarray(_check.numbers("weights", b, "finite numbers", ndim=1))
+        ),
     )
 
     def __check_init__(self):

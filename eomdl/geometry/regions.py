@@ -191,7 +191,7 @@ def region_map(
     params = _check.params("params", params)
     resolution = _check.integer("resolution", resolution, 2)
     batch_size = _check.integer("batch_size", batch_size, 1)
-    corners = _check.numbers("corners", corners, "three inputs, shape (3, ...)")
+    corners = jnp.asarray(_check.numbers("corners", corners, "three inputs, shape (3, ...)"))
     if corners.shape[:1] != (3,):
         raise ValueError(f"corners: expected three inputs, shape (3, ...), got shape {corners.shape}")
     points = _inputs(preactivations, params, {f"corners[{i}]": corners[i] for i in range(3)})
@@ -241,7 +241,7 @@ def _inputs(preactivations: Preactivations, params: Params, inputs: dict[str, An
     """Inputs as floating-point arrays of one shape that the function takes."""
     arrays: list[jax.Array] = []
     for name, x in inputs.items():
-        x = _check.numbers(name, x, "an input, an array of finite numbers")
+        x = jnp.asarray(_check.numbers(name, x, "an input, an array of finite numbers"))
         if arrays and x.shape != arrays[0].shape:
             raise ValueError(f"{name}: expected shape {arrays[0].shape}, that of the first, got {x.shape}")
         arrays.append(x)

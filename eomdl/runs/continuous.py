@@ -73,7 +73,8 @@ def solve(
         `diffrax.ConstantStepSize()` every one of them, as it is). `adjoint`: default `diffrax.RecursiveCheckpointAdjoint()`.
     - `max_steps`: limit on ODE steps in one stretch, which is at most 1024 steps of the
         optimizer (one step with `batches`).
-    - `estimate_error`: integrate a second time with 16 times the tolerances and twice the first step; the distance
+    - `estimate_error`: integrate a second time with 16 times the tolerances and twice the first and the longest step
+        (half of the way there is, in the run itself); the distance
         of the two runs is `Trajectory.ode_error`. It is the error of the looser run: an upper estimate, about ten
         times the error of the run returned or more, but for single steps at which the difference changes its sign.
         Costs about 75 % more.
@@ -259,8 +260,8 @@ class FlowDynamics(AbstractDynamics):
         if self.controller is not None:
             return self._with(self.controller, None, x, span, window)
         controller = default_controller(self.rtol * looser, self.atol * looser, _tree.dtype(x))
-        # Twice the first step for the looser run: with the same one, what neither run rejects would be the same
-        # to the last bit, and no error would show.
+        # Twice the first step and the longest one for the looser run: with the same ones, what neither run rejects
+        # would be the same to the last bit, and no error would show.
         return self._with(controller, 1.0 if looser == 1.0 else 2.0, x, span, window)
 
     def _one_step(self, rtol: float, atol: float, x: State, span: Span, window: Window) -> State:

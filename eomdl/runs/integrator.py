@@ -1,6 +1,7 @@
 """One compiled program that carries a flow over a span: the only file that calls diffrax's solver."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -24,8 +25,8 @@ class Integrator(eqx.Module):
     """How diffrax is to integrate.
 
     - `dt0`: the first ODE step tried, in steps.
-    - `widen`: times this, but not more than half of the way there is without it: so a run with twice the first step
-        is never the same to the last bit. None to take `dt0` as it is.
+    - `widen`: times this. No step is longer than this times half of the way there is: so where nothing else limits
+        steps, those of a run with twice the number are longer. None to leave all that to the controller.
     - `flat`: as one vector, which compiles twice as fast where a state has hundreds of leaves, but gathers
         what is sharded.
     """
@@ -75,9 +76,12 @@ class _Problem(eqx.Module):
     def solve(self, x: State, s0: Any, s1: Any, args: Args, saveat: diffrax.SaveAt) -> diffrax.Solution:
         """From step base + s0 to base + s1."""
         time = _tree.dtype(x)
-        first = self.integrator.dt0
+        first, controller = self.integrator.dt0, self.controller
         if self.integrator.widen is not None:
-            first = self.integrator.widen * jnp.minimum(first, 0.5 * (s1 - s0))
+            longest = 0.5 * (s1 - s0)
+            first = self.integrator.widen * jnp.minimum(first, longest)
+            longest = (self.integrator.widen * longest).astype(time)
+            controller = dataclasses.replace(cast(Any, controller), dtmax=longest)
         with _no_callbacks():
             return diffrax.diffeqsolve(
                 diffrax.ODETerm(self.field),
@@ -88,7 +92,7 @@ class _Problem(eqx.Module):
                 self.to_solver(x),
                 args,
                 saveat=saveat,
-                stepsize_controller=self.controller,
+                stepsize_controller=controller,
                 adjoint=self.integrator.adjoint,
                 max_steps=self.integrator.max_steps,
                 throw=False,

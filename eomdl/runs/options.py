@@ -117,7 +117,8 @@ class Setup:
     def _pieces(self, dynamics: AbstractDynamics, begin: End) -> Iterator[Trajectory]:
         """The run on the host, stretch by stretch."""
         if self.checkpoints is not None and int(begin.stats.run) == 0:
-            begin = dataclasses.replace(begin, stats=begin.stats.of_run(_origin(dynamics, begin)))
+            stats = dataclasses.replace(begin.stats, run=_origin(dynamics, begin))
+            begin = dataclasses.replace(begin, stats=stats)
         with self._writing(begin) as cuts:
             size = max(_tree.size(self.params), 1 if self.data.in_arrays else _tree.size(self.data.example))
             planned = plan(self.start, self.num_steps, self.record.steps, cuts, size, dynamics.max_rows)

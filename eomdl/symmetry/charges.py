@@ -82,7 +82,7 @@ def conservation(
         $\dot Q = -(2\lambda + h\kappa\lambda^2) Q + h\kappa \langle \nabla f, \nabla f \rangle_S$, integrated with $\nabla f + \lambda\theta$ of each
         step, averaged over the memory ($-\Delta_k / h$), and $\dot p = -(\lambda + h\kappa\lambda^2/2) p$.
         It has no transient: from step 0 on, with momentum, it is not to be used before the memory has filled.
-    - **damped oscillator** (Kunin et al. 2021, section 6): $\frac{\eta}{2}(1+\beta)\ddot\theta + (1-\beta)\dot\theta = -\nabla f - \lambda\theta$
+    - **damped oscillator** (Kunin et al. 2021): $\frac{\eta}{2}(1+\beta)\ddot\theta + (1-\beta)\dot\theta = -\nabla f - \lambda\theta$
         in time $k\eta$, so $\frac{\eta}{2}(1+\beta)\ddot Q + (1-\beta)\dot Q + 2\lambda Q = \eta (1+\beta) \langle\dot\theta,\dot\theta\rangle_S$ with
         the measured $\dot\theta = \Delta_k / \eta$, and the same for p without a drive and with $\lambda$ for $2\lambda$. It begins
         with the mean of the updates before and after the start, of which the first is 0 at step 0.

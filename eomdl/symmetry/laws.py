@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from eomdl import _check
+from eomdl._types import Array
 
 
 def translation_decay_rate(learning_rate: ArrayLike, weight_decay: ArrayLike, order: int | None) -> jax.Array:
@@ -55,7 +56,11 @@ def scale_norm_rate(
     """
     norm, gradient_norm = _norms(norm, gradient_norm)
     learning_rate, weight_decay = _rates(learning_rate, weight_decay)
-    if _check.integer("order", order, 0, 1) == 0:
+    if _check.integer("order", order, 0) > 1:
+        raise ValueError(
+            f"order: expected 0 or 1 (eomdl.observe.lie_derivative does the others), got {order}"
+        )
+    if order == 0:
         return jnp.broadcast_to(-2.0 * jnp.asarray(weight_decay), jnp.shape(norm))
     decay = 2 * weight_decay + learning_rate * weight_decay**2
     return -decay + learning_rate * (gradient_norm / norm) ** 2
@@ -82,7 +87,7 @@ def equilibrium_norm(
     momentum = _check.fractions("momentum", momentum)
     c = norm * gradient_norm
     balance = 2 - learning_rate * weight_decay / (1 + momentum)
-    return (learning_rate * c**2 / (weight_decay * (1 - momentum) * balance)) ** 0.25
+    return jnp.asarray((learning_rate * c**2 / (weight_decay * (1 - momentum) * balance)) ** 0.25)
 
 
 def equilibrium_angle(
@@ -107,13 +112,13 @@ def effective_learning_rate(
     """
     learning_rate = _check.positive_numbers("learning_rate", learning_rate)
     norm = _check.positive_numbers("norm", norm)
-    return learning_rate / ((1 - _check.fractions("momentum", momentum)) * norm**2)
+    return jnp.asarray(learning_rate / ((1 - _check.fractions("momentum", momentum)) * norm**2))
 
 
-def _norms(norm: ArrayLike, gradient_norm: ArrayLike) -> tuple[jax.Array, jax.Array]:
+def _norms(norm: ArrayLike, gradient_norm: ArrayLike) -> tuple[Array, Array]:
     return _check.positive_numbers("norm", norm), _check.nonnegative_numbers("gradient_norm", gradient_norm)
 
 
-def _rates(learning_rate: ArrayLike, weight_decay: ArrayLike) -> tuple[jax.Array, jax.Array]:
+def _rates(learning_rate: ArrayLike, weight_decay: ArrayLike) -> tuple[Array, Array]:
     rates = _check.positive_numbers("learning_rate", learning_rate)
     return rates, _check.nonnegative_numbers("weight_decay", weight_decay)
