@@ -110,7 +110,7 @@ def flag(name: str, value: Any) -> bool:
 def kind(name: str, value: Any, cls: Any, expected: str) -> Any:
     """An instance of a class."""
     if not isinstance(value, cls):
-        raise _wrong(name, expected, f"{value!r:.80}")
+        raise _wrong(name, expected, f"{type(value).__name__}: {value!r:.80}")
     return value
 
 

@@ -267,16 +267,14 @@ def _at_steps(run: Trajectory, steps: np.ndarray) -> Trajectory:
 
 
 def _check_runs(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> None:
-    if not isinstance(reference, Trajectory):
-        raise ValueError(f"reference: expected an eomdl.Trajectory, got {type(reference).__name__}")
+    _check.kind("reference", reference, Trajectory, "an eomdl.Trajectory")
     if not isinstance(trajectories, Mapping) or not trajectories:
         raise ValueError(f"trajectories: expected a dict {{name: eomdl.Trajectory}}, got {trajectories!r}")
     if len(reference.steps) == 0:
         raise ValueError(f"reference: expected a run with saved steps, got none. {reference.message}")
     for key, run in trajectories.items():
         name = f"trajectories[{key!r}]"
-        if not isinstance(run, Trajectory):
-            raise ValueError(f"{name}: expected an eomdl.Trajectory, got {type(run).__name__}")
+        _check.kind(name, run, Trajectory, "an eomdl.Trajectory")
         if reference.params is not None and run.params is not None:
             first, expected = (
                 jax.tree.map(lambda x: np.empty(np.shape(x)[1:]), r.params) for r in (run, reference)

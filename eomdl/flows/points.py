@@ -76,8 +76,7 @@ def choose_points(
 def _start(step_map: StepMap, params: Params, start: End | None) -> tuple[State, int]:
     if start is None:
         return step_map.init(params), 0
-    if not isinstance(start, End):
-        raise ValueError(f"start: expected an eomdl.runs.End (trajectory.end), got {type(start).__name__}")
+    _check.kind("start", start, End, "an eomdl.runs.End (trajectory.end)")
     if start.state is None:
         return step_map.init(start.params), int(start.step)
     return step_map.restore(start.state, start.params), int(start.step)

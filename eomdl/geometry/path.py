@@ -164,7 +164,7 @@ def flow_curvature(flow: AbstractFlow) -> Observable:
 
     **Raises:** `ValueError` if `flow` is no flow, or carries more than the parameters.
     """
-    return _FlowCurvature(_checked_flow(flow))
+    return _FlowCurvature(_check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow"))
 
 
 def flow_torsion(flow: AbstractFlow) -> Observable:
@@ -177,7 +177,7 @@ def flow_torsion(flow: AbstractFlow) -> Observable:
 
     **Raises:** as `flow_curvature`.
     """
-    return _FlowTorsion(_checked_flow(flow))
+    return _FlowTorsion(_check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +255,7 @@ def _unflatten(flat: np.ndarray, like: Params) -> Params:
 
 
 def _path(trajectory: Trajectory) -> np.ndarray:
-    if not isinstance(trajectory, Trajectory):
-        raise ValueError(f"trajectory: expected an eomdl.Trajectory, got {type(trajectory).__name__}")
+    _check.kind("trajectory", trajectory, Trajectory, "an eomdl.Trajectory")
     if trajectory.params is None:
         raise ValueError("trajectory: expected saved params, got a run with save_params=False")
     if np.ndim(trajectory.steps) != 1:
@@ -338,9 +337,3 @@ def _flow_frame(flow: AbstractFlow, params: Params, args: Args, count: int) -> l
         frame.append(_tree.scale(1 / lengths[-1], vector))
         derivative = along(derivative)
     return lengths
-
-
-def _checked_flow(flow: AbstractFlow) -> AbstractFlow:
-    if not isinstance(flow, AbstractFlow):
-        raise ValueError(f"flow: expected an eomdl.AbstractFlow, got {type(flow).__name__}")
-    return flow

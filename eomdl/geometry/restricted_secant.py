@@ -143,8 +143,7 @@ def secants(
     first = None
     if end is None:
         first = run(observe=None, save_params=False)
-        if not isinstance(first, Trajectory):
-            raise ValueError(f"run: expected a function that returns an eomdl.Trajectory, got {first!r:.80}")
+        _check.kind("run", first, Trajectory, "a function that returns an eomdl.Trajectory")
         end = first.final_params
     observe = {name: secant(loss, end, num_random) for name, loss in losses.items()}
     path = run(observe=observe, save_params=False)

@@ -47,9 +47,8 @@ class Crossing:
     """
 
     def __init__(self, observable: str, level: float, rising: bool = True):
-        if not isinstance(observable, str):
-            raise ValueError(f"observable: expected the name of an observable, got {observable!r}")
-        self.observable, self.rising = observable, _check.flag("rising", rising)
+        self.observable = _check.kind("observable", observable, str, "the name of an observable")
+        self.rising = _check.flag("rising", rising)
         self.level = float(_check.finite_scalar("level", level))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
@@ -76,8 +75,8 @@ class Checkpoints:
 
     - `store.at(k)` reads one; `resume=store.at(k).end` goes on from it, and with something changed in the call
         makes a branch. With nothing changed a real run is reproduced bit for bit, a flow to
-        within its ODE error. (Under x64, optimizers that compute in float32 inside, such as `MultiSteps`, `adafactor`
-        and `inject_hyperparams`, to float32's rounding: 1e-9 to 1e-8.)
+        within its ODE error. (Optimizers that compute in float32 inside under x64, such as `MultiSteps`, `adafactor` and
+        `inject_hyperparams`, may come to differ by float32's rounding.)
     - `store.latest` is where the last whole one is, an `eomdl.runs.End`, or None, so that
         `descend(..., resume=store.latest, checkpoints=store)` begins a run and continues a killed one. Where a later
         file is damaged a warning names it.

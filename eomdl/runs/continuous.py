@@ -95,8 +95,7 @@ def solve(
     **Raises:** `ValueError` for a wrong argument. **Warns** where the floating-point
     precision is too coarse to resolve the order asked for.
     """
-    if not isinstance(flow, AbstractFlow):
-        raise ValueError(f"flow: expected an eomdl.AbstractFlow, got {type(flow).__name__}")
+    _check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow")
     max_steps = _check.integer("max_steps", max_steps, 1)
     estimate_error = _check.flag("estimate_error", estimate_error)
     diagnose = _check.flag("diagnose", diagnose)

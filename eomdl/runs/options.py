@@ -110,9 +110,11 @@ class Setup:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and pieces:
                 return interrupted(self._joined(pieces))
-            begun = self.before or nothing_yet(begin, dynamics.step_size, self.record, self.data)
-            carry(error, self._joined(pieces) if pieces else begun)
+            carry(error, self._joined(pieces) if pieces else self._nothing_yet(dynamics, begin))
             raise
+
+    def _nothing_yet(self, dynamics: AbstractDynamics, begin: End) -> Trajectory:
+        return self.before or nothing_yet(begin, dynamics.step_size, self.record, self.data)
 
     def _pieces(self, dynamics: AbstractDynamics, begin: End) -> Iterator[Trajectory]:
         """The run on the host, stretch by stretch."""
@@ -186,8 +188,7 @@ def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, strid
     steps = saved_steps("save_steps", num_steps, given["save_steps"])
     last = start - 1 if before is None else max(before.steps, default=-1)
     checkpoints = given["checkpoints"]
-    if not isinstance(checkpoints, Checkpoints | None):
-        raise ValueError(f"checkpoints: expected an eomdl.Checkpoints, got {checkpoints!r}")
+    _check.kind("checkpoints", checkpoints, Checkpoints | None, "an eomdl.Checkpoints")
     return Setup(
         params=params,
         num_steps=num_steps,
@@ -209,10 +210,7 @@ def _resumed(resume: Any, num_steps: int) -> tuple[End | None, Trajectory | None
     """Where to go on, and the rows that come first."""
     if resume is None:
         return None, None
-    if not isinstance(resume, Trajectory | End):
-        raise ValueError(
-            f"resume: expected an eomdl.Trajectory, an eomdl.runs.End or None, got {type(resume).__name__}"
-        )
+    _check.kind("resume", resume, Trajectory | End, "an eomdl.Trajectory, an eomdl.runs.End or None")
     end = resume.end if isinstance(resume, Trajectory) else resume
     end = dataclasses.replace(end, step=int(end.step))
     if end.step > num_steps:

@@ -60,10 +60,8 @@ def check(
     **Raises:** `ValueError` for a wrong argument; for a block that does not exist, with the nearest names.
     """
     params = _check.params("params", params)
-    if not isinstance(symmetry, AbstractSymmetry):
-        raise ValueError(
-            f"symmetry: expected an eomdl.symmetry.Translation or eomdl.symmetry.Scaling, got {symmetry!r}"
-        )
+    expected = "an eomdl.symmetry.Translation or eomdl.symmetry.Scaling"
+    _check.kind("symmetry", symmetry, AbstractSymmetry, expected)
     loss = without_decay(loss)
     _check.loss_is_scalar(loss, params, args)
     return _checked(loss, params, symmetry, args, jax.grad(loss)(params, args), _tolerance(params, tolerance))
