@@ -1,13 +1,13 @@
-"""`python -m paper_repro`: list the reproductions, run the main ones, all of them or those named."""
+"""`python -m paper_repro`: run the main reproductions, all of them or those named, and write a report.
+
+A reproduction that is done, with the same options and code, is not run again: an interrupted run goes on where it was.
+"""
 
 import argparse
-import dataclasses
 import difflib
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -19,93 +19,106 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", help="which to run (default: the equation of motion's own)")
     parser.add_argument("--all", action="store_true", help="run every one")
     parser.add_argument("--list", action="store_true", help="only list them")
+    parser.add_argument("--fresh", action="store_true", help="run also what is done")
     parser.add_argument("--data", metavar="DIR", help="folder of IDX files (default: scikit-learn's digits)")
     parser.add_argument("--subset", type=int, help="how many images (default: each one's own)")
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="initializations where spread is shown (default: 3)"
-    )
+    parser.add_argument("--seeds", type=int, help="initializations where spread is shown (default: 3)")
     parser.add_argument("--float32", action="store_true", help="single precision; claims are not asserted")
     parser.add_argument("--smoke", action="store_true", help="a small size: seconds each")
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder to write to (default: results)"
     )
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="write README.md's table and the documentation's page from --out",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; the exit status is 1 if a claim does not hold, 2 if an argument is wrong."""
+    """Run; the exit status is 1 if a claim does not hold, 2 if an argument is wrong, 130 if interrupted."""
     args = _parser().parse_args(argv)
     jax.config.update("jax_enable_x64", not args.float32)
-    from paper_repro.registry import MAIN, REPRODUCTIONS
-    from paper_repro.report import page
-    from paper_repro.reproduction import Config, environment
+    from paper_repro import harness, publish
 
-    console = Console()
-    wrong = _wrong(args, REPRODUCTIONS)
-    if wrong is None or args.list:
-        console.print(_listed(REPRODUCTIONS))
-    if wrong is not None:
-        console.print(wrong, markup=False)
-        return 2
-    if args.list:
+    console, known = Console(), harness.discover()
+    wrong = _wrong(args, known)
+    if args.list or (wrong is None and not args.readme):
+        console.print(_listed(known))
+    if wrong is not None or args.list:
+        console.print(wrong or "", markup=False)
+        return 0 if args.list else 2
+    if args.readme:
+        written = publish.write(list(known.values()), args.out)
+        console.print(*[f"wrote {path}" for path in written], sep="\n", soft_wrap=True)
         return 0
-
-    config = Config(args.data, args.subset, args.seeds, args.float32, args.smoke)
-    results: list[tuple] = []
-    for name in REPRODUCTIONS if args.all else args.names or MAIN:
-        try:
-            results.append(_run(REPRODUCTIONS[name], config, args.out, console))
-        except ValueError as error:
-            console.print(f"{name}: {error}", markup=False)
-            return 2
-        # After every one, so that an interrupted run keeps what it has.
-        report = args.out / "report.html"
-        report.write_text(page(results, environment()))
-    console.print(f"report: {report.resolve()}", soft_wrap=True)
-    failed = [(r.name, c.text) for r, _, claims, _ in results for c in claims if c.holds is False]
+    chosen = [r for r in known.values() if r.name in args.names or args.all or (not args.names and r.main)]
+    options = harness.Options(args.data, args.subset, args.seeds, args.float32, args.smoke)
+    try:
+        results = _run(chosen, options, args.out, args.fresh, console)
+    except ValueError as error:
+        console.print(str(error), markup=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; what is done is kept, and the same command goes on")
+        return 130
+    failed = [(r.reproduction.name, c.text) for r in results for c in r.failed]
     for name, text in failed:
         console.print(f"claim does not hold: {name}: {text}", markup=False)
     return 1 if failed else 0
 
 
-def _wrong(args: argparse.Namespace, known: Mapping[str, Any]) -> str | None:
+def _run(chosen, options, out: Path, fresh: bool, console: Console) -> list:
+    """Run what is not done; the report is written after each, so that an interrupted run keeps what it has."""
+    from paper_repro import harness, report
+
+    results: list[harness.Result] = []
+    path = out / "report.html"
+    for n, reproduction in enumerate(chosen):
+        left = sum(r.seconds for r in chosen[n:]) / 60
+        where = "" if options.smoke else f"; about {left:.0f} min left"
+        console.rule(f"{reproduction.name} ({n + 1} of {len(chosen)}{where})")
+        done = not fresh and harness.is_done(reproduction, options, out)
+        try:
+            result = harness.read(reproduction, out) if done else harness.run(reproduction, options, out)
+        except ValueError as error:
+            raise ValueError(f"{reproduction.name}: {error}") from error
+        results.append(result)
+        _tell(result, done, console)
+        path.write_text(report.page(results, harness.environment()))
+    console.print(f"report: {path.resolve()}", soft_wrap=True)
+    return results
+
+
+def _tell(result, done: bool, console: Console) -> None:
+    for claim in result.claims:
+        word = {True: "holds", False: "DOES NOT HOLD", None: "not asserted"}[claim.holds]
+        console.print(f"  {word}: {claim.text} {claim.measured}", markup=False)
+    seconds = result.record["seconds"]
+    console.print(f"  {seconds:.0f} s" + (", done before (--fresh runs it again)" if done else ""))
+
+
+def _wrong(args: argparse.Namespace, known: Mapping[str, object]) -> str | None:
     """What is wrong with the arguments, if anything."""
     for name in args.names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             return f"unknown reproduction {name!r}; did you mean {nearest!r}? (--list shows all)"
-    if args.seeds < 1 or (args.subset is not None and args.subset < 1):
-        return f"--seeds, --subset: expected integers >= 1, got {args.seeds}, {args.subset}"
+    for option in ("seeds", "subset"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            return f"--{option}: expected an integer >= 1, got {value}"
     return None
 
 
-def _listed(reproductions: Mapping[str, Any]) -> Table:
+def _listed(reproductions) -> Table:
     table = Table(title="Reproductions")
     for column in ("name", "what", "minutes"):
         table.add_column(column)
     for r in reproductions.values():
         table.add_row(r.name, r.title, f"{r.seconds / 60:.1f}")
     return table
-
-
-def _run(reproduction: Any, config: Any, out: Path, console: Console) -> tuple:
-    """One reproduction: its tables, claims and pictures, written and told."""
-    from paper_repro.reproduction import write
-
-    console.rule(f"{reproduction.name}: {reproduction.title}")
-    start = time.perf_counter()
-    tables, claims = reproduction.run(config)
-    seconds = time.perf_counter() - start
-    # Compiled programs are never dropped by JAX, and thirteen reproductions use up a process's memory maps.
-    jax.clear_caches()
-    if config.float32:
-        claims = [dataclasses.replace(claim, holds=None) for claim in claims]
-    figures = write(reproduction, config, tables, claims, seconds, out)
-    for claim in claims:
-        word = {True: "holds", False: "DOES NOT HOLD", None: "not asserted"}[claim.holds]
-        console.print(f"  {word}: {claim.text} {claim.measured}", markup=False)
-    console.print(f"  {seconds:.0f} s")
-    return reproduction, tables, claims, figures
 
 
 if __name__ == "__main__":

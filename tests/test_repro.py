@@ -1,4 +1,4 @@
-"""The reproductions: data, command line, and what one leaves. (.ci/run runs all of them at smoke size.)"""
+"""The reproductions: data, claims, command line, and what one leaves. (.ci/run runs all of them at smoke size.)"""
 
 import dataclasses
 import gzip
@@ -10,10 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from paper_repro import claims, harness
 from paper_repro.__main__ import main
+from paper_repro.claims import Claim
 from paper_repro.data import load, read_idx
-from paper_repro.registry import MAIN, REPRODUCTIONS
-from paper_repro.reproduction import Claim
+from paper_repro.pictures import panel
+
+
+REPRODUCTIONS = harness.discover()
 
 
 def _idx(array: np.ndarray) -> bytes:
@@ -61,6 +65,40 @@ def test_idx_errors_say_what_is_wrong(idx_folder, tmp_path):
         load(tmp_path / "nowhere", 10)
 
 
+def test_reproductions_are_files_and_say_what_they_are():
+    files = [path.stem for path in (harness.ROOT / "papers").glob("[a-z]*.py")]
+    assert sorted(files) == sorted(name.replace("-", "_") for name in REPRODUCTIONS)
+    for r in REPRODUCTIONS.values():
+        assert r.title and r.setting and r.source and r.seconds > 0
+        assert type(r.smoke) is type(r.full) and r.smoke != r.full
+    lengths = [len((harness.ROOT / "papers" / f"{name}.py").read_text().splitlines()) for name in files]
+    assert max(lengths) <= 200
+
+
+@pytest.mark.parametrize(
+    ("holds", "claim"),
+    [
+        (True, claims.law("a law", [1e-9, np.nan], 1e-6)),
+        (False, claims.law("a law", [1e-9, 1e-5], 1e-6)),
+        (True, claims.orders("orders", {"a": 1.02, "b": 2.0}, {"a": 1}, within=0.1)),
+        (False, claims.orders("orders", {"a": 1.02, "b": 2.2}, {"a": 1, "b": 2}, within=0.1)),
+        (True, claims.gain("gain", [1.0, 2.0], [3.0, 5.0], least=2)),
+        (False, claims.gain("gain", [1.0, 2.0], [3.0, 3.0], least=2)),
+        (True, claims.falling("falls", {"a": 2.0, "b": 1.0}, "Values")),
+        (False, claims.falling("falls", {"a": 2.0, "b": 2.0}, "Values")),
+        (False, claims.falling("falls", {"a": 2.0, "b": 1.0}, "Values", notes="It diverged.")),
+        (True, claims.close("close", 1.01, 1.0, 0.02)),
+        (False, claims.close("close", 0.97, 1.0, 0.02)),
+        (True, claims.share("share", [0.009], 0.01)),
+        (False, claims.share("share", [0.011], 0.01)),
+    ],
+)
+def test_claims_of_the_common_forms(holds, claim):
+    assert claim.holds is holds
+    assert "<lambda>" not in claim.text + claim.measured
+    assert any(character.isdigit() for character in claim.measured)
+
+
 def test_unknown_name_suggests_the_nearest(capsys):
     assert main(["nec-translatoin"]) == 2
     assert "nec-translation" in capsys.readouterr().out
@@ -74,23 +112,79 @@ def test_list_runs_nothing(capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_name_the_main_ones_run_and_all_with_all(monkeypatch, tmp_path):
+def test_wrong_numbers_are_named(capsys):
+    assert main(["--seeds", "0"]) == 2
+    assert "--seeds: expected an integer >= 1, got 0" in capsys.readouterr().out
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Every reproduction replaced by one that only says that it ran."""
     ran = []
 
     def named(name):
-        def run(config):
+        def measure(size, images):
             ran.append(name)
-            return {"table": pd.DataFrame({"x": [1.0]})}, [Claim("it holds", "yes", True)]
+            return {"table": pd.DataFrame({"x": [1.0]})}
 
-        return dataclasses.replace(REPRODUCTIONS[name], run=run, plot=lambda tables: {})
+        def pictures(tables):
+            figure, axes = panel("x", "y")
+            axes.plot([0, 1], label="a line")
+            return {"line": figure}
 
-    fakes = {name: named(name) for name in REPRODUCTIONS}
-    monkeypatch.setattr("paper_repro.registry.REPRODUCTIONS", fakes)
+        fake = {
+            "measure": measure,
+            "claims": lambda tables: [Claim("it holds", "1", True)],
+            "pictures": pictures,
+        }
+        return dataclasses.replace(REPRODUCTIONS[name], **fake)
+
+    found = {name: named(name) for name in REPRODUCTIONS}
+    monkeypatch.setattr(harness, "discover", lambda: found)
+    return ran
+
+
+def test_without_a_name_the_main_ones_run_and_all_with_all(fakes, tmp_path):
+    main_ones = [name for name, r in REPRODUCTIONS.items() if r.main]
     assert main(["--out", str(tmp_path)]) == 0
-    assert ran == list(MAIN)
-    ran.clear()
+    assert fakes == main_ones and all(name.startswith("nec-") for name in main_ones)
+    # What is done is not run again ...
     assert main(["--all", "--out", str(tmp_path)]) == 0
-    assert ran == list(REPRODUCTIONS)
+    assert sorted(fakes) == sorted(REPRODUCTIONS)
+    # ... unless asked, or with other options.
+    fakes.clear()
+    assert main(["nec-sgd", "--out", str(tmp_path)]) == 0 and fakes == []
+    assert main(["nec-sgd", "--fresh", "--out", str(tmp_path)]) == 0
+    assert main(["nec-sgd", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    assert fakes == ["nec-sgd"] * 2
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(fakes, tmp_path, monkeypatch, capsys):
+    def stopped(tables):
+        raise KeyboardInterrupt
+
+    known = harness.discover()
+    broken = known | {"nec-sgd": dataclasses.replace(known["nec-sgd"], pictures=stopped)}
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "discover", lambda: broken)
+        assert main(["nec-scale", "nec-sgd", "--out", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    assert "Weight-norm rates" in (tmp_path / "report.html").read_text()
+    assert main(["nec-scale", "nec-sgd", "--out", str(tmp_path)]) == 0
+    assert fakes == ["nec-scale", "nec-sgd", "nec-sgd"]
+
+
+def test_claims_not_for_the_smoke_size_or_single_precision(fakes, tmp_path, monkeypatch):
+    known = harness.discover()
+    both = [Claim("small too", "1", False), Claim("full only", "1", False, full_only=True)]
+    r = dataclasses.replace(known["nec-sgd"], claims=lambda tables: both)
+    full, smoke, single = (
+        harness.run(r, harness.Options(**options), tmp_path)
+        for options in ({}, {"smoke": True}, {"float32": True})
+    )
+    assert [c.holds for c in full.claims] == [False, False]
+    assert [c.holds for c in smoke.claims] == [False, None]
+    assert [c.holds for c in single.claims] == [None, None]
 
 
 def test_a_reproduction_leaves_claims_tables_and_pictures(tmp_path):
@@ -101,6 +195,8 @@ def test_a_reproduction_leaves_claims_tables_and_pictures(tmp_path):
     record = json.loads((tmp_path / name / "result.json").read_text())
     assert any(claim["holds"] for claim in record["claims"])
     assert all(claim["holds"] is not False for claim in record["claims"])
-    assert record["environment"]["jax"] and record["config"]["smoke"]
-    assert list((tmp_path / name).glob("*.png")) and list((tmp_path / name).glob("*.csv"))
-    assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
+    assert record["environment"]["jax"] and record["options"]["smoke"]
+    assert all((tmp_path / name / f"{table}.csv").exists() for table in record["tables"])
+    assert all((tmp_path / name / f"{picture}.svg").exists() for picture in record["pictures"])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<figure><svg") == len(record["pictures"]) and 'aria-label="' in page

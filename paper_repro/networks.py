@@ -40,10 +40,17 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
-def mlp_loss(params, data) -> jax.Array:
-    """Cross entropy of the tanh network."""
-    inputs, labels = data
-    return cross_entropy(mlp(params, inputs), labels)
+def loss(network: Callable, criterion: Callable = cross_entropy) -> Callable:
+    """The loss of a network: `criterion(network(params, inputs), labels)`."""
+
+    def of_params(params, data) -> jax.Array:
+        inputs, labels = data
+        return criterion(network(params, inputs), labels)
+
+    return of_params
+
+
+mlp_loss = loss(mlp)
 
 
 def normalized_init(key: jax.Array, pixels: int, hidden: int, classes: int) -> dict[str, jax.Array]:
@@ -53,6 +60,27 @@ def normalized_init(key: jax.Array, pixels: int, hidden: int, classes: int) -> d
         "hidden": pixels**-0.5 * jax.random.normal(hidden_key, (pixels, hidden)),
         "head": hidden**-0.5 * jax.random.normal(head_key, (hidden, classes)),
     }
+
+
+def two_layer_init(key: jax.Array, pixels: int, hidden: int, classes: int) -> list[dict[str, jax.Array]]:
+    """`mlp_init` with one hidden layer."""
+    return mlp_init(key, (pixels, hidden, classes))
+
+
+def hidden(params):
+    """The scale-invariant block of `normalized_init`: the weights before the normalization."""
+    return params["hidden"]
+
+
+def hidden_gradient_norm(loss: Callable) -> Callable:
+    """Observable |grad f| over that block."""
+    return lambda params, args: jnp.linalg.norm(hidden(jax.grad(loss)(params, args)))
+
+
+def scaled(data):
+    """Images to a root mean square norm of 4, that of the digits, so that one learning rate fits any data."""
+    inputs, labels = data
+    return 4.0 * inputs / np.sqrt(np.mean(np.sum(np.square(inputs), axis=1))), labels
 
 
 def _normalized_loss(axis: int) -> Callable:
@@ -124,3 +152,65 @@ def cnn(params, inputs: jax.Array) -> jax.Array:
     pooled = features.reshape(-1, half, 2, half, 2, features.shape[-1]).mean((2, 4))
     hidden = jnp.tanh(pooled.reshape(len(pooled), -1) @ params["hidden"]["w"] + params["hidden"]["b"])
     return hidden @ params["head"]["w"] + params["head"]["b"]
+
+
+def relu_activations(layers, inputs: jax.Array) -> list[jax.Array]:
+    """What each layer of the ReLU network hands on, input first."""
+    out = [inputs]
+    for layer in layers[:-1]:
+        out.append(jax.nn.relu(out[-1] @ layer["w"] + layer["b"]))
+    return out
+
+
+def relu_preactivations(layers, inputs: jax.Array) -> list[jax.Array]:
+    """Inputs of every ReLU."""
+    hidden = relu_activations(layers, inputs)[:-1]
+    return [x @ layer["w"] + layer["b"] for x, layer in zip(hidden, layers[:-1], strict=True)]
+
+
+def relu(layers, inputs: jax.Array) -> jax.Array:
+    """Logits of the ReLU network, shape (batch, classes)."""
+    return relu_activations(layers, inputs)[-1] @ layers[-1]["w"] + layers[-1]["b"]
+
+
+relu_loss = loss(relu)
+
+
+def _norm_and_head(features: jax.Array, params, labels: jax.Array) -> jax.Array:
+    """Batch norm with gain and shift, ReLU, mean over positions if there are any, softmax."""
+    axes = tuple(range(features.ndim - 1))
+    centred = features - jnp.mean(features, axis=axes, keepdims=True)
+    normal = centred / jnp.sqrt(jnp.mean(centred**2, axis=axes, keepdims=True))
+    hidden = jax.nn.relu(normal * params["norm"]["gain"] + params["norm"]["shift"])
+    if hidden.ndim == 3:
+        hidden = hidden.reshape(len(hidden), 4, -1, hidden.shape[-1]).mean(2).reshape(len(hidden), -1)
+    head = params["head"]["w"]
+    return cross_entropy(hidden @ head.reshape(-1, head.shape[-1]) + params["head"]["b"], labels)
+
+
+def normalized_mlp_loss(params, data) -> jax.Array:
+    """Linear, batch norm with gain and shift, ReLU, linear."""
+    images, labels = data
+    return _norm_and_head(images @ params["first"], params, labels)
+
+
+def normalized_cnn_loss(params, data) -> jax.Array:
+    """Convolution, batch norm with gain and shift, ReLU, mean over four bands of the image, linear."""
+    images, labels = data
+    return _norm_and_head(patches(images) @ params["first"], params, labels)
+
+
+def normalized_start(network: str, pixels: int) -> dict:
+    """Of "MLP" or "CNN": weights normal with variance 1/fan-in; units along axis 1 of `first`, along axis -2 of `head`."""
+    rng = np.random.default_rng(0)
+    fan_in, units, bands = (pixels, 24, 1) if network == "MLP" else (9, 8, 4)
+
+    def array(*shape, scale=1.0, mean=0.0):
+        return jnp.asarray(mean + scale * rng.normal(size=shape), jnp.result_type(float))
+
+    head = array(*([bands] if bands > 1 else []), units, 10, scale=(units * bands) ** -0.5)
+    return {
+        "first": array(fan_in, units, scale=fan_in**-0.5),
+        "norm": {"gain": array(units, scale=0.2, mean=1.0), "shift": array(units, scale=0.2)},
+        "head": {"w": head, "b": array(10, scale=0.3)},
+    }

@@ -1,0 +1,1 @@
+"""The reproductions, one file each; `paper_repro.harness.discover` finds them."""
