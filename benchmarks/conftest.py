@@ -14,19 +14,23 @@ class Size:
 
     @property
     def problem(self) -> str:
+        """Name of the problem to run on."""
         return "small" if self.smoke else "main"
 
     @property
     def rounds(self) -> int:
+        """How often a time is measured."""
         return 5 if self.smoke else 20
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--smoke`."""
     parser.addoption("--smoke", action="store_true", help="benchmarks: a small size, under 3 minutes")
 
 
 @pytest.fixture(scope="session")
 def size(pytestconfig: pytest.Config) -> Size:
+    """The size asked for on the command line."""
     return Size(pytestconfig.getoption("--smoke"))
 
 

@@ -29,6 +29,7 @@ class Compiled(logging.Handler):
     seconds, count = 0.0, 0
 
     def emit(self, record):
+        """Count one log line of JAX if it tells of a compilation."""
         text = record.getMessage()
         if text.startswith("Finished XLA compilation"):
             Compiled.seconds += float(text.rpartition(" in ")[2].split()[0])
@@ -51,6 +52,8 @@ def layers(leaves):
 
 
 def hand_written(loss, params, args, flow):
+    """The same path by a direct call of diffrax, all steps saved."""
+
     def field(s, y, args):
         return jax.tree.map(lambda v: flow.step_size * v, flow(s, y, args))
 
@@ -73,6 +76,8 @@ def hand_written(loss, params, args, flow):
 
 
 def scanned(loss, params, args, optimizer):
+    """The same run by a training loop in `lax.scan` that saves nothing."""
+
     @jax.jit
     def run(params, args):
         def step(carry, _):
@@ -86,6 +91,7 @@ def scanned(loss, params, args, optimizer):
 
 
 def answer(what, order, loss, params, args):
+    """What is timed: the result of one of the ways named in the module's docstring."""
     flow, optimizer = eomdl.EquationOfMotion(loss, 0.05, order), optax.sgd(0.05)
     quick = {"estimate_error": False, "diagnose": False}
     return {
@@ -99,6 +105,7 @@ def answer(what, order, loss, params, args):
 
 
 def main() -> None:
+    """Time the first answer and a second one, and print the first as JSON."""
     what, order, leaves = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if leaves:
         loss, params, args = layers(leaves)

@@ -24,6 +24,7 @@ STAGES = 6  # evaluations of the field an ODE step: Tsit5 has 7 stages, first sa
 
 
 def problem(name: str) -> Problem:
+    """The problem called "main" or "small"."""
     return {"main": lambda: digits_mlp(64, 1000), "small": lambda: digits_mlp(16, 200)}[name]()
 
 
@@ -67,6 +68,7 @@ def gradient(p: str) -> tuple[Any, float]:
 
 
 def inputs(case: Problem) -> tuple:
+    """The arguments of the field: learning rate, parameters, data."""
     return case.learning_rate, case.params, case.args
 
 
@@ -112,6 +114,7 @@ def flat(params: Any) -> np.ndarray:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest Euclidean distance between rows of two paths."""
     return float(np.linalg.norm(a - b, axis=1).max())
 
 

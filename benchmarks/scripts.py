@@ -12,12 +12,12 @@ Field = Callable[[Any, Any], Any]
 
 
 def gradient_flow(loss: Any) -> Field:
-    """$-\\nabla L$."""
+    r"""$-\nabla L$."""
     return lambda params, args: jax.tree.map(jnp.negative, jax.grad(loss)(params, args))
 
 
 def modified_flow(loss: Any, eta: float) -> Field:
-    """$-\\nabla (L + \\frac{\\eta}{4} |\\nabla L|^2)$: two nested gradients."""
+    r"""$-\nabla (L + \frac{\eta}{4} |\nabla L|^2)$: two nested gradients."""
 
     def modified(params, args):
         g = jax.grad(loss)(params, args)
@@ -31,10 +31,12 @@ def _axpy(h: float, v: Any, x: Any) -> Any:
 
 
 def euler_step(field: Field, x: Any, args: Any, h: float) -> Any:
+    """One step of Euler's method of length h."""
     return _axpy(h, field(x, args), x)
 
 
 def rk4_step(field: Field, x: Any, args: Any, h: float) -> Any:
+    """One step of the classical Runge-Kutta method of order 4 of length h."""
     k1 = field(x, args)
     k2 = field(_axpy(h / 2, k1, x), args)
     k3 = field(_axpy(h / 2, k2, x), args)

@@ -10,6 +10,7 @@ ROUTES = [("trees", n) for n in range(7)] + [("series", n) for n in range(1, 5)]
 
 @pytest.mark.parametrize(("route", "order"), ROUTES, ids=lambda x: str(x))
 def test_field(record, size, route, order):
+    """An evaluation costs at least the one gradient in it."""
     if size.smoke and order > (2 if route == "series" else 4):
         pytest.skip("not in the smoke size")
     row = record("field", measure.field_cost, "main", order, route, size.rounds)

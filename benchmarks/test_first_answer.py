@@ -40,6 +40,7 @@ def _against_hand(order: int, rounds: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_first_solve_against_a_hand_written_call(record, size, order):
+    """The first path takes at most 2 times as long as by hand, and 4 times with estimate and diagnoses."""
     if size.smoke and order != 1:
         pytest.skip("not in the smoke size")
     _, bare, full = record("first answer", _against_hand, order, 1 if size.smoke else 3)
@@ -58,6 +59,7 @@ def _leaves(counts: list[int]) -> list[dict[str, Any]]:
 
 
 def test_compiling_grows_no_faster_than_the_leaves(record, size):
+    """The time to the first answer grows at most as the number of arrays."""
     rows = record("leaves", _leaves, [4, 20] if size.smoke else [10, 100, 500])
     for row in rows:
         if row["what"] in ("bare", "full", "descend"):
@@ -118,6 +120,7 @@ def _descending(case: tuple, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def test_descend_against_a_hand_written_loop(record, size):
+    """Descending with every step saved takes at most twice as long as a loop that saves nothing."""
     case = problem(size.problem)
     digits = (case.loss, case.params, case.args, case.name)
     rows = record(

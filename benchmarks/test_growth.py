@@ -64,6 +64,7 @@ CASES = [(16, 250, 100), (64, 250, 100), (256, 250, 100), (64, 1000, 100), (16, 
 
 @pytest.mark.parametrize(("width", "num_examples", "num_steps"), CASES)
 def test_step_cost(record, size, width, num_examples, num_steps):
+    """The field of order 2 costs less than 8 gradients at every size."""
     if size.smoke and (width > 16 or num_steps > 400):
         pytest.skip("not in the smoke size")
     row = record("growth", _step_cost, width, num_examples, num_steps)
@@ -82,6 +83,7 @@ MEMORY = [(1_000, False), (10_000, False), (100_000, False), (10_000, True), (10
 
 @pytest.mark.parametrize(("num_steps", "save_params"), MEMORY)
 def test_memory(record, size, num_steps, save_params):
+    """Memory does not grow with the steps where parameters are not saved."""
     if size.smoke and (num_steps > 1_000 or save_params):
         pytest.skip("not in the smoke size")
     row = record("memory", _memory, num_steps, save_params)

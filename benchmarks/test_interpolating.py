@@ -53,6 +53,8 @@ def _distance(init: str, flow: eomdl.AbstractFlow) -> float:
 
 @pytest.mark.parametrize("init", INITS)
 def test_points(record, full, init):
+    """More points come nearer to gradient descent, down to the limits set."""
+
     def rows():
         _, _, bound = _descent(init)
         flow = _distance(init, eomdl.GradientFlow(LOSS, ETA))
@@ -96,6 +98,8 @@ def test_field_cost(record, size):
 
 
 def test_memory_is_flat_in_the_points(record):
+    """The field with 16 points needs at most 1.1 times the memory of that with 2."""
+
     def bar():
         params = INITS["A"]()
         sizes = []
@@ -114,6 +118,7 @@ EDGE_LIMITS = {4: (5e-4, 20.0), 6: (2e-4, 35.0)}
 
 @pytest.mark.parametrize("name", EDGE)
 def test_edge_of_stability(record, full, name):
+    """Past the edge the strided flow stays near gradient descent, and the number of points chosen is a good one."""
     case = EDGE[name]
     steps = 1000
 

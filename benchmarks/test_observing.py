@@ -80,6 +80,7 @@ def _observed(p: str, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_observing(record, size, name):
+    """One observation costs less than 8 gradients."""
     row = record("observing", _observed, size.problem, name)
     # Seconds are recorded and not asserted: at smoke size they are those of whatever else the machine does.
     assert row["gradients"] is None or row["gradients"] < 8
@@ -108,5 +109,6 @@ def _checkpointed(p: str) -> dict[str, Any]:
 
 
 def test_checkpointing(record, size):
+    """A run writes as many checkpoints as it should; their cost is recorded."""
     row = record("observing", _checkpointed, size.problem)
     assert row["checkpoints"] == STEPS // EVERY + 1

@@ -37,6 +37,7 @@ CASES = [("small", n) for n in range(7)] + [("main", n) for n in range(4)]
 
 @pytest.mark.parametrize(("problem", "order"), CASES, ids=lambda x: str(x))
 def test_solve(record, size, problem, order):
+    """By default the ODE error is below 1% of the model error."""
     if size.smoke and (problem == "main" or order > 2):
         pytest.skip("not in the smoke size")
     row = record("solve", _row, problem, order)
@@ -77,4 +78,5 @@ def _solver_rows(name: str, order: int) -> list[dict]:
 @pytest.mark.parametrize("order", (0, 1, 2))
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solver(record, full, name, order):
+    """Cost and ODE error of several solvers, recorded."""
     record("solver", _solver_rows, name, order)

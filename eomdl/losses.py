@@ -35,6 +35,7 @@ class WeightDecay(eqx.Module):
     weight_decay: jax.Array = eqx.field(converter=lambda x: _check.nonnegative_scalar("weight_decay", x))
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
+        r"""$f(\theta) + \frac{\lambda}{2} |\theta|^2$."""
         value = self.loss(params, args)
         penalty = _tree.vdot(params, params)
         return value + (0.5 * self.weight_decay * penalty).astype(value.dtype)
@@ -57,6 +58,7 @@ class GradientPenalty(eqx.Module):
     coefficient: jax.Array = eqx.field(converter=lambda x: _check.nonnegative_scalar("coefficient", x))
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
+        r"""$L(\theta) + c \, |\nabla L(\theta)|^2$."""
         value, gradient = jax.value_and_grad(self.loss)(params, args)
         square = _tree.vdot(gradient, gradient)
         return value + (self.coefficient * square).astype(value.dtype)

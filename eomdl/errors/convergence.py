@@ -83,7 +83,6 @@ def convergence_study(
 
     **Raises:** `ValueError` if `time` or `warmup` is not a whole number of steps of every learning rate.
     """
-
     _check.function("flow", flow, "a function learning rate -> eomdl.AbstractFlow")
     _check.function("optimizer", optimizer, "a function learning rate -> optax.GradientTransformation")
     rates = np.asarray(_check.positive_numbers("learning_rates", learning_rates))

@@ -53,6 +53,7 @@ class AdamFlow(AbstractDescentFlow):
             )
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """The right-hand side of the equation above."""
         del t
         field = descent_field(self.loss, args)
         f = field(state)

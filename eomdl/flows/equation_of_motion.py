@@ -51,10 +51,12 @@ class EquationOfMotion(AbstractDescentFlow):
     )
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        r"""$-\nabla L$ and the counter terms kept."""
         del t
         return modified_field(descent_field(self.loss, args), state, self.learning_rate, self.order)
 
     def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """One step of gradient descent."""
         del t
         return gradient_descent_step(self.loss, self.learning_rate, state, args)
 

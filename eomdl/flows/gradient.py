@@ -33,10 +33,12 @@ class GradientFlow(AbstractDescentFlow):
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        r"""$-\nabla L$."""
         del t
         return descent_field(self.loss, args)(state)
 
     def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """One step of gradient descent."""
         del t
         return gradient_descent_step(self.loss, self.learning_rate, state, args)
 

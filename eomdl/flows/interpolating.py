@@ -81,25 +81,31 @@ class InterpolatingFlow(AbstractFlow):
             )
 
     def init(self, params: Params, args: Args) -> State:
+        """The state of the step map that starts at `params`."""
         del args
         return self.step_map.init(params)
 
     def begin(self, params: Params, state: State, args: Args) -> State:
+        """The state of the step map where a real run ended in `state`, with `params` in it."""
         del args
         return self.step_map.restore(state, params)
 
     def params(self, state: State) -> Params:
+        """The parameters held in the state."""
         return self.step_map.params(state)
 
     def __call__(self, t: ArrayLike, state: State, args: Args) -> State:
+        """$F_K(t, x)$, from K steps of the map (of stride m: from K m) that begin at x."""
         weights = taylor_weights(self.points) if self.weights is None else self.weights
         (total,) = self._combine(t, state, args, weights)
         return _tree.scale(1 / (self.stride * self.step_size), total)
 
     def step(self, t: ArrayLike, state: State, args: Args) -> State:
+        """One step of the map."""
         return self.step_map(state, args, t / self.step_size)
 
     def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if the map changes what its state is made of; warn if it is not near the identity."""
         check_step(self.step_map, params, step_data(args, 0))
         if _tree.is_traced(self, params, args):
             return

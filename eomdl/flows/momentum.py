@@ -39,9 +39,11 @@ class MomentumFlow(AbstractFlow):
     # Equinox lets a property fill an AbstractVar; mypy does not know.
     @property  # type: ignore[misc]
     def step_size(self) -> jax.Array:
+        r"""$h = \eta / (1 - \beta)$: the step that a constant gradient makes, over that gradient."""
         return self.learning_rate / (1 - self.momentum)
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        r"""$-\nabla$ of the loss with its penalty on the gradient."""
         del t
         age = self.momentum ** (2 if self.nesterov else 1) / (1 - self.momentum)
         return penalized_descent(self.loss, self.step_size * (1 + 2 * age) / 2, state, args)
@@ -58,4 +60,5 @@ class MomentumFlow(AbstractFlow):
         return _tree.sub(now, _tree.scale(self.momentum * self.step_size, mean))
 
     def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if the loss does not give one real number at `params`."""
         _check.loss_is_scalar(self.loss, params, args)

@@ -39,6 +39,7 @@ class ReshufflingFlow(AbstractDescentFlow):
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """The mean of the minibatches' own velocities."""
         del t
         velocities = jax.lax.map(
             lambda batch: penalized_descent(self.loss, self.learning_rate / 2, state, batch), args
@@ -70,6 +71,7 @@ class ReshufflingFlow(AbstractDescentFlow):
         return len(jax.tree.leaves(args)[0])
 
     def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if `args` are not stacked minibatches, or the loss of one is not one real number."""
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(args)}
         if len(lengths) != 1 or () in lengths:
             raise ValueError(

@@ -36,6 +36,7 @@ class RegionsOnLine:
 
     @property
     def count(self) -> int:
+        """Number of regions found: one more than breakpoints."""
         return len(self.breakpoints) + 1
 
     @property

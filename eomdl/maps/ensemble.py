@@ -73,6 +73,7 @@ class Ensemble(StepMap):
         self.args_axis = _axis(args_axis)
 
     def init(self, params: Params) -> EnsembleState:
+        """The state of S members, all alive, that start at the rows of `params`."""
         params = _check.params("params", params)
         size = stacked_size("params", params)
         if not _tree.is_traced(params) and not np.all(_finite(params)):
@@ -84,13 +85,16 @@ class Ensemble(StepMap):
         )
 
     def params(self, state: EnsembleState) -> Params:
+        """The parameters of all members, leaves with leading axis S."""
         return jax.vmap(self.step_map.params)(state.members)
 
     def __call__(self, state: EnsembleState, args: Args, k: ArrayLike) -> EnsembleState:
+        """One step of every member that is alive; one whose step is not finite stays where it is."""
         new = self._each(self.step_map, state, args, k)
         return _taken(state, new, new, k)
 
     def increment(self, state: EnsembleState, args: Args, k: ArrayLike) -> EnsembleState:
+        """The change of the state in one step; zero for a member that is frozen."""
         d = self._each(self.step_map.increment, state, args, k)
         new = _taken(state, _tree.add(state.members, d), d, k)
         zero = _tree.zeros_like(state.members)

@@ -65,6 +65,7 @@ class Translation(AbstractSymmetry):
 
     @property
     def label(self) -> str:
+        """The symmetry in words."""
         along = "in every entry" if self.axis is None else f"along axis {self.axis}"
         return f"translation of {_blocks.label(self.block)} {along}"
 
@@ -84,15 +85,18 @@ class Translation(AbstractSymmetry):
         return jnp.sum(block, axis=self.axis) / np.sqrt(block.shape[self.axis])
 
     def charge(self, params: Params, args: Args = None) -> jax.Array:
+        r"""$\langle 1, \theta_A \rangle / \sqrt m$ along the axis, or every entry."""
         del args
         return self._sum(self._array(params))
 
     def transform(self, params: Params, amount: jax.Array) -> Params:
+        """The block with `amount` added along the axis."""
         block = self._array(params)
         shift = amount if self.axis is None else jnp.expand_dims(amount, self.axis)
         return _replace(params, self.block, block + jnp.broadcast_to(shift, block.shape))
 
     def violation(self, params: Params, gradient: Params) -> jax.Array:
+        """Cosine of the gradient and the translations; without an axis, the block's share of the gradient's norm."""
         block = self._array(gradient)
         # A block that is not seen at all is small against the whole gradient.
         size = jnp.linalg.norm(block) if self.axis is not None else _tree.norm(gradient)
@@ -130,6 +134,8 @@ class Scaling(AbstractSymmetry):
 
     @property
     def label(self) -> str:
+        """The symmetry in words."""
+
         def said(members: tuple) -> str:
             return " and ".join(_blocks.label(b) + ("" if a is None else f" (axis {a})") for b, a in members)
 
@@ -138,6 +144,7 @@ class Scaling(AbstractSymmetry):
         return f"rescale of {said(self.incoming)} against {said(self.outgoing)}"
 
     def charge(self, params: Params, args: Args = None) -> jax.Array:
+        r"""$|\theta_A|^2 - |\theta_B|^2$ of every unit."""
         del args
         return self.pair(params, params)
 
@@ -162,6 +169,7 @@ class Scaling(AbstractSymmetry):
         return incoming, outgoing
 
     def transform(self, params: Params, amount: jax.Array) -> Params:
+        """Block A multiplied, and B divided, by $e^c$ with c = `amount`."""
         for members, sign in ((self.incoming, 1.0), (self.outgoing, -1.0)):
             for block, axis in members:
                 factor = jnp.exp(sign * amount)
@@ -176,6 +184,7 @@ class Scaling(AbstractSymmetry):
         return params
 
     def violation(self, params: Params, gradient: Params) -> jax.Array:
+        """Cosine of the gradient and the scalings of A against B."""
         square_params = sum(sum(side) for side in self._products(params, params))
         square_gradient = sum(sum(side) for side in self._products(gradient, gradient))
         return _ratio(
