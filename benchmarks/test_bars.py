@@ -25,7 +25,7 @@ from benchmarks.measure import (
 STEPS = 200
 
 
-@pytest.mark.parametrize(("order", "limit"), ((1, 3.5), (2, 7.0), (4, 40.0)))
+@pytest.mark.parametrize(("order", "limit"), [(1, 3.5), (2, 7.0), (4, 40.0)])
 def test_field_cost(record, order, limit):
     """One evaluation of the field costs at most `limit` gradients."""
 
@@ -90,7 +90,7 @@ def _all_evaluations(order: int, estimate: bool) -> int:
     return calls.count
 
 
-@pytest.mark.parametrize("estimate", (False, True))
+@pytest.mark.parametrize("estimate", [False, True])
 def test_solve_cost(record, estimate):
     """All evaluations of `solve` cost at most 30 gradients a step, with an ODE error below 1% of the model's."""
 
@@ -120,7 +120,7 @@ def test_solve_cost(record, estimate):
     assert all(row["passed"] for row in record("bar", bars))
 
 
-@pytest.mark.parametrize("order", (0, 1))
+@pytest.mark.parametrize("order", [0, 1])
 def test_fewer_than_euler(record, full, order):
     """Reading 1: `solve` loosened to the ODE error of the script with eta/100.
 
@@ -146,7 +146,7 @@ def test_fewer_than_euler(record, full, order):
     assert record("bar", bars)[0]["passed"]
 
 
-@pytest.mark.parametrize("order", (0, 1))
+@pytest.mark.parametrize("order", [0, 1])
 def test_fewer_than_euler_at_default_accuracy(record, size, order):
     """Reading 2: Euler refined (first order, extrapolated) to the ODE error `solve` has by default."""
 

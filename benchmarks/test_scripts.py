@@ -79,7 +79,7 @@ def _euler_order(problem: str, order: int, substeps: tuple[int, ...]) -> list[di
     return [{"order": order} | row for row in rows]
 
 
-@pytest.mark.parametrize("order", (0, 1))
+@pytest.mark.parametrize("order", [0, 1])
 def test_euler_to_default_accuracy(record, size, order):
     """Euler's error falls with first order, from which its cost at the error of `solve` follows."""
     substeps = (10, 30, 100) if order == 0 else (10, 100)

@@ -75,7 +75,7 @@ def _solver_rows(name: str, order: int) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("order", (0, 1, 2))
+@pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solver(record, full, name, order):
     """Cost and ODE error of several solvers, recorded."""

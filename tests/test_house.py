@@ -50,7 +50,8 @@ def imported(statement: ast.Import | ast.ImportFrom) -> list[str]:
     """What is imported: modules of `eomdl` by their own name, others as they are written."""
     if isinstance(statement, ast.Import):
         return [alias.name for alias in statement.names]
-    assert statement.level == 0 and statement.module, "relative import"
+    assert statement.level == 0, "relative import"
+    assert statement.module
     names = [f"{statement.module}.{alias.name}" for alias in statement.names]
     return [name if name in TREES else statement.module for name in names]
 
@@ -138,4 +139,5 @@ def test_matplotlib_is_imported_in_plotting_only():
         for name in itertools.chain.from_iterable(imported(statement) for statement, _ in imports(tree))
         if name.split(".")[0] == "matplotlib"
     }
-    assert with_it and {room(module) for module in with_it} == {"plotting"}
+    assert with_it
+    assert {room(module) for module in with_it} == {"plotting"}
