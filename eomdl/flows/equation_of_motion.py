@@ -1,5 +1,7 @@
 """The equation of motion of gradient descent."""
 
+from typing import TYPE_CHECKING
+
 import equinox as eqx
 import jax
 from jax.typing import ArrayLike
@@ -49,6 +51,10 @@ class EquationOfMotion(AbstractDescentFlow):
     order: int = eqx.field(
         default=1, static=True, converter=lambda n: _check.integer("order", n, 0, MAX_ORDER)
     )
+
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(self, loss: Loss, learning_rate: ArrayLike, order: int = 1) -> None: ...
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         r"""$-\nabla L$ and the counter terms kept."""

@@ -1,7 +1,7 @@
 """The flow of any step map: the interpolating vector field."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ from eomdl._end import Diagnostic
 from eomdl._types import Args, Params, State
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.stride import step_data
-from eomdl.maps.step_map import StepMap, as_step_map, check_step
+from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.series.weights import MAX_POINTS, difference_weights, taylor_weights
 
 
@@ -74,7 +74,18 @@ class InterpolatingFlow(AbstractFlow):
         ),
     )
 
-    def __check_init__(self):
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(
+            self,
+            step_map: StepMap | StepFunction,
+            step_size: ArrayLike,
+            points: int,
+            stride: int = 1,
+            weights: ArrayLike | None = None,
+        ) -> None: ...
+
+    def __check_init__(self) -> None:
         if self.weights is not None and np.shape(self.weights) != (self.points,):
             raise ValueError(
                 f"weights: expected shape ({self.points},), one for each point, got {np.shape(self.weights)}"

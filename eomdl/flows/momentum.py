@@ -1,5 +1,7 @@
 """The first-order modified flow of gradient descent with momentum."""
 
+from typing import TYPE_CHECKING
+
 import equinox as eqx
 import jax
 from jax.typing import ArrayLike
@@ -35,6 +37,12 @@ class MomentumFlow(AbstractFlow):
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
     momentum: jax.Array = eqx.field(default=0.9, converter=lambda x: _check.fraction("momentum", x))
     nesterov: bool = eqx.field(default=False, static=True, converter=lambda x: _check.flag("nesterov", x))
+
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(
+            self, loss: Loss, learning_rate: ArrayLike, momentum: ArrayLike = 0.9, nesterov: bool = False
+        ) -> None: ...
 
     # Equinox lets a property fill an AbstractVar; mypy does not know.
     @property  # type: ignore[misc]

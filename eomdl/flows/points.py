@@ -12,7 +12,7 @@ from matfree import decomp
 from eomdl import _check, _tree
 from eomdl._end import End
 from eomdl._types import Args, Params, State
-from eomdl.maps.step_map import StepMap, as_step_map, check_step
+from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.series.weights import MAX_POINTS, difference_weights
 
 
@@ -30,7 +30,7 @@ class Points:
 
 
 def choose_points(
-    step_map: StepMap,
+    step_map: StepMap | StepFunction,
     params: Params,
     num_steps: int,
     *,
@@ -123,7 +123,7 @@ def _term_sizes(
 
 
 def departure_from_identity(
-    step_map: StepMap,
+    step_map: StepMap | StepFunction,
     params: Params,
     *,
     args: Args = None,

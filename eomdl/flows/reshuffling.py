@@ -1,5 +1,7 @@
 """The mean of SGD over the orders of its minibatches."""
 
+from typing import TYPE_CHECKING
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,10 @@ class ReshufflingFlow(AbstractDescentFlow):
 
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
+
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(self, loss: Loss, learning_rate: ArrayLike) -> None: ...
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         """The mean of the minibatches' own velocities."""

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from eomdl import _check, _tree
 from eomdl._end import RESULTS, Stats
 from eomdl._types import Args, Observable, Params, State
-from eomdl.maps.step_map import StepMap, as_step_map
+from eomdl.maps.step_map import StepFunction, StepMap, as_step_map
 from eomdl.observe.base import AbstractObservable
 
 
@@ -68,7 +68,7 @@ class Ensemble(StepMap):
     step_map: StepMap
     args_axis: Any = eqx.field(static=True)
 
-    def __init__(self, step_map: Any, args_axis: int | tuple | None = None):
+    def __init__(self, step_map: StepMap | StepFunction, args_axis: int | tuple | None = None) -> None:
         self.step_map = as_step_map(step_map)
         self.args_axis = _axis(args_axis)
 
