@@ -9,11 +9,13 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 import eomdl
 from benchmarks.problems import LOSS, init_mlp
@@ -24,17 +26,17 @@ class LiveBytes(diffrax.AbstractProgressMeter):
 
     seen: list = eqx.field(default_factory=list)
 
-    def init(self):
+    def init(self) -> None:
         """Begin with no state."""
         return None
 
-    def step(self, state, progress):
+    def step(self, state: None, progress: ArrayLike) -> None:
         """Note the bytes that are live now."""
         del progress
         self.seen.append(sum(x.nbytes for x in jax.live_arrays()))
         return state
 
-    def close(self, state):
+    def close(self, state: None) -> None:
         """Keep what was noted."""
         pass
 
@@ -60,7 +62,12 @@ def main(num_steps: int, save_params: bool, order: int) -> dict:
     flow = eomdl.EquationOfMotion(LOSS, 0.05, order)
     meter = LiveBytes()
     observe = {"norm": lambda p, _: jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(p)))}
-    options = {"args": data, "observe": observe, "estimate_error": False, "save_params": save_params}
+    options: dict[str, Any] = {
+        "args": data,
+        "observe": observe,
+        "estimate_error": False,
+        "save_params": save_params,
+    }
     eomdl.solve(flow, params, 600, **options)  # compiles and settles the allocator
     before = peak_rss()
     start = time.perf_counter()

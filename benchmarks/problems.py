@@ -3,13 +3,13 @@
 import dataclasses
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import eomdl
+from eomdl._types import Args, Loss, Params
 
 
 jax.config.update("jax_enable_x64", True)
@@ -23,9 +23,9 @@ class Problem:
     """A loss, where to start, the data, and a learning rate; float64."""
 
     name: str
-    loss: Any
-    params: Any
-    args: Any
+    loss: Loss
+    params: Params
+    args: Args
     learning_rate: float
     sharpness: float  # lambda_max at the start
 
@@ -40,7 +40,7 @@ class Problem:
         return self.learning_rate * self.sharpness
 
 
-def mlp(params: Any, x: jax.Array) -> jax.Array:
+def mlp(params: Params, x: jax.Array) -> jax.Array:
     """Outputs of a network of dense layers with tanh between them."""
     *hidden, last = params
     for layer in hidden:
@@ -48,7 +48,7 @@ def mlp(params: Any, x: jax.Array) -> jax.Array:
     return x @ last["w"] + last["b"]
 
 
-def cross_entropy(params: Any, data: tuple[jax.Array, jax.Array]) -> jax.Array:
+def cross_entropy(params: Params, data: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Mean cross entropy of the network's softmax against one-hot labels."""
     x, y = data
     return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(mlp(params, x)), axis=1))
