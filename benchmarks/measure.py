@@ -167,7 +167,7 @@ def solved(
         "steps": steps,
         "evaluations": evaluations,
         "gradients_per_step": evaluations * field_cost(p, order)["gradients"] / num_steps,
-        "estimate": float(run.ode_error.max()) if estimate else None,
+        "estimate": None if run.ode_error is None else float(run.ode_error.max()),
         "atol": float(run.stats.atol),
         "seconds_with_compile": seconds,
     }

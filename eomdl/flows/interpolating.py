@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from eomdl import _check, _tree
 from eomdl._end import Diagnostic
-from eomdl._types import Args, Params, State
+from eomdl._types import Args, Numbers, Params, State
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.stride import step_data
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
@@ -67,7 +68,7 @@ class InterpolatingFlow(AbstractFlow):
     step_size: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("step_size", x))
     points: int = eqx.field(static=True, converter=lambda n: _check.integer("points", n, 1, MAX_POINTS))
     stride: int = eqx.field(default=1, static=True, converter=lambda n: _check.integer("stride", n, 1))
-    weights: jax.Array | None = eqx.field(
+    weights: Float[jax.Array, " points"] | None = eqx.field(
         default=None,
         converter=lambda b: (
             None if b is None else jnp.asarray(_check.numbers("weights", b, "finite numbers", ndim=1))
@@ -82,7 +83,7 @@ class InterpolatingFlow(AbstractFlow):
             step_size: ArrayLike,
             points: int,
             stride: int = 1,
-            weights: ArrayLike | None = None,
+            weights: Numbers | None = None,
         ) -> None: ...
 
     def __check_init__(self) -> None:

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from matfree import decomp
 
 from eomdl import _check, _tree
@@ -26,7 +27,7 @@ class Points:
     """
 
     points: int
-    terms: np.ndarray
+    terms: Float[np.ndarray, " max_points"]
 
 
 def choose_points(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from eomdl import _check, _tree
 from eomdl._end import RESULTS, Stats
@@ -26,8 +27,8 @@ class EnsembleState(NamedTuple):
     """
 
     members: State
-    alive: jax.Array
-    reached: jax.Array
+    alive: Float[jax.Array, " S"]
+    reached: Float[jax.Array, " S"]
 
 
 class Ensemble(StepMap):
