@@ -1,9 +1,21 @@
 """`python -m pytest benchmarks -n 0 --benchmark-enable [--smoke]`."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+
+Rows = TypeVar("Rows", dict[str, Any], list[dict[str, Any]])
+
+
+class Record(Protocol):
+    """What the fixture `record` is."""
+
+    def __call__(self, table: str, function: Callable[..., Rows], *args: Any) -> Rows:
+        """Run once, keep the rows for the table of that name, and return them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,19 +26,23 @@ class Size:
 
     @property
     def problem(self) -> str:
+        """Name of the problem to run on."""
         return "small" if self.smoke else "main"
 
     @property
     def rounds(self) -> int:
+        """How often a time is measured."""
         return 5 if self.smoke else 20
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--smoke`."""
     parser.addoption("--smoke", action="store_true", help="benchmarks: a small size, under 3 minutes")
 
 
 @pytest.fixture(scope="session")
 def size(pytestconfig: pytest.Config) -> Size:
+    """The size asked for on the command line."""
     return Size(pytestconfig.getoption("--smoke"))
 
 
@@ -38,13 +54,13 @@ def full(size: Size) -> None:
 
 
 @pytest.fixture
-def record(benchmark):
+def record(benchmark: BenchmarkFixture) -> Record:
     """Run once under pytest-benchmark; keep the numbers returned beside the seconds.
 
     Paths stay out of the file: anything whose name is "path" is dropped.
     """
 
-    def run(table: str, function, *args) -> Any:
+    def run(table: str, function: Callable[..., Rows], *args: Any) -> Rows:
         rows = benchmark.pedantic(function, args=args, rounds=1, iterations=1)
         listed = [rows] if isinstance(rows, dict) else rows
         benchmark.group = table

@@ -15,6 +15,7 @@ COST = "cost [gradient evaluations per GD step]"
 
 
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
+    """Draw and save every figure whose tables have rows; the paths written."""
     tables = results["tables"]
     made = []
     for name, needs, figure in (

@@ -9,14 +9,17 @@ import json
 import logging
 import sys
 import time
+from typing import Any
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 import eomdl
 from benchmarks.measure import problem
+from eomdl._types import Args, Loss, Params
 
 
 jax.config.update("jax_enable_x64", True)
@@ -28,20 +31,21 @@ class Compiled(logging.Handler):
 
     seconds, count = 0.0, 0
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count one log line of JAX if it tells of a compilation."""
         text = record.getMessage()
         if text.startswith("Finished XLA compilation"):
             Compiled.seconds += float(text.rpartition(" in ")[2].split()[0])
             Compiled.count += 1
 
 
-def layers(leaves):
+def layers(leaves: int) -> tuple[Loss, Params, Args]:
     """A residual network of 4 units a layer: `(loss, params, args)`, with as many arrays."""
     keys = jax.random.split(jax.random.key(0), leaves // 2)
     params = [{"w": jax.random.normal(key, (4, 4)) / 2, "b": jnp.zeros(4)} for key in keys]
     args = (jax.random.normal(keys[0], (32, 4)), jax.random.normal(keys[1], (32, 4)))
 
-    def loss(params, args):
+    def loss(params: Params, args: Args) -> jax.Array:
         x, y = args
         for layer in params:
             x = x + 0.1 * jnp.tanh(x @ layer["w"] + layer["b"][None])
@@ -50,12 +54,14 @@ def layers(leaves):
     return loss, params, args
 
 
-def hand_written(loss, params, args, flow):
-    def field(s, y, args):
+def hand_written(loss: Loss, params: Params, args: Args, flow: eomdl.AbstractFlow) -> Params:
+    """The same path by a direct call of diffrax, all steps saved."""
+
+    def field(s: ArrayLike, y: Params, args: Args) -> Params:
         return jax.tree.map(lambda v: flow.step_size * v, flow(s, y, args))
 
     @jax.jit
-    def run(ts, params, args):
+    def run(ts: jax.Array, params: Params, args: Args) -> Params:
         return diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Tsit5(),
@@ -72,10 +78,12 @@ def hand_written(loss, params, args, flow):
     return run(jnp.arange(STEPS + 1.0), params, args)
 
 
-def scanned(loss, params, args, optimizer):
+def scanned(loss: Loss, params: Params, args: Args, optimizer: optax.GradientTransformation) -> Any:
+    """The same run by a training loop in `lax.scan` that saves nothing."""
+
     @jax.jit
-    def run(params, args):
-        def step(carry, _):
+    def run(params: Params, args: Args) -> Any:
+        def step(carry: Any, _: None) -> tuple[Any, None]:
             params, state = carry
             updates, state = optimizer.update(jax.grad(loss)(params, args), state, params)
             return (optax.apply_updates(params, updates), state), None
@@ -85,9 +93,10 @@ def scanned(loss, params, args, optimizer):
     return run(params, args)
 
 
-def answer(what, order, loss, params, args):
+def answer(what: str, order: int, loss: Loss, params: Params, args: Args) -> Any:
+    """What is timed: the result of one of the ways named in the module's docstring."""
     flow, optimizer = eomdl.EquationOfMotion(loss, 0.05, order), optax.sgd(0.05)
-    quick = {"estimate_error": False, "diagnose": False}
+    quick: dict[str, Any] = {"estimate_error": False, "diagnose": False}
     return {
         "gradient": lambda: jax.jit(jax.grad(loss))(params, args),
         "hand": lambda: hand_written(loss, params, args, flow),
@@ -99,6 +108,7 @@ def answer(what, order, loss, params, args):
 
 
 def main() -> None:
+    """Time the first answer and a second one, and print the first as JSON."""
     what, order, leaves = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if leaves:
         loss, params, args = layers(leaves)

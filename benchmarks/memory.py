@@ -9,11 +9,13 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 import eomdl
 from benchmarks.problems import LOSS, init_mlp
@@ -24,15 +26,18 @@ class LiveBytes(diffrax.AbstractProgressMeter):
 
     seen: list = eqx.field(default_factory=list)
 
-    def init(self):
+    def init(self) -> None:
+        """Begin with no state."""
         return None
 
-    def step(self, state, progress):
+    def step(self, state: None, progress: ArrayLike) -> None:
+        """Note the bytes that are live now."""
         del progress
         self.seen.append(sum(x.nbytes for x in jax.live_arrays()))
         return state
 
-    def close(self, state):
+    def close(self, state: None) -> None:
+        """Keep what was noted."""
         pass
 
 
@@ -50,13 +55,19 @@ def peak_rss() -> float:
 
 
 def main(num_steps: int, save_params: bool, order: int) -> dict:
+    """Run `solve` once to compile, then once measured: memory, seconds and ODE steps."""
     params = init_mlp((8, 8, 8, 10))
     rows = jax.random.normal(jax.random.key(0), (16, 8), jnp.float64)
     data = (rows, jax.nn.one_hot(jnp.arange(16) % 10, 10, dtype=jnp.float64))
     flow = eomdl.EquationOfMotion(LOSS, 0.05, order)
     meter = LiveBytes()
     observe = {"norm": lambda p, _: jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(p)))}
-    options = {"args": data, "observe": observe, "estimate_error": False, "save_params": save_params}
+    options: dict[str, Any] = {
+        "args": data,
+        "observe": observe,
+        "estimate_error": False,
+        "save_params": save_params,
+    }
     eomdl.solve(flow, params, 600, **options)  # compiles and settles the allocator
     before = peak_rss()
     start = time.perf_counter()

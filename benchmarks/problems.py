@@ -3,13 +3,13 @@
 import dataclasses
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import eomdl
+from eomdl._types import Args, Loss, Params
 
 
 jax.config.update("jax_enable_x64", True)
@@ -23,29 +23,33 @@ class Problem:
     """A loss, where to start, the data, and a learning rate; float64."""
 
     name: str
-    loss: Any
-    params: Any
-    args: Any
+    loss: Loss
+    params: Params
+    args: Args
     learning_rate: float
     sharpness: float  # lambda_max at the start
 
     @property
     def num_params(self) -> int:
+        """The number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     @property
     def eta_lambda(self) -> float:
+        r"""$\eta \lambda_{max}$ at the start."""
         return self.learning_rate * self.sharpness
 
 
-def mlp(params: Any, x: jax.Array) -> jax.Array:
+def mlp(params: Params, x: jax.Array) -> jax.Array:
+    """Outputs of a network of dense layers with tanh between them."""
     *hidden, last = params
     for layer in hidden:
         x = jnp.tanh(x @ layer["w"] + layer["b"])
     return x @ last["w"] + last["b"]
 
 
-def cross_entropy(params: Any, data: tuple[jax.Array, jax.Array]) -> jax.Array:
+def cross_entropy(params: Params, data: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Mean cross entropy of the network's softmax against one-hot labels."""
     x, y = data
     return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(mlp(params, x)), axis=1))
 
@@ -55,6 +59,7 @@ LOSS = eomdl.WeightDecay(cross_entropy, WEIGHT_DECAY)
 
 
 def init_mlp(widths: tuple[int, ...], seed: int = 0) -> list[dict[str, jax.Array]]:
+    """Normal weights of variance 1 / (inputs of the layer), and biases 0."""
     rng = np.random.default_rng(seed)
     return [
         {"w": jnp.asarray(rng.normal(size=(m, n)) / np.sqrt(m)), "b": jnp.zeros(n)}

@@ -204,6 +204,7 @@ def run_suite(smoke: bool) -> tuple[dict[str, Any], int]:
 
 
 def merged(paths: list[Path]) -> dict[str, Any]:
+    """Several files of pytest-benchmark as one; a benchmark in a later file replaces that in an earlier one."""
     files = [json.loads(path.read_text()) for path in paths]
     benchmarks = {b["fullname"]: b for file in files for b in file["benchmarks"]}
     commits = [file["commit_info"] for file in files]
@@ -249,6 +250,7 @@ def _cell(value: Any) -> str:
 
 
 def show(results: dict[str, Any], console: Console) -> None:
+    """Print every table that has rows."""
     machine = results["machine"]
     console.print(f"{machine['cpu']}, {machine['cores']} cores; costs in gradients are XLA flop counts")
     if results["note"]:
@@ -266,6 +268,7 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def main() -> int:
+    """Run or read the suite, write results.json and the figures, and print the tables; pytest's exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="the small size, under 3 minutes")
     parser.add_argument(

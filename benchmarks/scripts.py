@@ -2,39 +2,43 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from eomdl._types import Args, Loss, Params
 
-Field = Callable[[Any, Any], Any]
+
+Field: TypeAlias = Callable[[Params, Args], Params]
 
 
-def gradient_flow(loss: Any) -> Field:
-    """$-\\nabla L$."""
+def gradient_flow(loss: Loss) -> Field:
+    r"""$-\nabla L$."""
     return lambda params, args: jax.tree.map(jnp.negative, jax.grad(loss)(params, args))
 
 
-def modified_flow(loss: Any, eta: float) -> Field:
-    """$-\\nabla (L + \\frac{\\eta}{4} |\\nabla L|^2)$: two nested gradients."""
+def modified_flow(loss: Loss, eta: float) -> Field:
+    r"""$-\nabla (L + \frac{\eta}{4} |\nabla L|^2)$: two nested gradients."""
 
-    def modified(params, args):
+    def modified(params: Params, args: Args) -> jax.Array:
         g = jax.grad(loss)(params, args)
         return loss(params, args) + eta / 4 * sum(jnp.vdot(x, x) for x in jax.tree.leaves(g))
 
     return gradient_flow(modified)
 
 
-def _axpy(h: float, v: Any, x: Any) -> Any:
+def _axpy(h: float, v: Params, x: Params) -> Params:
     return jax.tree.map(lambda a, b: a + h * b, x, v)
 
 
-def euler_step(field: Field, x: Any, args: Any, h: float) -> Any:
+def euler_step(field: Field, x: Params, args: Args, h: float) -> Params:
+    """One step of Euler's method of length h."""
     return _axpy(h, field(x, args), x)
 
 
-def rk4_step(field: Field, x: Any, args: Any, h: float) -> Any:
+def rk4_step(field: Field, x: Params, args: Args, h: float) -> Params:
+    """One step of the classical Runge-Kutta method of order 4 of length h."""
     k1 = field(x, args)
     k2 = field(_axpy(h / 2, k1, x), args)
     k3 = field(_axpy(h / 2, k2, x), args)
@@ -45,12 +49,12 @@ def rk4_step(field: Field, x: Any, args: Any, h: float) -> Any:
 
 @partial(jax.jit, static_argnames=("step", "field", "num_steps", "substeps"))
 def integrate(
-    step: Callable, field: Field, params: Any, args: Any, eta: float, num_steps: int, substeps: int
-) -> Any:
+    step: Callable, field: Field, params: Params, args: Args, eta: float, num_steps: int, substeps: int
+) -> Params:
     """The parameters before every step of gradient descent and at the end, leading axis num_steps + 1."""
 
-    def one(x, _):
-        def sub(x, _):
+    def one(x: Params, _: None) -> tuple[Params, Params]:
+        def sub(x: Params, _: None) -> tuple[Params, None]:
             return step(field, x, args, eta / substeps), None
 
         return jax.lax.scan(sub, x, None, length=substeps)[0], x

@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
 import pytest
 
 import eomdl
+from benchmarks.conftest import Record, Size
 from benchmarks.measure import compiled, field, inputs
 from benchmarks.problems import digits_mlp
 
@@ -18,7 +21,7 @@ from benchmarks.problems import digits_mlp
 ORDER = 1
 
 
-def _seconds(function) -> float:
+def _seconds(function: Callable[[], Any]) -> float:
     """The second call, which compiles nothing."""
     function()
     start = time.perf_counter()
@@ -31,12 +34,12 @@ def _step_cost(width: int, num_examples: int, num_steps: int) -> dict:
     flow = eomdl.EquationOfMotion(case.loss, case.learning_rate, ORDER)
     optimizer = optax.sgd(case.learning_rate)
 
-    def solve():
+    def solve() -> eomdl.Trajectory:
         return eomdl.solve(
             flow, case.params, num_steps, args=case.args, save_params=False, estimate_error=False
         )
 
-    def descend():
+    def descend() -> Any:
         return eomdl.descend(
             case.loss, case.params, optimizer, num_steps, args=case.args, save_params=False
         ).end.state
@@ -63,7 +66,8 @@ CASES = [(16, 250, 100), (64, 250, 100), (256, 250, 100), (64, 1000, 100), (16, 
 
 
 @pytest.mark.parametrize(("width", "num_examples", "num_steps"), CASES)
-def test_step_cost(record, size, width, num_examples, num_steps):
+def test_step_cost(record: Record, size: Size, width: int, num_examples: int, num_steps: int) -> None:
+    """The field of order 2 costs less than 8 gradients at every size."""
     if size.smoke and (width > 16 or num_steps > 400):
         pytest.skip("not in the smoke size")
     row = record("growth", _step_cost, width, num_examples, num_steps)
@@ -81,7 +85,8 @@ MEMORY = [(1_000, False), (10_000, False), (100_000, False), (10_000, True), (10
 
 
 @pytest.mark.parametrize(("num_steps", "save_params"), MEMORY)
-def test_memory(record, size, num_steps, save_params):
+def test_memory(record: Record, size: Size, num_steps: int, save_params: bool) -> None:
+    """Memory does not grow with the steps where parameters are not saved."""
     if size.smoke and (num_steps > 1_000 or save_params):
         pytest.skip("not in the smoke size")
     row = record("memory", _memory, num_steps, save_params)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import eomdl
+from benchmarks.conftest import Record, Size
 from benchmarks.measure import compiled, gradient, problem
 
 
@@ -42,11 +43,11 @@ def _seconds(run: Callable[..., eomdl.Trajectory]) -> float:
     return min(times)
 
 
-def _descent(p: str, **options) -> Callable[..., eomdl.Trajectory]:
+def _descent(p: str, **options: Any) -> Callable[..., eomdl.Trajectory]:
     case = problem(p)
     optimizer = optax.sgd(case.learning_rate)
 
-    def run(**more):
+    def run(**more: Any) -> eomdl.Trajectory:
         return eomdl.descend(
             case.loss,
             case.params,
@@ -79,7 +80,8 @@ def _observed(p: str, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_observing(record, size, name):
+def test_observing(record: Record, size: Size, name: str) -> None:
+    """One observation costs less than 8 gradients."""
     row = record("observing", _observed, size.problem, name)
     # Seconds are recorded and not asserted: at smoke size they are those of whatever else the machine does.
     assert row["gradients"] is None or row["gradients"] < 8
@@ -90,7 +92,7 @@ def _checkpointed(p: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         names = iter(range(100))
 
-        def writing():
+        def writing() -> eomdl.Trajectory:
             return run(checkpoints=eomdl.Checkpoints(f"{folder}/{next(names)}", EVERY))
 
         bare, written = _seconds(run), _seconds(writing)
@@ -107,6 +109,7 @@ def _checkpointed(p: str) -> dict[str, Any]:
     }
 
 
-def test_checkpointing(record, size):
+def test_checkpointing(record: Record, size: Size) -> None:
+    """A run writes as many checkpoints as it should; their cost is recorded."""
     row = record("observing", _checkpointed, size.problem)
     assert row["checkpoints"] == STEPS // EVERY + 1

@@ -228,8 +228,8 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args")
 
 
 @eqx.filter_jit
-def _value(loss: Loss, params: Params, args: Args) -> jax.Array:
-    """Compiled, since one program compiles sooner than the operations of the loss one by one."""
+def _value(loss: Loss, params: Params, args: Args) -> Any:
+    """What the loss gives. Compiled, since one program compiles sooner than the operations of the loss one by one."""
     return loss(params, args)
 
 

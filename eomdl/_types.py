@@ -6,9 +6,11 @@ from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 Array: TypeAlias = jax.Array | np.ndarray  # NumPy's go into compiled programs too
+Numbers: TypeAlias = ArrayLike  # NumPy's, which has lists in it; JAX's has not
 Params: TypeAlias = Any  # a pytree whose leaves are all real floating-point arrays
 Args: TypeAlias = Any  # data for the loss: any pytree, never captured by closure
 State: TypeAlias = Any  # what a flow or an optimizer carries; holds the parameters

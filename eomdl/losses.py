@@ -1,7 +1,10 @@
 """Losses made from losses."""
 
+from typing import TYPE_CHECKING
+
 import equinox as eqx
 import jax
+from jax.typing import ArrayLike
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Loss, Params
@@ -34,7 +37,12 @@ class WeightDecay(eqx.Module):
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     weight_decay: jax.Array = eqx.field(converter=lambda x: _check.nonnegative_scalar("weight_decay", x))
 
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(self, loss: Loss, weight_decay: ArrayLike) -> None: ...
+
     def __call__(self, params: Params, args: Args) -> jax.Array:
+        r"""$f(\theta) + \frac{\lambda}{2} |\theta|^2$."""
         value = self.loss(params, args)
         penalty = _tree.vdot(params, params)
         return value + (0.5 * self.weight_decay * penalty).astype(value.dtype)
@@ -56,7 +64,12 @@ class GradientPenalty(eqx.Module):
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     coefficient: jax.Array = eqx.field(converter=lambda x: _check.nonnegative_scalar("coefficient", x))
 
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(self, loss: Loss, coefficient: ArrayLike) -> None: ...
+
     def __call__(self, params: Params, args: Args) -> jax.Array:
+        r"""$L(\theta) + c \, |\nabla L(\theta)|^2$."""
         value, gradient = jax.value_and_grad(self.loss)(params, args)
         square = _tree.vdot(gradient, gradient)
         return value + (self.coefficient * square).astype(value.dtype)

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import jaxtyping
 import pytest
 
 
+# Every function of the package is held to the types and shapes of its results.
+jaxtyping.install_import_hook("eomdl", "typechecker.results")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Small problems: compiling is what takes the time.

@@ -112,7 +112,8 @@ def test_barriers_at_every_saved_step_of_an_ensemble():
     assert history.shape == (3, 4, 4)
     # The last start diverges at once: after that it has no barrier with the others, nor with itself.
     np.testing.assert_array_equal(run.end.state.alive, [1, 1, 1, 0])
-    assert np.all(np.isnan(history[1:, 3])) and np.all(np.isnan(history[1:, :, 3]))
+    assert np.all(np.isnan(history[1:, 3]))
+    assert np.all(np.isnan(history[1:, :, 3]))
     np.testing.assert_array_equal(history[:, :3, :3], run.observables["barriers"][:, :3, :3])
     # Two valleys of the first coordinate: they part while the loss falls.
     np.testing.assert_array_equal(clusters(history[-1], 0.1), [0, 1, 0, 2])
@@ -174,7 +175,8 @@ def test_what_is_not_finite_is_not_connected(linkage):
     matrix[4] = matrix[:, 4] = np.nan
     matrix[0, 3] = matrix[3, 0] = np.inf
     labels = clusters(matrix, 1e6, linkage)
-    assert labels[4] == max(labels) and np.sum(labels == labels[4]) == 1
+    assert labels[4] == max(labels)
+    assert np.sum(labels == labels[4]) == 1
     # 0 and 3 are both connected to 1 and 2: a chain does join them
     assert (labels[0] == labels[3]) == (linkage == "single")
     np.testing.assert_array_equal(clusters(np.full((3, 3), np.nan), 1.0, linkage), [0, 1, 2])

@@ -130,7 +130,8 @@ def test_a_flow_from_a_real_run_without_its_state():
     real = run(num_steps=5)
     flow = eomdl.GradientFlow(valley_loss, 0.1)
     path = eomdl.solve(flow, VALLEY, 8, resume=real.without_state())
-    assert list(path.steps) == list(range(9)) and np.all(path.ode_error[:6] == 0)
+    assert list(path.steps) == list(range(9))
+    assert np.all(path.ode_error[:6] == 0)
     np.testing.assert_allclose(path.times, 0.1 * np.arange(9))
     anew = eomdl.solve(flow, real.at(5), 3)
     assert_identical(path.at(8), anew.at(3))
@@ -143,7 +144,8 @@ def quartic(params, args):
 def test_a_diverged_run_goes_on_from_its_last_good_row():
     broken = eomdl.descend(quartic, jnp.ones(1), optax.sgd(5.0), 20)
     last = int(broken.end.step)
-    assert last == broken.steps[-1] > 0 and broken.result == eomdl.RESULTS.nonfinite
+    assert last == broken.steps[-1] > 0
+    assert broken.result == eomdl.RESULTS.nonfinite
     np.testing.assert_array_equal(broken.final_params, broken.params[-1])
     np.testing.assert_array_equal(broken.end.state[0], broken.params[-1])
     assert int(broken.stats.gradient_evaluations) == last

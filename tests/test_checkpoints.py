@@ -52,7 +52,8 @@ def test_schedule(tmp_path, schedule, expected):
     with_store = run(store, observe=OBSERVE, save_params=False)
     assert_identical(with_store.observables, whole.observables)
     assert with_store.params is None
-    assert list(store.steps) == expected and len(store) == len(expected)
+    assert list(store.steps) == expected
+    assert len(store) == len(expected)
     for checkpoint in store:
         k = int(checkpoint.end.step)
         assert_identical(checkpoint.at(k), jax.tree.map(np.asarray, whole.at(k)))
@@ -191,7 +192,8 @@ def test_killed_while_writing(tmp_path):
         process.wait()
     store = eomdl.Checkpoints(tmp_path, 1)
     steps = store.steps
-    assert 20 <= len(steps) < 5001 and list(steps) == list(range(len(steps)))
+    assert 20 <= len(steps) < 5001
+    assert list(steps) == list(range(len(steps)))
     for checkpoint in store:
         np.testing.assert_allclose(checkpoint.params[0], 0.99 ** int(checkpoint.end.step), rtol=1e-10)
     k = int(steps[-1])

@@ -138,7 +138,8 @@ def test_the_integrator_calls_nothing_on_the_host(monkeypatch):
     continuous_integrate = continuous.integrate
     monkeypatch.setattr(continuous, "integrate", spy)
     solved(num_steps=2, estimate_error=False, diagnose=False, rtol=1e-6, atol=1e-6)
-    assert lowered and all("stablehlo.while" in text for text in lowered)
+    assert lowered
+    assert all("stablehlo.while" in text for text in lowered)
     assert not any("callback" in text for text in lowered)
 
 
@@ -149,7 +150,8 @@ def test_a_check_in_the_loss_that_fails_ends_the_run_with_a_word():
 
     path = eomdl.solve(eomdl.GradientFlow(checked, 0.1), {"x": jnp.array(1.0)}, 20, rtol=1e-6, atol=1e-6)
     assert path.message != ""
-    assert np.all(np.isfinite(path.params["x"])) and path.params["x"].max() <= 1.5
+    assert np.all(np.isfinite(path.params["x"]))
+    assert path.params["x"].max() <= 1.5
 
 
 SCRIPT = """
@@ -178,4 +180,5 @@ def test_a_second_process_finds_everything_in_the_persistent_cache(tmp_path):
     first_hits, first_misses = hits_and_misses()
     assert first_misses >= 5  # integrate, recorded, _stepped, diagnostics_at, the loss
     hits, misses = hits_and_misses()
-    assert misses == 0 and hits == first_misses + first_hits
+    assert misses == 0
+    assert hits == first_misses + first_hits

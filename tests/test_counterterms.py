@@ -211,7 +211,7 @@ def small_params(seed):
 
 
 @pytest.mark.parametrize(
-    "loss, start, order", [(tangled_loss, tangled_params, 3), (small_loss, small_params, 5)]
+    ("loss", "start", "order"), [(tangled_loss, tangled_params, 3), (small_loss, small_params, 5)]
 )
 def test_trees_against_series(loss, start, order):
     for seed in range(3):
@@ -223,7 +223,7 @@ def test_trees_against_series(loss, start, order):
 
 
 @pytest.mark.parametrize(
-    "loss, start, order", [(tangled_loss, tangled_params, 3), (small_loss, small_params, 4)]
+    ("loss", "start", "order"), [(tangled_loss, tangled_params, 3), (small_loss, small_params, 4)]
 )
 def test_trees_against_lie_derivatives(loss, start, order):
     for seed in range(3):
@@ -232,7 +232,7 @@ def test_trees_against_lie_derivatives(loss, start, order):
             assert_close(a, b, rtol=1e-10)
 
 
-@pytest.mark.parametrize("loss, args", [(net_loss, NET_ARGS), (label_loss, LABEL_ARGS)])
+@pytest.mark.parametrize(("loss", "args"), [(net_loss, NET_ARGS), (label_loss, LABEL_ARGS)])
 def test_trees_against_series_on_networks(loss, args):
     for seed in range(3):
         params = net_params(seed)

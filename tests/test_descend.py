@@ -86,7 +86,7 @@ def test_times():
 
 
 @pytest.mark.parametrize(
-    "save_steps, expected",
+    ("save_steps", "expected"),
     [
         (1, range(26)),
         (10, [0, 10, 20, 25]),
@@ -161,7 +161,8 @@ def test_batches_that_end_early_keep_what_was_computed():
     assert short.result == eomdl.RESULTS.batches_exhausted
     np.testing.assert_array_equal(short.steps, np.arange(8))
     assert int(short.end.step) == 7
-    assert "step 7" in short.message and "resume" in short.message
+    assert "step 7" in short.message
+    assert "resume" in short.message
     resumed = eomdl.descend(net_loss, NET, ADAM, 12, batches=iter(batch_list()[7:]), resume=short)
     assert_identical(resumed.params, whole.params)
     assert resumed.message == ""

@@ -34,7 +34,7 @@ def test_participation_ratio_counts_equal_directions():
 # ----------------------------------------------------------- intrinsic dimension
 
 
-@pytest.mark.parametrize("name, dimension", [("TwoNN", 1), ("TwoNN", 2), ("MLE", 1)])
+@pytest.mark.parametrize(("name", "dimension"), [("TwoNN", 1), ("TwoNN", 2), ("MLE", 1)])
 def test_the_standard_error_is_the_spread_over_clouds_and_covers_the_truth(name, dimension):
     estimator = dimension_estimators()[name]
     found = [intrinsic_dimension(torus(i, dimension), estimator, seed=i) for i in range(30)]
@@ -47,7 +47,9 @@ def test_the_standard_error_is_the_spread_over_clouds_and_covers_the_truth(name,
 def test_a_larger_cloud_has_a_smaller_error_like_one_over_the_root():
     small, large = (intrinsic_dimension(torus(0, 2, n), partitions=20) for n in (400, 6400))
     np.testing.assert_allclose(small.standard_error / large.standard_error, 4, rtol=0.35)
-    assert large.estimator == "TwoNN" and large.num_points == 6400 and large.notes == ()
+    assert large.estimator == "TwoNN"
+    assert large.num_points == 6400
+    assert large.notes == ()
 
 
 def test_both_estimators_find_the_dimension_of_a_random_walk_and_of_a_smooth_path():
@@ -115,7 +117,7 @@ def test_an_estimator_of_ones_own():
         intrinsic_dimension(torus(0, 1), "TwoNN")
 
 
-@pytest.mark.parametrize("name, value", [("blocks", 1), ("partitions", 0)])
+@pytest.mark.parametrize(("name", "value"), [("blocks", 1), ("partitions", 0)])
 def test_wrong_options_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected an integer"):
         intrinsic_dimension(torus(0, 1), Fixed(1.0), **{name: value})

@@ -47,7 +47,8 @@ def test_members_are_the_runs_made_alone():
         assert_close(member.end.state, alone.end.state, rtol=1e-13)
         for field in ("steps", "times"):
             np.testing.assert_array_equal(getattr(member, field), getattr(alone, field))
-        assert member.end.step == alone.end.step and member.message == ""
+        assert member.end.step == alone.end.step
+        assert member.message == ""
 
 
 def test_members_without_products_are_the_same_bit_for_bit():
@@ -116,7 +117,8 @@ def test_checkpoints_on_disk_are_those_in_memory(tmp_path):
     run = eomdl.iterate(Ensemble(CUBIC), starts, 20, save_steps=[0, 4, 20])
     on_disk = [barriers(cubic_loss, checkpoint, None, 5) for checkpoint in store]
     np.testing.assert_array_equal(np.concatenate(on_disk), barriers(cubic_loss, run, None, 5))
-    assert np.isnan(on_disk[-1][0, 0, 1]) and np.isfinite(on_disk[1][0, 0, 1])
+    assert np.isnan(on_disk[-1][0, 0, 1])
+    assert np.isfinite(on_disk[1][0, 0, 1])
     # A branch from a checkpoint: one member goes on alone.
     alone = eomdl.iterate(CUBIC, starts[2], 20, resume=members(store.at(4))[2].end)
     np.testing.assert_array_equal(alone.params[-1], run.params[-1, 2])
@@ -139,7 +141,8 @@ def test_a_member_that_diverges_stays_where_it_was_last_finite():
     starts = jnp.array([-0.4, 3.0, -1.5])  # y' = y^2: from 3.0 to infinity
     run = eomdl.iterate(Ensemble(CUBIC), starts, 20, observe={"loss": each(cubic_loss)})
     np.testing.assert_array_equal(run.end.state.alive, [1, 0, 1])
-    assert run.message == "" and np.all(np.isfinite(run.params))
+    assert run.message == ""
+    assert np.all(np.isfinite(run.params))
     last, y = 0, 3.0
     while np.isfinite(y + 0.5 * y * y):
         last, y = last + 1, y + 0.5 * y * y
@@ -148,9 +151,12 @@ def test_a_member_that_diverges_stays_where_it_was_last_finite():
     good, frozen, _ = members(run)
     alone = eomdl.iterate(CUBIC, jnp.array(3.0), 20)
     assert_identical((frozen.steps, frozen.params), (alone.steps, alone.params))
-    assert frozen.result == eomdl.RESULTS.nonfinite and frozen.end.step == last
-    assert frozen.message == alone.message and f"after step {last}" in frozen.message
-    assert good.result == eomdl.RESULTS.successful and len(good.steps) == 21
+    assert frozen.result == eomdl.RESULTS.nonfinite
+    assert frozen.end.step == last
+    assert frozen.message == alone.message
+    assert f"after step {last}" in frozen.message
+    assert good.result == eomdl.RESULTS.successful
+    assert len(good.steps) == 21
     assert len(frozen.observables["loss"]) == last + 1
 
 

@@ -135,7 +135,8 @@ def test_the_learning_rate_is_a_leaf(entry):
     leaves = [
         [float(x) for x in jax.tree.leaves(eqx.filter(f, eqx.is_array)) if x.ndim == 0] for f in (one, two)
     ]
-    assert 0.01 in leaves[0] and [2 * x if x == 0.01 else x for x in leaves[0]] == leaves[1]
+    assert 0.01 in leaves[0]
+    assert [2 * x if x == 0.01 else x for x in leaves[0]] == leaves[1]
     assert jax.tree.structure(one) == jax.tree.structure(made(entry, 1))  # an int is welcome
     np.testing.assert_allclose(two.step_size, 2 * one.step_size, rtol=1e-15)
 
@@ -273,7 +274,7 @@ REGISTERED = [*FLOWS, *HIGH, FAST, UNMEASURED, WRONG_STEP]
 
 
 @pytest.mark.parametrize(
-    "law, entry",
+    ("law", "entry"),
     [
         (test_it_rests_where_the_gradient_is_zero, RESTLESS),
         (functools.partial(test_it_keeps_structure_shapes_and_dtype, dtype=jnp.float32), DOUBLE),

@@ -42,7 +42,8 @@ def test_a_resumed_run_is_the_whole_one_within_its_ode_error(entry):
     resumed = eomdl.solve(flow, VALLEY, end, **options | {"resume": half, "save_steps": [begin, end]})
     np.testing.assert_array_equal(resumed.steps, whole.steps)
     np.testing.assert_allclose(resumed.times, whole.times, rtol=1e-14)
-    assert resumed.stats.rtol == whole.stats.rtol and resumed.stats.atol == whole.stats.atol
+    assert resumed.stats.rtol == whole.stats.rtol
+    assert resumed.stats.atol == whole.stats.atol
     rounding = 1e-15 * np.linalg.norm(flat(VALLEY))
     # The estimate is the difference of two integrations, which may err to the same side.
     estimate = whole.ode_error[-1] + resumed.ode_error[-1]

@@ -85,7 +85,8 @@ def test_diagnostics_measure_eta_lambda_max():
         else:
             (diagnostic,) = diagnostics.values()
             np.testing.assert_allclose(diagnostic.value, eta * largest, rtol=1e-10)
-            assert not diagnostic.exceeded and diagnostic.limit == 1
+            assert not diagnostic.exceeded
+            assert diagnostic.limit == 1
 
 
 # ------------------------------------------------------------- weight decay

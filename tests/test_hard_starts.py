@@ -23,7 +23,8 @@ def test_a_trial_step_that_overflows_is_cut(scale):
     start = jax.tree.map(lambda x: scale * x, QUARTIC_START)
     flow = eomdl.EquationOfMotion(quartic_loss, 0.1, 1)
     path = eomdl.solve(flow, start, 10)
-    assert path.message == "" and list(path.steps) == list(range(11))
+    assert path.message == ""
+    assert list(path.steps) == list(range(11))
     small = eomdl.solve(flow, start, 10, dt0=1e-3, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(path.params["y"], small.params["y"], atol=5e-3 * scale)
     assert path.stats.diagnostics["eta*lambda_max"].exceeded
@@ -39,10 +40,12 @@ def cone_loss(params, args):
 )
 def test_a_gradient_that_is_nan_at_the_start_leaves_the_start(flow):
     path = eomdl.solve(flow, QUARTIC_START, 10)
-    assert list(path.steps) == [0] and path.end.step == 0
+    assert list(path.steps) == [0]
+    assert path.end.step == 0
     assert_close(path.at(0), QUARTIC_START, atol=0.0)
     assert_close(path.final_params, QUARTIC_START, atol=0.0)
-    assert path.result == eomdl.RESULTS.nonfinite and "gradient became infinite or NaN" in path.message
+    assert path.result == eomdl.RESULTS.nonfinite
+    assert "gradient became infinite or NaN" in path.message
     assert all("reached nan" in warning for warning in path.warnings)
     assert path.stats.num_steps == 0  # of steps taken
 
@@ -56,13 +59,16 @@ def test_a_batch_that_is_nan_is_not_a_step_limit():
     path = eomdl.solve(eomdl.EquationOfMotion(target_loss, 0.1, 1), jnp.zeros(2), 20, batches=batches)
     real = eomdl.descend(target_loss, jnp.zeros(2), optax.sgd(0.1), 20, batches=batches)
     for run in (path, real):
-        assert list(run.steps) == list(range(8)) and run.result == eomdl.RESULTS.nonfinite
-        assert "Stopped after step 7" in run.message and "data of that step" in run.message
+        assert list(run.steps) == list(range(8))
+        assert run.result == eomdl.RESULTS.nonfinite
+        assert "Stopped after step 7" in run.message
+        assert "data of that step" in run.message
 
 
 def test_a_step_limit_is_one():
     path = eomdl.solve(eomdl.EquationOfMotion(quartic_loss, 0.1, 1), QUARTIC_START, 10, max_steps=3)
-    assert path.result == eomdl.RESULTS.max_steps_reached and path.steps[0] == 0
+    assert path.result == eomdl.RESULTS.max_steps_reached
+    assert path.steps[0] == 0
 
 
 def test_a_comparison_with_a_run_without_rows():
@@ -71,7 +77,8 @@ def test_a_comparison_with_a_run_without_rows():
     assert len(path.steps) == 0
     whole = eomdl.solve(eomdl.GradientFlow(cone_loss, 0.1), real.at(0), 5)
     comparison = eomdl.compare(real, {"failed": path, "whole": whole})
-    assert np.all(np.isnan(comparison.distance["failed"])) and len(comparison.steps) == 6
+    assert np.all(np.isnan(comparison.distance["failed"]))
+    assert len(comparison.steps) == 6
     assert np.all(np.isfinite(comparison.distance["whole"]))
     assert "failed: Stopped after step 0" in comparison.notes[0]
     assert "nan" in comparison.table()

@@ -1,6 +1,8 @@
 """The house: arrows between the floors of `eomdl` point down, and every room has its size."""
 
 import ast
+import importlib
+import inspect
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +52,8 @@ def imported(statement: ast.Import | ast.ImportFrom) -> list[str]:
     """What is imported: modules of `eomdl` by their own name, others as they are written."""
     if isinstance(statement, ast.Import):
         return [alias.name for alias in statement.names]
-    assert statement.level == 0 and statement.module, "relative import"
+    assert statement.level == 0, "relative import"
+    assert statement.module
     names = [f"{statement.module}.{alias.name}" for alias in statement.names]
     return [name if name in TREES else statement.module for name in names]
 
@@ -138,4 +141,18 @@ def test_matplotlib_is_imported_in_plotting_only():
         for name in itertools.chain.from_iterable(imported(statement) for statement, _ in imports(tree))
         if name.split(".")[0] == "matplotlib"
     }
-    assert with_it and {room(module) for module in with_it} == {"plotting"}
+    assert with_it
+    assert {room(module) for module in with_it} == {"plotting"}
+
+
+def test_what_type_checkers_are_told_is_what_is_there():
+    found = 0
+    for module, tree in TREES.items():
+        for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            for stated in (node.body[0] for node in kind.body if isinstance(node, ast.If)):
+                real = inspect.signature(getattr(importlib.import_module(module), kind.name)).parameters
+                assert [argument.arg for argument in stated.args.args[1:]] == list(real)
+                defaults = [p.default for p in real.values() if p.default is not p.empty]
+                assert [ast.literal_eval(default) for default in stated.args.defaults] == defaults
+                found += 1
+    assert found == 8

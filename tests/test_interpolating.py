@@ -164,7 +164,8 @@ def test_resume_from_a_real_run_takes_its_state_over():
     run = eomdl.solve(THREE_POINTS, VALLEY, 40, resume=descended)
     assert_close(eomdl.solve(THREE_POINTS, VALLEY, 40, resume=iterated).params, run.params, rtol=1e-13)
     comparison = eomdl.compare(real, {"flow": run})
-    assert np.all(run.ode_error[:21] == 0) and np.all(run.ode_error[21:] > 0)
+    assert np.all(run.ode_error[:21] == 0)
+    assert np.all(run.ode_error[21:] > 0)
     assert np.all(comparison.distance["flow"][:21] == 0)
     assert comparison.distance["flow"][-1] < 1e-4
     np.testing.assert_allclose(run.times, 0.2 * np.arange(41), rtol=1e-14)
@@ -197,7 +198,7 @@ SCALAR_ARGS = (jnp.array([[0.7]]), jnp.zeros(1))
 SCALAR_SGD = eomdl.optimizer_step(quadratic_loss, SGD)
 
 
-@pytest.mark.parametrize("points, stride", [(1, 1), (2, 1), (4, 1), (3, 2)])
+@pytest.mark.parametrize(("points", "stride"), [(1, 1), (2, 1), (4, 1), (3, 2)])
 def test_last_difference_is_a_power_of_the_distance_to_the_identity(points, stride):
     flow = eomdl.InterpolatingFlow(SCALAR_SGD, ETA, points, stride)
     departure = 1 - (1 - ETA * 0.7) ** stride
@@ -234,14 +235,15 @@ def test_memory_does_not_grow_with_the_points():
         return compiled.memory_analysis().temp_size_in_bytes / params.nbytes
 
     few, many, strided = memory(2, 1), memory(16, 1), memory(16, 3)
-    assert many <= 1.1 * few and strided <= 1.1 * few
+    assert many <= 1.1 * few
+    assert strided <= 1.1 * few
 
 
 # ---------------------------------------------------------------- arguments
 
 
 @pytest.mark.parametrize(
-    "name, options",
+    ("name", "options"),
     [
         ("points", {"points": 0}),
         ("stride", {"stride": 0}),

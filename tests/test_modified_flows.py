@@ -68,7 +68,7 @@ def test_without_momentum_it_is_the_equation_of_motion(nesterov):
     assert_close(field, penalized(0.0, NET, NET_ARGS), rtol=1e-12)
 
 
-@pytest.mark.parametrize("nesterov, factor", [(False, 9.0), (True, 1 + 2 * 0.64 / 0.2)])
+@pytest.mark.parametrize(("nesterov", "factor"), [(False, 9.0), (True, 1 + 2 * 0.64 / 0.2)])
 def test_momentum_is_gradient_flow_on_its_modified_loss(nesterov, factor):
     flow = eomdl.flows.MomentumFlow(valley_loss, 0.01, 0.8, nesterov)
     h = 0.01 / (1 - 0.8)
@@ -88,7 +88,7 @@ def adam_field(g, hessian, h, b1, b2, eps, eps_root):
     return -g / d - h / (2 * d) * (now - memory * g**2 / (r * d)) * (hessian @ (g / d))
 
 
-@pytest.mark.parametrize("eps, eps_root", [(0.1, 0.05), (0.1, 0.0), (0.0, 0.05), (0.0, 0.0)])
+@pytest.mark.parametrize(("eps", "eps_root"), [(0.1, 0.05), (0.1, 0.0), (0.0, 0.05), (0.0, 0.0)])
 def test_adam_on_a_quadratic(eps, eps_root):
     hessian, b = (np.asarray(a) for a in QUADRATIC.args)
     g = hessian @ flat(QUADRATIC.params) - b
@@ -133,7 +133,7 @@ def test_adam_rests_where_the_gradient_is_zero():
 
 
 @pytest.mark.parametrize(
-    "flow, leaves",
+    ("flow", "leaves"),
     [
         (eomdl.flows.MomentumFlow(valley_loss, 0.1), 2),
         (eomdl.flows.AdamFlow(valley_loss, 0.1), 5),
@@ -183,7 +183,7 @@ def test_minibatches_must_be_stacked(args):
 
 
 @pytest.mark.parametrize(
-    "name, make",
+    ("name", "make"),
     [
         ("coefficient", lambda: eomdl.losses.GradientPenalty(valley_loss, -0.1)),
         ("coefficient", lambda: eomdl.losses.GradientPenalty(valley_loss, np.inf)),

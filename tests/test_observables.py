@@ -123,4 +123,5 @@ def test_an_observable_of_a_loss_with_numbers_in_it_can_be_compiled(name):
         "Lie derivative": eomdl.observe.lie_derivative(loss, flow),
     }[name]
     np.testing.assert_allclose(jax.jit(observable)(VALLEY, None), observable(VALLEY, None), rtol=1e-12)
-    assert observable == observable and observable != eomdl.sharpness(loss)
+    assert observable == observable
+    assert observable != eomdl.sharpness(loss)

@@ -131,7 +131,7 @@ def frozen_path(rates):
 
 
 @pytest.mark.parametrize(
-    "data, rates",
+    ("data", "rates"),
     [({"batches": RATES}, RATES), ({"args": jnp.array(0.7)}, np.full(STEPS, 0.7))],
     ids=["batches", "args"],
 )

@@ -20,7 +20,8 @@ def rows_of(planned):
 def test_stretches_cover_the_run_without_a_gap(start, save):
     saved = saved_steps("save_steps", 3000, save)
     planned = plan(start, 3000, saved, NO_CUTS, row_size=10, max_rows=256)
-    assert planned.stretches[0].start == start and planned.stretches[-1].end == 3000
+    assert planned.stretches[0].start == start
+    assert planned.stretches[-1].end == 3000
     for before, after in itertools.pairwise(planned.stretches):
         assert before.end == after.start
     rows = rows_of(planned)
@@ -78,4 +79,5 @@ def test_traced_runs_have_one_stretch_of_just_their_rows():
     (stretch,) = planned.stretches
     np.testing.assert_array_equal(stretch.rows, [4, 7, 1999, 2000])
     np.testing.assert_array_equal(stretch.saved, [False, True, True, False])
-    assert planned.num_rows == 4 and stretch.count == 1996
+    assert planned.num_rows == 4
+    assert stretch.count == 1996

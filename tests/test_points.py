@@ -34,7 +34,9 @@ def test_taylor_weights_have_full_order(points):
     assert_order(eomdl.flows.taylor_weights(points), points)
 
 
-@pytest.mark.parametrize("points, bound, order", [(6, 0.6, 3), (8, 0.8, 4), (8, 0.95, None), (4, 0.3, 4)])
+@pytest.mark.parametrize(
+    ("points", "bound", "order"), [(6, 0.6, 3), (8, 0.8, 4), (8, 0.95, None), (4, 0.3, 4)]
+)
 def test_minimax_weights_have_their_order_and_beat_taylor(points, bound, order):
     weights = eomdl.flows.minimax_weights(points, bound, order)
     assert_order(weights, points // 2 if order is None else order)
@@ -47,7 +49,7 @@ def test_minimax_weights_have_their_order_and_beat_taylor(points, bound, order):
 
 
 @pytest.mark.parametrize(
-    "name, arguments",
+    ("name", "arguments"),
     [
         ("points", (0, 0.5)),
         ("bound", (4, 0.0)),
@@ -127,7 +129,7 @@ def test_points_are_few_where_the_series_diverges_and_many_where_it_converges():
 
 
 @pytest.mark.parametrize(
-    "name, options",
+    ("name", "options"),
     [
         ("step_map", {"step_map": SGD}),
         ("num_steps", {"num_steps": 0}),

@@ -38,7 +38,7 @@ ORIGIN, ACROSS = jnp.array([0.0, 7.0]), jnp.array([1.0, 7.0])
 
 
 @pytest.mark.parametrize(
-    "crossings, slopes, expected",
+    ("crossings", "slopes", "expected"),
     [
         ([0.25, 0.7, -0.5, 1.5], None, [0.25, 0.7]),  # two outside the segment
         ([0.7, 0.25, 0.5, 0.9], [-3.0, 1e-3, 40.0, -1e3], [0.25, 0.5, 0.7, 0.9]),
@@ -53,7 +53,8 @@ def test_one_hidden_layer_by_hand(crossings, slopes, expected):
     found = count_regions_on_line(one_layer, units(*crossings, slopes=slopes), ORIGIN, ACROSS)
     np.testing.assert_allclose(found.breakpoints, expected, atol=1e-12)
     assert found.count == len(expected) + 1
-    assert found.reached == 1 and found.message == ""
+    assert found.reached == 1
+    assert found.message == ""
 
 
 def test_two_layers_by_hand():
@@ -126,7 +127,8 @@ def test_a_walk_cut_short_says_so():
     np.testing.assert_allclose(found.breakpoints, [0.2, 0.4])
     assert found.message == "Stopped at t = 0.6 with 3 regions found so far. Raise `max_regions`."
     whole = count_regions_on_line(one_layer, params, ORIGIN, ACROSS, max_regions=5)
-    assert whole.count == 5 and whole.message == ""
+    assert whole.count == 5
+    assert whole.message == ""
 
 
 def test_wrong_lines_are_refused():

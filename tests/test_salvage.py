@@ -63,7 +63,8 @@ def whole():
 
 def assert_part(part, whole, step):
     """Rows up to a step (whose own may be the first of the next stretch), and an end that goes with them."""
-    assert int(part.end.step) == step and part.steps[-1] in (step - 1, step)
+    assert int(part.end.step) == step
+    assert part.steps[-1] in (step - 1, step)
     np.testing.assert_array_equal(part.params, np.asarray(whole.params)[: len(part.steps)])
     np.testing.assert_array_equal(part.final_params, whole.at(step))
     assert int(part.stats.gradient_evaluations) == step
@@ -154,7 +155,8 @@ def test_a_failed_run_that_is_to_raise():
     with pytest.raises(RuntimeError, match="infinite or NaN") as caught:
         eomdl.descend(target_loss, jnp.zeros(1), optax.sgd(3.0), 800, args=1.0, throw=True)
     part = caught.value.trajectory
-    assert part.result == eomdl.RESULTS.nonfinite and len(part.steps) > 1
+    assert part.result == eomdl.RESULTS.nonfinite
+    assert len(part.steps) > 1
 
 
 def test_a_flow_that_raises(tmp_path):
@@ -243,7 +245,8 @@ def test_ctrl_c_before_the_first_rows_is_raised_with_the_start():
         raise KeyboardInterrupt
 
     part = descend(2, batches=batches())
-    assert part.result == eomdl.RESULTS.interrupted and int(part.end.step) == 1
+    assert part.result == eomdl.RESULTS.interrupted
+    assert int(part.end.step) == 1
 
     class Pressed(diffrax.NoProgressMeter):
         def init(self):
@@ -252,7 +255,8 @@ def test_ctrl_c_before_the_first_rows_is_raised_with_the_start():
     with pytest.raises(KeyboardInterrupt) as caught:
         descend(3, batches=TARGETS[:3], progress=Pressed(), observe={"sum": lambda p, a: jnp.sum(p)})
     part = caught.value.trajectory
-    assert list(part.steps) == [0] and part.observables["sum"] == [0.0]
+    assert list(part.steps) == [0]
+    assert part.observables["sum"] == [0.0]
     whole = descend(3, batches=TARGETS[:3], observe={"sum": lambda p, a: jnp.sum(p)})
     resumed = descend(3, batches=TARGETS[:3], resume=part, observe={"sum": lambda p, a: jnp.sum(p)})
     np.testing.assert_array_equal(resumed.params, whole.params)

@@ -71,7 +71,8 @@ def test_one_step_at_the_best_learning_rate_contracts_by_one_minus_gamma_squared
 
     best = to_minimum.learning_rate
     np.testing.assert_allclose(left(best), to_minimum.contraction, rtol=1e-9, atol=1e-14)
-    assert np.all(left(0.99 * best) > left(best)) and np.all(left(1.01 * best) > left(best))
+    assert np.all(left(0.99 * best) > left(best))
+    assert np.all(left(1.01 * best) > left(best))
 
 
 def test_isotropic_quadratic_never_turns():
@@ -91,7 +92,8 @@ def test_the_end_point_itself_is_masked_and_said():
     study = eomdl.geometry.secants(net_descent, {"full": net_loss})["full"]
     assert study.distance[-1] == 0
     for values in (study.rsi, study.eb, study.gamma, study.learning_rate, study.contraction):
-        assert np.isnan(values[-1]) and np.all(np.isfinite(values[:-1]))
+        assert np.isnan(values[-1])
+        assert np.all(np.isfinite(values[:-1]))
     assert any("0/0" in note and "12" in note for note in study.notes)
 
 
@@ -103,7 +105,8 @@ def test_no_gradient_no_gamma():
         return eomdl.descend(flat_loss, jnp.ones(2), SGD, 3, **options)
 
     study = eomdl.geometry.secants(run, {"flat": flat_loss}, end=jnp.zeros(2))["flat"]
-    assert np.all(np.isnan(study.gamma)) and np.all(study.eb == 0)
+    assert np.all(np.isnan(study.gamma))
+    assert np.all(study.eb == 0)
     assert any("no gradient" in note for note in study.notes)
 
 
@@ -122,7 +125,8 @@ def test_the_end_of_a_diverging_run_is_its_last_good_row():
         return eomdl.descend(lambda p, a: jnp.sum(p**4), jnp.ones(1), optax.sgd(5.0), 20, **options)
 
     study = eomdl.geometry.secants(run, {"quartic": lambda p, a: jnp.sum(p**4)})["quartic"]
-    assert study.distance[-1] == 0 and np.all(study.distance[:-1] > 0)
+    assert study.distance[-1] == 0
+    assert np.all(study.distance[:-1] > 0)
     assert any("infinite" in note for note in study.notes)
 
 
@@ -201,7 +205,8 @@ def test_the_equation_of_motion_has_the_geometry_of_gradient_descent():
         errors.append(np.nanmax(np.abs(model.rsi / real.rsi - 1)))
         assert model.parts_from(real, 0.5) is None
         assert model.parts_from(real, 1e-13) == 0
-    assert errors[1] < errors[0] / 3 and errors[2] < errors[1] / 3
+    assert errors[1] < errors[0] / 3
+    assert errors[2] < errors[1] / 3
 
 
 def test_parting_is_the_last_time():

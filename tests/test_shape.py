@@ -56,7 +56,8 @@ def test_helix_has_its_curvature_and_torsion_at_their_orders(steps, dimension):
     np.testing.assert_allclose(slopes[1], 2, atol=0.1)
     assert max(errors[-1]) < 1e-3
     for values in (path_curvature(run), path_torsion(run)):
-        assert np.isnan(values[[0, 1, -2, -1]]).all() and np.isfinite(values[2:-2]).all()
+        assert np.isnan(values[[0, 1, -2, -1]]).all()
+        assert np.isfinite(values[2:-2]).all()
 
 
 def test_curvature_does_not_depend_on_the_speed():
@@ -83,7 +84,8 @@ def test_straight_line_does_not_bend_and_has_no_torsion(dtype):
     run = trajectory(turned(0.01 * EVEN[:, None] ** 2.0, 6).astype(dtype), UNEVEN)
     curvature = path_curvature(run)[2:-2]
     # Near the start it moves by little more than a float32 resolves: then NaN, never a number.
-    assert np.nanmax(curvature) == 0 and np.isfinite(curvature[10:]).all()
+    assert np.nanmax(curvature) == 0
+    assert np.isfinite(curvature[10:]).all()
     assert np.isnan(path_torsion(run)).all()
     one_parameter = trajectory((0.1 * EVEN).astype(dtype))
     assert np.nanmax(path_curvature(one_parameter)) == 0
@@ -93,7 +95,8 @@ def test_where_the_path_stands_still_it_has_no_curvature():
     path = np.concatenate([helix(0.1 * EVEN), np.repeat(helix(np.array([5.9])), 20, axis=0)])
     curvature = path_curvature(trajectory(path))
     assert np.isfinite(curvature[2:58]).all()
-    assert np.isnan(curvature[62:]).all() and np.isnan(path_torsion(trajectory(path))[62:]).all()
+    assert np.isnan(curvature[62:]).all()
+    assert np.isnan(path_torsion(trajectory(path))[62:]).all()
 
 
 def test_torsion_under_the_rounding_is_refused_not_invented():
@@ -154,7 +157,8 @@ def test_flow_along_a_helix_knows_it():
     np.testing.assert_allclose(flow_curvature(flow)(*at), 2 / 4.25, rtol=1e-12)
     np.testing.assert_allclose(flow_torsion(flow)(*at), 0.5 / 4.25, rtol=1e-12)
     still = (jnp.array([0.0, 0.0, 3.0]), jnp.array(0.0))
-    assert np.isnan(flow_curvature(flow)(*still)) and np.isnan(flow_torsion(flow)(*still))
+    assert np.isnan(flow_curvature(flow)(*still))
+    assert np.isnan(flow_torsion(flow)(*still))
 
 
 def test_flows_without_a_path_of_parameters_are_refused():

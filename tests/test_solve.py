@@ -110,7 +110,7 @@ def test_estimate_can_be_left_out():
 
 
 @pytest.mark.parametrize(
-    "save_steps, expected", [(10, [0, 10, 20, 25]), (100, [0, 25]), ([7, 3, 3, 20], [3, 7, 20])]
+    ("save_steps", "expected"), [(10, [0, 10, 20, 25]), (100, [0, 25]), ([7, 3, 3, 20], [3, 7, 20])]
 )
 def test_save_steps(save_steps, expected):
     whole = eomdl.solve(EOM, VALLEY, 25, rtol=1e-11, atol=1e-11)
@@ -299,7 +299,8 @@ def test_step_limit_returns_the_part_computed():
     assert 1 <= len(run.steps) < 101
     assert_close(run.params, jax.tree.map(lambda x: x[: len(run.steps)], whole.params), rtol=1e-7)
     assert f"step {run.steps[-1]}" in run.message
-    assert "`max_steps`" in run.message and "Raise" in run.message
+    assert "`max_steps`" in run.message
+    assert "Raise" in run.message
     with pytest.raises(RuntimeError, match=f"step {run.steps[-1]}.*`max_steps`"):
         eomdl.solve(flow, VALLEY, 100, throw=True, **options)
 
@@ -360,4 +361,6 @@ def test_progress_meter_of_ones_own():
     meter = LiveBytes([])
     eomdl.solve(EOM, VALLEY, 2000, save_steps=100, progress=meter)
     progress = [p for p, _ in meter.seen]
-    assert progress == sorted(progress) and progress[-1] == 1.0 and len(progress) > 1
+    assert progress == sorted(progress)
+    assert progress[-1] == 1.0
+    assert len(progress) > 1

@@ -63,7 +63,7 @@ def test_python_floats_become_arrays():
 # ---------------------------------------------------------- the step number
 
 
-@pytest.mark.parametrize("step, name", [(ADAM, "adam"), (COSINE, "cosine")], ids=["adam", "cosine"])
+@pytest.mark.parametrize(("step", "name"), [(ADAM, "adam"), (COSINE, "cosine")], ids=["adam", "cosine"])
 def test_step_number_is_an_explicit_time(step, name):
     # A step of optax from the same floats with its counters at 7 is the step at k = 7.
     optimizer = OPTIMIZERS[name]
@@ -80,7 +80,8 @@ def test_step_number_is_real(step):
     state = step.init(VALLEY)
     moved = lambda k: step(state, None, k)[0]["x"]
     slope = jax.grad(moved)(2.5)
-    assert np.isfinite(slope) and slope != 0
+    assert np.isfinite(slope)
+    assert slope != 0
     np.testing.assert_allclose(slope, (moved(2.5 + 1e-5) - moved(2.5 - 1e-5)) / 2e-5, rtol=1e-6)
 
 
@@ -115,7 +116,7 @@ def test_extra_arguments_reach_the_optimizer():
 
 
 @pytest.mark.parametrize(
-    "name, arguments",
+    ("name", "arguments"),
     [
         ("loss", (3, optax.sgd(0.1))),
         ("optimizer", (valley_loss, valley_loss)),

@@ -48,25 +48,30 @@ RESCALE = eomdl.symmetry.Scaling([("layer0.w", 1), ("layer0.b", 0)], [("layer1.w
 def test_check_translation():
     holds = eomdl.symmetry.check(label_loss, NET, eomdl.symmetry.Translation(HEAD), LABEL_ARGS)
     assert holds.holds
-    assert holds.gradient < 1e-13 and holds.value < 1e-13
+    assert holds.gradient < 1e-13
+    assert holds.value < 1e-13
     assert "translation of layer1.w along axis -1: the symmetry holds" in holds.message
     for symmetry in (eomdl.symmetry.Translation(last_layer, 0), eomdl.symmetry.Translation("layer0.w")):
         broken = eomdl.symmetry.check(label_loss, NET, symmetry, LABEL_ARGS)
         assert not broken.holds
-        assert broken.gradient > 1e-3 and broken.value > 1e-3
-        assert "does not hold" in broken.message and f"{broken.gradient:.1e}" in broken.message
+        assert broken.gradient > 1e-3
+        assert broken.value > 1e-3
+        assert "does not hold" in broken.message
+        assert f"{broken.gradient:.1e}" in broken.message
 
 
 def test_check_scale():
     holds = eomdl.symmetry.check(scale_invariant_loss, SCALE, eomdl.symmetry.Scaling(["w"]), SCALE_ARGS)
     assert holds.holds
-    assert holds.gradient < 1e-13 and holds.value < 1e-13
+    assert holds.gradient < 1e-13
+    assert holds.value < 1e-13
     for block in ("gain", lambda p: p):
         broken = eomdl.symmetry.check(
             scale_invariant_loss, SCALE, eomdl.symmetry.Scaling([block]), SCALE_ARGS
         )
         assert not broken.holds
-        assert broken.gradient > 1e-3 and broken.value > 1e-3
+        assert broken.gradient > 1e-3
+        assert broken.value > 1e-3
 
 
 def test_check_rescale():

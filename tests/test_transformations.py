@@ -51,7 +51,8 @@ def test_second_weight_decay_compiles_nothing():
     compiled = len(COMPILED)
     second = run(0.2, 0.05)
     assert len(COMPILED) == compiled
-    assert first[0] != second[0] and first[1] != second[1]
+    assert first[0] != second[0]
+    assert first[1] != second[1]
 
 
 def test_second_data_set_and_start_compile_nothing():

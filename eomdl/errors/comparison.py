@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 
 from eomdl import _check
 from eomdl._types import Params
@@ -42,13 +43,13 @@ class Comparison:
     Distances are empty where a run was made with `save_params=False`.
     """
 
-    steps: np.ndarray
-    times: np.ndarray
-    travelled: np.ndarray
-    distance: dict[str, np.ndarray]
-    block_distance: dict[str, dict[str, np.ndarray]]
-    ode_error: dict[str, np.ndarray]
-    differences: dict[str, dict[str, np.ndarray]]
+    steps: Int[np.ndarray, " n"]
+    times: Float[np.ndarray, " n"]
+    travelled: Float[np.ndarray, " n"]
+    distance: dict[str, Float[np.ndarray, " n"]]
+    block_distance: dict[str, dict[str, Float[np.ndarray, " n"]]]
+    ode_error: dict[str, Float[np.ndarray, " n"]]
+    differences: dict[str, dict[str, Shaped[np.ndarray, "n ..."]]]
     notes: tuple[str, ...]
 
     @property
@@ -57,7 +58,7 @@ class Comparison:
         return tuple(self.differences)
 
     @property
-    def relative_distance(self) -> dict[str, np.ndarray]:
+    def relative_distance(self) -> dict[str, Float[np.ndarray, " n"]]:
         """`distance / travelled`; NaN where the reference has not moved."""
         moved = np.where(self.travelled > 0, self.travelled, np.nan)
         return {model: d / moved for model, d in self.distance.items()}
@@ -246,13 +247,15 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
         travelled = row_norms(jax.tree.map(np.subtract, real.params, start))
     return Comparison(
         steps=steps,
-        times=known_times[0] if known_times else real.times,
+        times=np.asarray(known_times[0] if known_times else real.times),
         travelled=travelled,
         distance={name: row_norms(d) for name, d in apart.items()},
         block_distance={
             name: {b: row_norms(d) for b, d in top_level_blocks(tree).items()} for name, tree in apart.items()
         },
-        ode_error={name: run.ode_error for name, run in models.items() if run.ode_error is not None},
+        ode_error={
+            name: np.asarray(run.ode_error) for name, run in models.items() if run.ode_error is not None
+        },
         differences={name: _differences(name, run, real) for name, run in models.items()},
         notes=_notes(reference, trajectories),
     )
@@ -306,7 +309,7 @@ def _notes(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> tup
     return tuple(notes)
 
 
-def row_norms(tree: Any) -> np.ndarray:
+def row_norms(tree: Any) -> Float[np.ndarray, " n"]:
     """Euclidean norm of every row over all leaves."""
     squares = [np.sum(np.square(x.reshape(len(x), -1)), axis=1) for x in jax.tree.leaves(tree)]
     return np.sqrt(np.sum(squares, axis=0))

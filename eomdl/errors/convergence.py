@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import optax
-from jax.typing import ArrayLike
+from jaxtyping import Float, Int
 
 from eomdl import _check
-from eomdl._types import Args, Loss, Params
+from eomdl._types import Args, Loss, Numbers, Params
 from eomdl.errors.comparison import compare
 from eomdl.flows.base import AbstractFlow
 from eomdl.runs.continuous import solve
@@ -25,10 +25,10 @@ class Convergence:
     the ODE solver's share of the errors.
     """
 
-    learning_rates: np.ndarray
-    num_steps: np.ndarray
-    errors: np.ndarray
-    ode_errors: np.ndarray
+    learning_rates: Float[np.ndarray, " m"]
+    num_steps: Int[np.ndarray, " m"]
+    errors: Float[np.ndarray, " m"]
+    ode_errors: Float[np.ndarray, " m"]
 
     @property
     def order(self) -> float:
@@ -36,7 +36,7 @@ class Convergence:
         return observed_order(self.learning_rates, self.errors)
 
 
-def observed_order(learning_rates: ArrayLike, errors: ArrayLike) -> float:
+def observed_order(learning_rates: Numbers, errors: Numbers) -> float:
     """Least-squares slope of log error against log learning rate.
 
     **Raises:** `ValueError` for errors that are not positive, or fewer than two learning rates.
@@ -48,7 +48,7 @@ def observed_order(learning_rates: ArrayLike, errors: ArrayLike) -> float:
     if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 or not np.all(np.isfinite([x, y])):
         raise ValueError(
             "errors: expected positive errors at two learning rates or more, got "
-            f"learning_rates={learning_rates}, errors={errors}"
+            f"learning_rates={learning_rates!r}, errors={errors!r}"
         )
     return float(np.polyfit(x, y, 1)[0])
 
@@ -83,7 +83,6 @@ def convergence_study(
 
     **Raises:** `ValueError` if `time` or `warmup` is not a whole number of steps of every learning rate.
     """
-
     _check.function("flow", flow, "a function learning rate -> eomdl.AbstractFlow")
     _check.function("optimizer", optimizer, "a function learning rate -> optax.GradientTransformation")
     rates = np.asarray(_check.positive_numbers("learning_rates", learning_rates))

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from eomdl import _check
 from eomdl._end import End
@@ -24,7 +25,7 @@ def local_error(
     args: Args = None,
     batches: Any = None,
     steps: Sequence[int] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
     r"""The local error of a flow, in one step, at points of the real path.
 
     $d_k = |\varphi_{mh}(\theta_k) - \theta_{k+m}|$: the flow starts at a point of the reference and runs
@@ -87,7 +88,7 @@ def _states(
     flow: AbstractFlow, reference: Trajectory, chosen: np.ndarray, window: Window
 ) -> Iterator[State | None]:
     """The state of the flow's map at points of the real path; None where it is the parameters only."""
-    state, at = flow.init(reference.at(reference.steps[0]), window.at(0)), 0
+    state, at = flow.init(reference.at(int(reference.steps[0])), window.at(0)), 0
     for k in chosen:
         if jax.tree.structure(state) == jax.tree.structure(flow.params(state)):
             yield None

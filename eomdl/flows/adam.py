@@ -1,6 +1,6 @@
 """First-order modified flows of Adam and RMSProp."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -45,7 +45,20 @@ class AdamFlow(AbstractDescentFlow):
     eps_root: jax.Array = eqx.field(default=0.0, converter=lambda x: _check.nonnegative_scalar("eps_root", x))
     order: int = eqx.field(default=1, static=True, converter=lambda n: _check.integer("order", n, 0))
 
-    def __check_init__(self):
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(
+            self,
+            loss: Loss,
+            learning_rate: ArrayLike,
+            b1: ArrayLike = 0.9,
+            b2: ArrayLike = 0.999,
+            eps: ArrayLike = 1e-8,
+            eps_root: ArrayLike = 0.0,
+            order: int = 1,
+        ) -> None: ...
+
+    def __check_init__(self) -> None:
         if self.order > 1:
             raise ValueError(
                 f"order: expected 0 or 1 (one correction is known in closed form), got {self.order}; "
@@ -53,6 +66,7 @@ class AdamFlow(AbstractDescentFlow):
             )
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """The right-hand side of the equation above."""
         del t
         field = descent_field(self.loss, args)
         f = field(state)
@@ -111,7 +125,7 @@ def rmsprop_flow(
 
     **Raises:** `ValueError` for a wrong argument. Source: Cattaneo et al. 2024 (arXiv 2309.00079).
     """
-    return AdamFlow(  # type: ignore[call-arg]  # step_size is a property
+    return AdamFlow(
         loss=loss,
         learning_rate=_check.positive_scalar("learning_rate", learning_rate),
         b1=_check.fraction("b1", 0.0),

@@ -17,7 +17,9 @@ class AbstractDescentFlow(AbstractFlow):
     # Equinox lets a property fill an AbstractVar; mypy does not know.
     @property  # type: ignore[misc]
     def step_size(self) -> jax.Array:
+        """The learning rate."""
         return self.learning_rate
 
     def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if the loss does not give one real number at `params`."""
         _check.loss_is_scalar(self.loss, params, args)

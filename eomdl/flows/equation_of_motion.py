@@ -1,5 +1,7 @@
 """The equation of motion of gradient descent."""
 
+from typing import TYPE_CHECKING
+
 import equinox as eqx
 import jax
 from jax.typing import ArrayLike
@@ -50,11 +52,17 @@ class EquationOfMotion(AbstractDescentFlow):
         default=1, static=True, converter=lambda n: _check.integer("order", n, 0, MAX_ORDER)
     )
 
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(self, loss: Loss, learning_rate: ArrayLike, order: int = 1) -> None: ...
+
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        r"""$-\nabla L$ and the counter terms kept."""
         del t
         return modified_field(descent_field(self.loss, args), state, self.learning_rate, self.order)
 
     def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """One step of gradient descent."""
         del t
         return gradient_descent_step(self.loss, self.learning_rate, state, args)
 

@@ -1,5 +1,7 @@
 """Gradient flow."""
 
+from typing import TYPE_CHECKING
+
 import equinox as eqx
 import jax
 from jax.typing import ArrayLike
@@ -32,11 +34,17 @@ class GradientFlow(AbstractDescentFlow):
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
 
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(self, loss: Loss, learning_rate: ArrayLike) -> None: ...
+
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        r"""$-\nabla L$."""
         del t
         return descent_field(self.loss, args)(state)
 
     def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """One step of gradient descent."""
         del t
         return gradient_descent_step(self.loss, self.learning_rate, state, args)
 

@@ -1,20 +1,21 @@
 """The flow of any step map: the interpolating vector field."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from eomdl import _check, _tree
 from eomdl._end import Diagnostic
-from eomdl._types import Args, Params, State
+from eomdl._types import Args, Numbers, Params, State
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.stride import step_data
-from eomdl.maps.step_map import StepMap, as_step_map, check_step
+from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.series.weights import MAX_POINTS, difference_weights, taylor_weights
 
 
@@ -67,39 +68,56 @@ class InterpolatingFlow(AbstractFlow):
     step_size: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("step_size", x))
     points: int = eqx.field(static=True, converter=lambda n: _check.integer("points", n, 1, MAX_POINTS))
     stride: int = eqx.field(default=1, static=True, converter=lambda n: _check.integer("stride", n, 1))
-    weights: jax.Array | None = eqx.field(
+    weights: Float[jax.Array, " points"] | None = eqx.field(
         default=None,
         converter=lambda b: (
             None if b is None else jnp.asarray(_check.numbers("weights", b, "finite numbers", ndim=1))
         ),
     )
 
-    def __check_init__(self):
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(
+            self,
+            step_map: StepMap | StepFunction,
+            step_size: ArrayLike,
+            points: int,
+            stride: int = 1,
+            weights: Numbers | None = None,
+        ) -> None: ...
+
+    def __check_init__(self) -> None:
         if self.weights is not None and np.shape(self.weights) != (self.points,):
             raise ValueError(
                 f"weights: expected shape ({self.points},), one for each point, got {np.shape(self.weights)}"
             )
 
     def init(self, params: Params, args: Args) -> State:
+        """The state of the step map that starts at `params`."""
         del args
         return self.step_map.init(params)
 
     def begin(self, params: Params, state: State, args: Args) -> State:
+        """The state of the step map where a real run ended in `state`, with `params` in it."""
         del args
         return self.step_map.restore(state, params)
 
     def params(self, state: State) -> Params:
+        """The parameters held in the state."""
         return self.step_map.params(state)
 
     def __call__(self, t: ArrayLike, state: State, args: Args) -> State:
+        """$F_K(t, x)$, from K steps of the map (of stride m: from K m) that begin at x."""
         weights = taylor_weights(self.points) if self.weights is None else self.weights
         (total,) = self._combine(t, state, args, weights)
         return _tree.scale(1 / (self.stride * self.step_size), total)
 
     def step(self, t: ArrayLike, state: State, args: Args) -> State:
+        """One step of the map."""
         return self.step_map(state, args, t / self.step_size)
 
     def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if the map changes what its state is made of; warn if it is not near the identity."""
         check_step(self.step_map, params, step_data(args, 0))
         if _tree.is_traced(self, params, args):
             return

@@ -13,7 +13,7 @@ from eomdl._types import Params, VectorField
 def remembered(
     function: Callable[[Params], Any], field: VectorField, x: Params, decay: ArrayLike, step: ArrayLike
 ) -> Any:
-    r"""Exponential average of a function over the past of x on the flow of `field`:
+    r"""Exponential average of a function over the past of x on the flow of `field`.
 
     $\sum_{j \ge 0} (1 - b) b^j f(x(t - jh)) = f - h a \dot f + \frac{h^2}{2} q \ddot f + O(h^3)$
 

@@ -1,5 +1,7 @@
 """The first-order modified flow of gradient descent with momentum."""
 
+from typing import TYPE_CHECKING
+
 import equinox as eqx
 import jax
 from jax.typing import ArrayLike
@@ -36,12 +38,20 @@ class MomentumFlow(AbstractFlow):
     momentum: jax.Array = eqx.field(default=0.9, converter=lambda x: _check.fraction("momentum", x))
     nesterov: bool = eqx.field(default=False, static=True, converter=lambda x: _check.flag("nesterov", x))
 
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(
+            self, loss: Loss, learning_rate: ArrayLike, momentum: ArrayLike = 0.9, nesterov: bool = False
+        ) -> None: ...
+
     # Equinox lets a property fill an AbstractVar; mypy does not know.
     @property  # type: ignore[misc]
     def step_size(self) -> jax.Array:
+        r"""$h = \eta / (1 - \beta)$: the step that a constant gradient makes, over that gradient."""
         return self.learning_rate / (1 - self.momentum)
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        r"""$-\nabla$ of the loss with its penalty on the gradient."""
         del t
         age = self.momentum ** (2 if self.nesterov else 1) / (1 - self.momentum)
         return penalized_descent(self.loss, self.step_size * (1 + 2 * age) / 2, state, args)
@@ -58,4 +68,5 @@ class MomentumFlow(AbstractFlow):
         return _tree.sub(now, _tree.scale(self.momentum * self.step_size, mean))
 
     def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if the loss does not give one real number at `params`."""
         _check.loss_is_scalar(self.loss, params, args)

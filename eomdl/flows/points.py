@@ -7,12 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from matfree import decomp
 
 from eomdl import _check, _tree
 from eomdl._end import End
 from eomdl._types import Args, Params, State
-from eomdl.maps.step_map import StepMap, as_step_map, check_step
+from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.series.weights import MAX_POINTS, difference_weights
 
 
@@ -26,11 +27,11 @@ class Points:
     """
 
     points: int
-    terms: np.ndarray
+    terms: Float[np.ndarray, " max_points"]
 
 
 def choose_points(
-    step_map: StepMap,
+    step_map: StepMap | StepFunction,
     params: Params,
     num_steps: int,
     *,
@@ -123,7 +124,7 @@ def _term_sizes(
 
 
 def departure_from_identity(
-    step_map: StepMap,
+    step_map: StepMap | StepFunction,
     params: Params,
     *,
     args: Args = None,

@@ -1,5 +1,7 @@
 """The mean of SGD over the orders of its minibatches."""
 
+from typing import TYPE_CHECKING
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,12 @@ class ReshufflingFlow(AbstractDescentFlow):
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
 
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(self, loss: Loss, learning_rate: ArrayLike) -> None: ...
+
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """The mean of the minibatches' own velocities."""
         del t
         velocities = jax.lax.map(
             lambda batch: penalized_descent(self.loss, self.learning_rate / 2, state, batch), args
@@ -70,6 +77,7 @@ class ReshufflingFlow(AbstractDescentFlow):
         return len(jax.tree.leaves(args)[0])
 
     def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if `args` are not stacked minibatches, or the loss of one is not one real number."""
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(args)}
         if len(lengths) != 1 or () in lengths:
             raise ValueError(

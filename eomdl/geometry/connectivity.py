@@ -1,21 +1,21 @@
 """Loss barriers along straight lines between runs, and the clusters that they make."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from eomdl import _check, _tree
-from eomdl._types import Args, Loss, Params
+from eomdl._types import Args, Array, Loss, Numbers, Params
 from eomdl.maps.ensemble import ensemble_state, stacked_size
 from eomdl.runs.trajectory import Trajectory
 
 
-def loss_on_line(loss: Loss, a: Params, b: Params, args: Args = None, num_points: int = 25) -> jax.Array:
+def loss_on_line(
+    loss: Loss, a: Params, b: Params, args: Args = None, num_points: int = 25
+) -> Float[jax.Array, " num_points"]:
     r"""$L((1 - \alpha) a + \alpha b)$ at `num_points` equal steps of $\alpha$ from 0 to 1, shape (num_points,).
 
     **Cost:** `num_points` evaluations of the loss, one after the other. **Memory:** that of one evaluation.
@@ -29,7 +29,9 @@ def loss_on_line(loss: Loss, a: Params, b: Params, args: Args = None, num_points
     return _losses_on_line(loss, a, b, args, num_points)
 
 
-def barrier(loss: Loss, a: Params, b: Params, args: Args = None, num_points: int = 25) -> jax.Array:
+def barrier(
+    loss: Loss, a: Params, b: Params, args: Args = None, num_points: int = 25
+) -> Float[jax.Array, ""]:
     r"""How far the loss rises above its chord on the straight line from a to b, a scalar >= 0.
 
     $B = \max_{0 \le \alpha \le 1} \big[ L((1 - \alpha) a + \alpha b) - (1 - \alpha) L(a) - \alpha L(b) \big]$,
@@ -56,7 +58,7 @@ def barriers(
     *,
     batch_size: int = 8,
     progress: bool = False,
-) -> Any:
+) -> Float[Array, "S S"] | Float[np.ndarray, "n S S"]:
     r"""The barrier between every two of S members: symmetric, zero diagonal, shape (S, S).
 
     **Arguments:**
@@ -149,7 +151,7 @@ def _scalar_loss(loss: Loss, params: Params, args: Args, name: str = "params") -
         raise ValueError(f"loss: expected {expected}, got output {out}")
 
 
-def clusters(matrix: ArrayLike, threshold: float, linkage: str = "complete") -> np.ndarray:
+def clusters(matrix: Numbers, threshold: float, linkage: str = "complete") -> Int[np.ndarray, " S"]:
     """Labels 0, 1, ... of the clusters of a barrier matrix, the largest cluster first; shape (S,).
 
     Agglomerative clustering (`scipy.cluster.hierarchy`), cut where the linkage exceeds the threshold. Barriers satisfy

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from eomdl import _check
@@ -21,10 +22,11 @@ from eomdl.runs.trajectory import Trajectory
 _FEWEST = 25  # points per block: more than the 20 neighbours that scikit-dimension's MLE uses
 
 
+@runtime_checkable
 class DimensionEstimator(Protocol):
     """An estimator of dimension: any of `skdim.id`, or an object of your own."""
 
-    def fit(self, X: np.ndarray) -> Any:
+    def fit(self, X: Float[np.ndarray, "n d"]) -> Any:
         """Take points, shape (n, d); return an object whose `dimension_` is the estimate."""
 
 
@@ -196,7 +198,7 @@ def participation_ratio(points: Any) -> float:
     return float(variance**2 / np.sum(gram**2))
 
 
-def path_points(trajectory: Trajectory, num_points: int, seed: int = 0) -> np.ndarray:
+def path_points(trajectory: Trajectory, num_points: int, seed: int = 0) -> Float[np.ndarray, "num_points d"]:
     """Points drawn uniformly in length along a path, shape (num_points, d), for an estimator of dimension.
 
     The saved rows themselves are evenly spaced, so that both neighbours are equally far and TwoNN finds nonsense.
@@ -220,7 +222,7 @@ def path_points(trajectory: Trajectory, num_points: int, seed: int = 0) -> np.nd
     return path[before] + share[:, None] * (path[before + 1] - path[before])
 
 
-def gradient_points(loss: Loss, params: Params, args: Args, batch_size: int = 64) -> jax.Array:
+def gradient_points(loss: Loss, params: Params, args: Args, batch_size: int = 64) -> Float[jax.Array, "n d"]:
     """The gradient of the loss for each single example, shape (n, number of parameters).
 
     Example i is entry i of the leading axis of every leaf of `args`; the loss gets it as a batch of one. Where the

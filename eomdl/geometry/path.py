@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Observable, Params
@@ -17,7 +18,7 @@ from eomdl.runs.trajectory import Trajectory
 _STENCIL = 5  # rows that a derivative looks at: fourth order for x' and x'', second for x'''
 
 
-def rows(tree: Any, name: str = "points") -> np.ndarray:
+def rows(tree: Any, name: str = "points") -> Float[np.ndarray, "n d"]:
     """The leaves side by side, one row an entry of the leading axis: shape (n, d), float64.
 
     **Raises:** `ValueError` if the leaves have no common leading axis, or are not finite.
@@ -37,7 +38,7 @@ def rows(tree: Any, name: str = "points") -> np.ndarray:
     return flat
 
 
-def path_length(trajectory: Trajectory) -> np.ndarray:
+def path_length(trajectory: Trajectory) -> Float[np.ndarray, " n"]:
     r"""Length of the path up to each saved step, $\sum_{j<k} |\theta_{j+1} - \theta_j|$, shape (n,).
 
     Of the polygon through the saved rows: with rows left out it can only be shorter.
@@ -47,7 +48,7 @@ def path_length(trajectory: Trajectory) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(chords)])
 
 
-def distance_travelled(trajectory: Trajectory) -> np.ndarray:
+def distance_travelled(trajectory: Trajectory) -> Float[np.ndarray, " n"]:
     r"""Distance from the start, $|\theta_k - \theta_0|$, shape (n,).
 
     **Cost:** no gradients, one pass over the rows. **Raises:** `ValueError` without saved params.
@@ -56,7 +57,7 @@ def distance_travelled(trajectory: Trajectory) -> np.ndarray:
     return np.linalg.norm(path - path[0], axis=1)
 
 
-def straightness(trajectory: Trajectory) -> np.ndarray:
+def straightness(trajectory: Trajectory) -> Float[np.ndarray, " n"]:
     """Distance over length, in [0, 1]: 1 on a straight line, shape (n,), NaN until the path moves.
 
     **Cost:** no gradients, one pass over the rows. **Raises:** `ValueError` without saved params.
@@ -65,7 +66,7 @@ def straightness(trajectory: Trajectory) -> np.ndarray:
     return distance_travelled(trajectory) / np.where(length > 0, length, np.nan)
 
 
-def path_curvature(trajectory: Trajectory) -> np.ndarray:
+def path_curvature(trajectory: Trajectory) -> Float[np.ndarray, " n"]:
     r"""Curvature $\kappa_1 = \sqrt{G_2} / G_1^{3/2}$ at each saved step, shape (n,), 1 / parameter distance.
 
     $G_j$ is the Gram determinant of the first j derivatives. Those are derivatives with respect to the step,
@@ -86,7 +87,7 @@ def path_curvature(trajectory: Trajectory) -> np.ndarray:
     return _frenet(trajectory)[0]
 
 
-def path_torsion(trajectory: Trajectory) -> np.ndarray:
+def path_torsion(trajectory: Trajectory) -> Float[np.ndarray, " n"]:
     r"""Torsion $\kappa_2 = \sqrt{G_3} / G_2 = r_3 / (r_1 r_2) \ge 0$, shape (n,), 1 / parameter distance.
 
     How fast the path leaves the plane in which it bends: `path_curvature` one derivative further, on the same
@@ -114,11 +115,11 @@ class PathShape:
     `eomdl.geometry.path_curvature` and `eomdl.geometry.path_torsion` give them.
     """
 
-    steps: np.ndarray
-    length: np.ndarray
-    distance: np.ndarray
-    curvature: np.ndarray
-    torsion: np.ndarray
+    steps: Int[np.ndarray, " n"]
+    length: Float[np.ndarray, " n"]
+    distance: Float[np.ndarray, " n"]
+    curvature: Float[np.ndarray, " n"]
+    torsion: Float[np.ndarray, " n"]
 
 
 def path_shape(trajectory: Trajectory) -> PathShape:
@@ -139,7 +140,7 @@ def path_shape(trajectory: Trajectory) -> PathShape:
 class _FlowCurvature(AbstractObservable):
     flow: AbstractFlow
 
-    def __call__(self, params: Params, args: Args) -> jax.Array:
+    def __call__(self, params: Params, args: Args) -> Float[jax.Array, ""]:
         r1, r2 = _flow_frame(self.flow, params, args, 2)
         return r2 / r1**2
 
@@ -147,7 +148,7 @@ class _FlowCurvature(AbstractObservable):
 class _FlowTorsion(AbstractObservable):
     flow: AbstractFlow
 
-    def __call__(self, params: Params, args: Args) -> jax.Array:
+    def __call__(self, params: Params, args: Args) -> Float[jax.Array, ""]:
         r1, r2, r3 = _flow_frame(self.flow, params, args, 3)
         return r3 / (r1 * r2)
 
@@ -190,8 +191,8 @@ class PathComponents:
     - `mean`: where the axes cross, a pytree like `params`.
     """
 
-    explained: np.ndarray
-    scores: np.ndarray
+    explained: Float[np.ndarray, " k"]
+    scores: Float[np.ndarray, "n k"]
     directions: Params
     mean: Params
 
@@ -199,7 +200,7 @@ class PathComponents:
         """Direction i as a pytree like `params`."""
         return jax.tree.map(lambda leaf: leaf[i], self.directions)
 
-    def project(self, trajectory: Trajectory) -> np.ndarray:
+    def project(self, trajectory: Trajectory) -> Float[np.ndarray, "m k"]:
         """Another run in the same axes, shape (m, k). `ValueError` if its parameters are others."""
         path = _path(trajectory)
         mean = rows(jax.tree.map(lambda leaf: leaf[None], self.mean))[0]
@@ -254,7 +255,7 @@ def _unflatten(flat: np.ndarray, like: Params) -> Params:
     )
 
 
-def _path(trajectory: Trajectory) -> np.ndarray:
+def _path(trajectory: Trajectory) -> Float[np.ndarray, "n d"]:
     _check.kind("trajectory", trajectory, Trajectory, "an eomdl.Trajectory")
     if trajectory.params is None:
         raise ValueError("trajectory: expected saved params, got a run with save_params=False")
@@ -263,8 +264,8 @@ def _path(trajectory: Trajectory) -> np.ndarray:
     return rows(trajectory.params, "trajectory")
 
 
-def _frenet(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
-    """Curvature and torsion, each (n,)."""
+def _frenet(trajectory: Trajectory) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Curvature and torsion."""
     path = _path(trajectory)
     if len(path) < _STENCIL:
         raise ValueError(f"trajectory: expected at least {_STENCIL} saved steps, got {len(path)}")

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from eomdl import _check, _tree
@@ -17,9 +18,9 @@ from eomdl._types import Args, Loss, Params
 class LossPlane:
     """$L(c + x u + y v)$ on a grid: `x` (m,), `y` (n,) and `loss` (n, m), row i at `y[i]`."""
 
-    x: np.ndarray
-    y: np.ndarray
-    loss: np.ndarray
+    x: Float[np.ndarray, " m"]
+    y: Float[np.ndarray, " n"]
+    loss: Float[np.ndarray, "n m"]
 
 
 def loss_plane(

@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from eomdl import _check
 from eomdl._types import Params
@@ -30,12 +31,13 @@ class RegionsOnLine:
     - `resolution`: breakpoints closer than this in t are counted as one.
     """
 
-    breakpoints: np.ndarray
+    breakpoints: Float[np.ndarray, " k"]
     reached: float
     resolution: float
 
     @property
     def count(self) -> int:
+        """Number of regions found: one more than breakpoints."""
         return len(self.breakpoints) + 1
 
     @property
@@ -155,10 +157,10 @@ class RegionMap:
     - `corners`: the three inputs in these coordinates, shape (3, 2); the first is (0, 0), the second on the x axis.
     """
 
-    labels: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
-    corners: np.ndarray
+    labels: Int[np.ndarray, "m m"]
+    x: Float[np.ndarray, " m"]
+    y: Float[np.ndarray, " m"]
+    corners: Float[np.ndarray, "3 2"]
 
     @property
     def count(self) -> int:

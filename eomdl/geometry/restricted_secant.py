@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Loss, Observable, Params
@@ -31,15 +32,15 @@ class Secants:
     nan where they are not defined: at $w^*$ itself (0/0), and for `gamma` where the gradient vanishes.
     """
 
-    steps: np.ndarray
-    distance: np.ndarray
-    gradient_norm: np.ndarray
-    rsi: np.ndarray
-    eb: np.ndarray
-    gamma: np.ndarray
-    learning_rate: np.ndarray
-    contraction: np.ndarray
-    random_gamma: np.ndarray
+    steps: Int[np.ndarray, " n"]
+    distance: Float[np.ndarray, " n"]
+    gradient_norm: Float[np.ndarray, " n"]
+    rsi: Float[np.ndarray, " n"]
+    eb: Float[np.ndarray, " n"]
+    gamma: Float[np.ndarray, " n"]
+    learning_rate: Float[np.ndarray, " n"]
+    contraction: Float[np.ndarray, " n"]
+    random_gamma: Float[np.ndarray, "n m"]
     notes: tuple[str, ...]
 
     def parts_from(self, other: "Secants", tolerance: float = 0.1) -> int | None:

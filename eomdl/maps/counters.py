@@ -129,7 +129,10 @@ class _Probe:
         return _tree.is_traced(_tried(lambda: self._update(self._state, self._params)))
 
     def classified(self, where: list[str]) -> list[Leaf]:
-        """The leaves as a real run moves them. (Step by step: to compile a loop takes longer.)"""
+        """The leaves as a real run moves them.
+
+        The run goes step by step: to compile a loop takes longer.
+        """
         states = [jax.tree.map(jnp.asarray, self._state)]
         for _ in range(_STEPS):
             _, new = _tried(lambda: self._update(states[-1], self._params))

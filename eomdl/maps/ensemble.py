@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from eomdl import _check, _tree
 from eomdl._end import RESULTS, Stats
 from eomdl._types import Args, Observable, Params, State
-from eomdl.maps.step_map import StepMap, as_step_map
+from eomdl.maps.step_map import StepFunction, StepMap, as_step_map
 from eomdl.observe.base import AbstractObservable
 
 
@@ -26,8 +27,8 @@ class EnsembleState(NamedTuple):
     """
 
     members: State
-    alive: jax.Array
-    reached: jax.Array
+    alive: Float[jax.Array, " S"]
+    reached: Float[jax.Array, " S"]
 
 
 class Ensemble(StepMap):
@@ -68,11 +69,12 @@ class Ensemble(StepMap):
     step_map: StepMap
     args_axis: Any = eqx.field(static=True)
 
-    def __init__(self, step_map: Any, args_axis: int | tuple | None = None):
+    def __init__(self, step_map: StepMap | StepFunction, args_axis: int | tuple | None = None) -> None:
         self.step_map = as_step_map(step_map)
         self.args_axis = _axis(args_axis)
 
     def init(self, params: Params) -> EnsembleState:
+        """The state of S members, all alive, that start at the rows of `params`."""
         params = _check.params("params", params)
         size = stacked_size("params", params)
         if not _tree.is_traced(params) and not np.all(_finite(params)):
@@ -84,13 +86,16 @@ class Ensemble(StepMap):
         )
 
     def params(self, state: EnsembleState) -> Params:
+        """The parameters of all members, leaves with leading axis S."""
         return jax.vmap(self.step_map.params)(state.members)
 
     def __call__(self, state: EnsembleState, args: Args, k: ArrayLike) -> EnsembleState:
+        """One step of every member that is alive; one whose step is not finite stays where it is."""
         new = self._each(self.step_map, state, args, k)
         return _taken(state, new, new, k)
 
     def increment(self, state: EnsembleState, args: Args, k: ArrayLike) -> EnsembleState:
+        """The change of the state in one step; zero for a member that is frozen."""
         d = self._each(self.step_map.increment, state, args, k)
         new = _taken(state, _tree.add(state.members, d), d, k)
         zero = _tree.zeros_like(state.members)

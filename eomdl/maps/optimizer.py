@@ -27,6 +27,7 @@ class OptimizerStep(StepMap):
     extra_args: ExtraArgs | None = None
 
     def init(self, params: Params) -> State:
+        """`params` and the floating-point part of the optimizer's state there; `ValueError` if it has no flow."""
         params = _check.params("params", params)
         discrete_leaves(self.optimizer, params)
         floats = eqx.filter(self.optimizer.init(params), eqx.is_inexact_array)
@@ -35,13 +36,16 @@ class OptimizerStep(StepMap):
         return params, strong
 
     def params(self, state: State) -> Params:
+        """The parameters held in the state."""
         return state[0]
 
     def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
+        """One step of the optimizer, its counters at k."""
         updates, new = self._update(state, args, k)
         return optax.apply_updates(state[0], updates), new
 
     def increment(self, state: State, args: Args, k: ArrayLike) -> State:
+        """The optimizer's updates of the parameters, and the change of its state."""
         updates, new = self._update(state, args, k)
         return updates, _tree.sub(new, state[1])
 

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -13,6 +13,9 @@ from jax.typing import ArrayLike
 from eomdl import _check, _structure, _tree
 from eomdl._end import real_part
 from eomdl._types import Args, Params, State
+
+
+StepFunction: TypeAlias = Callable[[State, Args, ArrayLike], State]  # (state, args, k) -> the next state
 
 
 class StepMap(eqx.Module):
@@ -64,13 +67,13 @@ class StepMap(eqx.Module):
 
 
 class _FunctionStep(StepMap):
-    function: Callable[[State, Args, ArrayLike], State]
+    function: StepFunction
 
     def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
         return self.function(state, args, k)
 
 
-def as_step_map(step_map: Any) -> StepMap:
+def as_step_map(step_map: StepMap | StepFunction) -> StepMap:
     """A `StepMap` as it is; a function `(state, args, k) -> state` whose state is the parameters."""
     if isinstance(step_map, StepMap):
         return step_map

@@ -14,9 +14,11 @@ class OnBatch(AbstractObservable):
 
     @property
     def per_member(self) -> bool:
+        """Whether the function's value has a leading axis of the members of an `eomdl.Ensemble`."""
         return getattr(self.function, "per_member", False)
 
     def __call__(self, params: Params, batch: Args) -> jax.Array:
+        """The function's value for the batch of the step."""
         return self.function(params, batch)
 
 

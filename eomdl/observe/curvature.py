@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Float
 from matfree import decomp
 
 from eomdl import _check, _tree
@@ -18,7 +19,7 @@ class _Sharpness(AbstractObservable):
     loss: Loss
     num_matvecs: int = eqx.field(static=True)
 
-    def __call__(self, params: Params, args: Args) -> jax.Array:
+    def __call__(self, params: Params, args: Args) -> Float[jax.Array, ""]:
         params = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
         # One flat vector: with a vector of many leaves Lanczos compiles several times as long.
         flat_params, unravel = ravel_pytree(params)

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from eomdl import _blocks, _check, _tree
 from eomdl._blocks import Where
-from eomdl._types import Args, Observable, Params
+from eomdl._types import Args, Numbers, Observable, Params
 from eomdl.observe.base import AbstractObservable
 
 
@@ -27,7 +28,7 @@ def whole(params: Params) -> Params:
 class _BlockNorm(AbstractObservable):
     where: Where
 
-    def __call__(self, params: Params, args: Args) -> jax.Array:
+    def __call__(self, params: Params, args: Args) -> Float[jax.Array, ""]:
         return _tree.norm(_blocks.select(params, self.where))
 
 
@@ -78,7 +79,7 @@ def lie_derivative(observable: Observable, flow: Callable[[Any, Params, Args], P
     return _LieDerivative(_check.observable("observable", observable), flow)
 
 
-def decay_rate(values: ArrayLike, learning_rate: ArrayLike) -> np.ndarray:
+def decay_rate(values: Numbers, learning_rate: ArrayLike) -> Float[np.ndarray, " gaps"]:
     r"""Decay rate per unit of time, step by step: $-\log(|v_{k+1}| / |v_k|) / \eta$.
 
     **Arguments:** `values` recorded at every step, shape (n, ...); for an array observable
@@ -91,7 +92,7 @@ def decay_rate(values: ArrayLike, learning_rate: ArrayLike) -> np.ndarray:
     return -np.diff(np.log(size)) / np.asarray(_check.positive_scalar("learning_rate", learning_rate))
 
 
-def angle_per_step(block: Any) -> np.ndarray:
+def angle_per_step(block: Any) -> Float[np.ndarray, " gaps"]:
     r"""Angle between successive rows of a saved block, in radians, shape (n - 1,).
 
     $2 \arcsin(|\hat\theta_{k+1} - \hat\theta_k| / 2)$ with unit vectors, which keeps its

@@ -191,10 +191,12 @@ class FlowDynamics(AbstractDynamics):
 
     @property
     def step_size(self) -> Any:
+        """The time of one step."""
         return self.flow.step_size
 
     @property
     def identity(self) -> str:
+        """Which flow, with its numbers."""
         return self.name
 
     def known(self, begin: End | None) -> "FlowDynamics":
@@ -218,6 +220,7 @@ class FlowDynamics(AbstractDynamics):
         )
 
     def prepared(self, state: FlowState, span: Span, window: Window) -> "FlowDynamics":
+        """With units and tolerances measured over the first steps, where none were given."""
         if self.is_ready:
             return self
         units = state_units(self.flow, state.flow, span, window)
@@ -231,6 +234,7 @@ class FlowDynamics(AbstractDynamics):
         return dataclasses.replace(measured, rtol=rtol, atol=atol)
 
     def advance(self, state: FlowState, span: Span, window: Window) -> Advanced:
+        """Integrate over a span, and once more with looser tolerances where the error is estimated."""
         x, (rows, observed), result, counts = self._integrate(state.flow, span, window, 1.0)
         if state.looser is None:
             return Advanced(FlowState(x, None), rows, observed, None, result, counts)
@@ -239,16 +243,19 @@ class FlowDynamics(AbstractDynamics):
         return Advanced(FlowState(x, looser), rows, observed, distances(rows, loose_rows), result, counts)
 
     def params(self, state: FlowState, step: int, window: Window) -> Params:
+        """The parameters at a step; between two strides, by steps of the discrete map from the last one."""
         if step % self.flow.stride == 0:
             return self.flow.params(state.flow)
         return params_at(self.flow, np.asarray(step), state.flow, window)
 
     def diagnose(self, state: FlowState, step: int, window: Window) -> dict[str, Diagnostic]:
+        """The flow's diagnostics at a step; none where they are switched off."""
         if not self.diagnosed:
             return {}
         return diagnostics_at(self.flow, np.asarray(step), state.flow, window)
 
     def stats(self, stats: Stats) -> Stats:
+        """With the flow's name, stride and tolerances; diagnostics of another flow are dropped."""
         if stats.flow != self.name:
             stats = dataclasses.replace(stats, diagnostics={})
         return dataclasses.replace(

@@ -69,8 +69,10 @@ class AbstractData(abc.ABC):
 
     @abc.abstractmethod
     def window(self, start: int, count: int, length: int) -> tuple[Window, int]:
-        """Data of the steps from `start` on, for windows of at most `length` steps, and how many of the `count`
-        there are."""
+        """Data of the next steps, and how many there are.
+
+        The steps begin at `start`; `count` are asked for, and there may be fewer. A window has room for `length`.
+        """
 
     def raise_pending(self) -> None:
         """Raise what a source of batches has raised, now that the batches before it are used."""
@@ -97,6 +99,7 @@ class Constant(AbstractData):
         self.args = self.example = args
 
     def window(self, start: int, count: int, length: int) -> tuple[Window, int]:
+        """The same `args`, for as many steps as asked."""
         return Window(self.args, None, _ZERO), count
 
 
@@ -116,6 +119,7 @@ class Stacked(AbstractData):
         self.example = jax.tree.map(lambda leaf: leaf[0], self._batches)
 
     def window(self, start: int, count: int, length: int) -> tuple[Window, int]:
+        """All batches, for as many steps as asked."""
         return Window(self.args, self._batches, _ZERO), count
 
 
@@ -141,6 +145,7 @@ class Streamed(AbstractData):
         self._iterator = itertools.chain(head, self._iterator)
 
     def window(self, start: int, count: int, length: int) -> tuple[Window, int]:
+        """The next batches, stacked, and how many came: fewer where the source has ended or failed."""
         taken = []
         try:
             for batch in itertools.islice(self._iterator, count):

@@ -13,7 +13,7 @@ from eomdl import _check, _structure
 from eomdl._end import RESULTS
 from eomdl._types import STATIC, Args, Loss, Params, State, record_type
 from eomdl.maps.optimizer import ExtraArgs, gradient_update
-from eomdl.maps.step_map import StepMap, as_step_map, check_step
+from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.runs.data import Window
 from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span, scan_rows
 from eomdl.runs.identity import identity
@@ -67,7 +67,7 @@ def descend(
 
 
 def iterate(
-    step_map: StepMap,
+    step_map: StepMap | StepFunction,
     params: Params,
     num_steps: int,
     *,

@@ -35,6 +35,7 @@ class Span:
 
     @property
     def end(self) -> jax.Array:
+        """The number of steps taken at the end of the span."""
         return self.start + jnp.sum(self.gaps)
 
 

@@ -80,7 +80,7 @@ class Loop:
         """The checkpoints that are due in a stretch."""
         if self.checkpoints is None:
             return
-        for i, events in self.checkpoints.due(table.steps, table.observables, good):
+        for i, events in self.checkpoints.due(np.asarray(table.steps), table.observables, good):
             step = int(table.steps[i])
             end = table.end if step == table.end.step else leg.end_at(step)
             if end is not None:

@@ -27,6 +27,7 @@ class Stretch:
 
     @property
     def start(self) -> int:
+        """The first row's step number."""
         return int(self.rows[0])
 
     @property
@@ -36,6 +37,7 @@ class Stretch:
 
     @property
     def end(self) -> int:
+        """The step number at which the next stretch begins."""
         return self.start + self.count
 
     def until(self, step: int) -> "Stretch":

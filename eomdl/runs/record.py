@@ -15,7 +15,9 @@ from eomdl.runs.data import Window
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """- `observe`: `{name: observable}` of the parameters.
+    """What to keep of a run.
+
+    - `observe`: `{name: observable}` of the parameters.
     - `steps`: the saved step numbers.
     - `save_params`: whether the parameters are kept.
     """

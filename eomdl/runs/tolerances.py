@@ -23,7 +23,8 @@ _HORIZON = 32  # discrete steps over which the units of an optimizer's state are
 class OneStep(Protocol):
     """Integrates over a span with given tolerances."""
 
-    def __call__(self, rtol: float, atol: float, x: State, span: Span, window: Window) -> State: ...
+    def __call__(self, rtol: float, atol: float, x: State, span: Span, window: Window) -> State:
+        """The state after the gaps of the span."""
 
 
 def default_tolerances(dtype: Any) -> tuple[float, float]:

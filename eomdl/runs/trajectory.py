@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from eomdl import _check, _structure, _tree
 from eomdl._end import RESULTS, Diagnostic, End, Stats
-from eomdl._types import STATIC, Params, record_type
+from eomdl._types import STATIC, Array, Params, record_type
 from eomdl.runs.files import DamagedFile, Tree, read_meta, read_npz, write_npz
 
 
@@ -47,11 +48,11 @@ class Trajectory:
     ```
     """
 
-    steps: Any = dataclasses.field(metadata=_COLUMN)
-    times: Any = dataclasses.field(metadata=_COLUMN)
+    steps: Int[Array, "*batch n"] = dataclasses.field(metadata=_COLUMN)
+    times: Float[Array, "*batch n"] = dataclasses.field(metadata=_COLUMN)
     params: Params | None = dataclasses.field(metadata=_COLUMN)
     observables: dict[str, Any] = dataclasses.field(metadata=_COLUMN)
-    ode_error: Any = dataclasses.field(metadata=_COLUMN)
+    ode_error: Float[Array, "*batch n"] | None = dataclasses.field(metadata=_COLUMN)
     result: Any
     end: End
     per_member: tuple[str, ...] = dataclasses.field(metadata=STATIC, default=())

@@ -10,6 +10,7 @@ exactly. It shares only the step map with the rooted trees, so each is an oracle
 other. It costs more from order 2 on (about 11 / 26 / 52 gradients for order 2 / 3 / 4).
 """
 
+from collections.abc import Callable
 from math import comb
 
 import jax
@@ -29,10 +30,7 @@ def _polynomial(coefficients: list[Params], s: jax.Array) -> Params:
 
 def _taylor_coefficients(f: VectorField, curve: list[Params], degree: int) -> list[Params]:
     r"""Coefficients of $s^0 \dots s^{degree}$ of $f(\sum_k a_k s^k)$."""
-
-    def g(s: jax.Array) -> Params:
-        return f(_polynomial(curve, s))
-
+    g: Callable[[jax.Array], Params] = lambda s: f(_polynomial(curve, s))
     coefficients = []
     factorial = 1.0
     for k in range(degree + 1):
@@ -42,7 +40,7 @@ def _taylor_coefficients(f: VectorField, curve: list[Params], degree: int) -> li
     return coefficients
 
 
-def _derivative(g):
+def _derivative(g: Callable[[jax.Array], Params]) -> Callable[[jax.Array], Params]:
     return lambda s: jax.jvp(g, (s,), (jnp.ones_like(s),))[1]
 
 

@@ -10,6 +10,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
+from jaxtyping import Float
 
 from eomdl import _check
 
@@ -17,7 +18,7 @@ from eomdl import _check
 MAX_POINTS = 64  # of a series whose terms grow like 2^K: far more than any map bears
 
 
-def taylor_weights(points: int) -> np.ndarray:
+def taylor_weights(points: int) -> Float[np.ndarray, " points"]:
     r"""$b_0, \dots, b_{K-1}$ with $\sum_i b_i z^i = \sum_{m<K} \frac{(-1)^m}{m+1} (z-1)^m$.
 
     Formal order K = `points`. **Raises:** `ValueError` if `points` is not an integer >= 1.
@@ -31,13 +32,13 @@ def taylor_weights(points: int) -> np.ndarray:
     return np.array([float(b) for b in exact])
 
 
-def difference_weights(order: int) -> np.ndarray:
+def difference_weights(order: int) -> Float[np.ndarray, " order"]:
     r"""$\Delta^{j} x = \sum_i c_i d_i$ for j = `order` >= 1: j signed binomials."""
     n = order - 1
     return np.array([(-1.0) ** (n - i) * math.comb(n, i) for i in range(order)])
 
 
-def minimax_weights(points: int, bound: float, order: int | None = None) -> np.ndarray:
+def minimax_weights(points: int, bound: float, order: int | None = None) -> Float[np.ndarray, " points"]:
     r"""Weights of least error for every multiplier in $[1 - B, 1]$, not only near 1.
 
     $\min_b \max_{z \in [1-B, 1]} |\sum_i b_i z^i - \log(z)/(z-1)|$ among the weights of formal

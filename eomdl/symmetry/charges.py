@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float, Int
 
 from eomdl import _check
 from eomdl._types import Params
@@ -27,13 +28,13 @@ class Conservation:
     """
 
     symmetry: str
-    steps: np.ndarray
-    charge: np.ndarray
-    laws: dict[str, np.ndarray]
-    models: dict[str, np.ndarray]
+    steps: Int[np.ndarray, " n"]
+    charge: Float[np.ndarray, "n ..."]
+    laws: dict[str, Float[np.ndarray, "n ..."]]
+    models: dict[str, Float[np.ndarray, "n ..."]]
 
     @property
-    def predictions(self) -> dict[str, np.ndarray]:
+    def predictions(self) -> dict[str, Float[np.ndarray, "n ..."]]:
         """Laws and models together."""
         return self.laws | self.models
 
@@ -43,7 +44,7 @@ class Conservation:
         return float(np.max(_sizes(self.charge - self.charge[:1])))
 
     @property
-    def errors(self) -> dict[str, np.ndarray]:
+    def errors(self) -> dict[str, Float[np.ndarray, " n"]]:
         """`{prediction: (n,)}`: distance to the measured charge, Euclidean norm over units."""
         return {name: _sizes(values - self.charge) for name, values in self.predictions.items()}
 

@@ -62,7 +62,7 @@ def check(
     params = _check.params("params", params)
     expected = "an eomdl.symmetry.Translation or eomdl.symmetry.Scaling"
     _check.kind("symmetry", symmetry, AbstractSymmetry, expected)
-    loss = without_decay(loss)
+    loss = without_decay(_check.function("loss", loss))
     _check.loss_is_scalar(loss, params, args)
     return _checked(loss, params, symmetry, args, jax.grad(loss)(params, args), _tolerance(params, tolerance))
 
@@ -120,7 +120,7 @@ def propose(
     **Raises:** `ValueError` for a wrong argument.
     """
     params = _check.params("params", params)
-    loss = without_decay(loss)
+    loss = without_decay(_check.function("loss", loss))
     _check.loss_is_scalar(loss, params, args)
     gradient = _gradient(loss, params, args)
     tolerance = _tolerance(params, tolerance)

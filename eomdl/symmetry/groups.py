@@ -8,10 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from eomdl import _blocks, _check, _tree
 from eomdl._blocks import Where
-from eomdl._types import Args, Params
+from eomdl._types import Args, Array, Params
 
 
 Member = Where | tuple[Where, int | None]
@@ -33,7 +34,7 @@ class AbstractSymmetry(eqx.Module):
         """The symmetry in words."""
 
     @abc.abstractmethod
-    def charge(self, params: Params, args: Args = None) -> jax.Array:
+    def charge(self, params: Params, args: Args = None) -> Float[Array, "*units"]:
         """The charge of every unit."""
 
     @abc.abstractmethod
@@ -41,7 +42,7 @@ class AbstractSymmetry(eqx.Module):
         """Parameters moved along the group."""
 
     @abc.abstractmethod
-    def violation(self, params: Params, gradient: Params) -> jax.Array:
+    def violation(self, params: Params, gradient: Params) -> Float[jax.Array, ""]:
         r"""$|\langle \partial_\alpha, \nabla f \rangle| / (|\partial_\alpha| |\nabla_A f|)$; 0 where the gradient vanishes."""
 
 
@@ -65,10 +66,11 @@ class Translation(AbstractSymmetry):
 
     @property
     def label(self) -> str:
+        """The symmetry in words."""
         along = "in every entry" if self.axis is None else f"along axis {self.axis}"
         return f"translation of {_blocks.label(self.block)} {along}"
 
-    def _array(self, params: Params) -> jax.Array:
+    def _array(self, params: Params) -> Array:
         block = _blocks.select(params, self.block)
         if not hasattr(block, "shape"):
             raise ValueError(f"block: expected one array of params, got {block!r:.80}")
@@ -78,21 +80,24 @@ class Translation(AbstractSymmetry):
             )
         return block
 
-    def _sum(self, block: jax.Array) -> jax.Array:
+    def _sum(self, block: Array) -> Array:
         if self.axis is None:
             return block
         return jnp.sum(block, axis=self.axis) / np.sqrt(block.shape[self.axis])
 
-    def charge(self, params: Params, args: Args = None) -> jax.Array:
+    def charge(self, params: Params, args: Args = None) -> Float[Array, "*units"]:
+        r"""$\langle 1, \theta_A \rangle / \sqrt m$ along the axis, or every entry."""
         del args
         return self._sum(self._array(params))
 
     def transform(self, params: Params, amount: jax.Array) -> Params:
+        """The block with `amount` added along the axis."""
         block = self._array(params)
         shift = amount if self.axis is None else jnp.expand_dims(amount, self.axis)
         return _replace(params, self.block, block + jnp.broadcast_to(shift, block.shape))
 
-    def violation(self, params: Params, gradient: Params) -> jax.Array:
+    def violation(self, params: Params, gradient: Params) -> Float[jax.Array, ""]:
+        """Cosine of the gradient and the translations; without an axis, the block's share of the gradient's norm."""
         block = self._array(gradient)
         # A block that is not seen at all is small against the whole gradient.
         size = jnp.linalg.norm(block) if self.axis is not None else _tree.norm(gradient)
@@ -130,6 +135,8 @@ class Scaling(AbstractSymmetry):
 
     @property
     def label(self) -> str:
+        """The symmetry in words."""
+
         def said(members: tuple) -> str:
             return " and ".join(_blocks.label(b) + ("" if a is None else f" (axis {a})") for b, a in members)
 
@@ -137,11 +144,12 @@ class Scaling(AbstractSymmetry):
             return f"scale of {said(self.incoming)}"
         return f"rescale of {said(self.incoming)} against {said(self.outgoing)}"
 
-    def charge(self, params: Params, args: Args = None) -> jax.Array:
+    def charge(self, params: Params, args: Args = None) -> Float[Array, "*units"]:
+        r"""$|\theta_A|^2 - |\theta_B|^2$ of every unit."""
         del args
         return self.pair(params, params)
 
-    def pair(self, a: Params, b: Params) -> jax.Array:
+    def pair(self, a: Params, b: Params) -> Float[Array, "*units"]:
         r"""The indefinite product $\langle a, b \rangle_A - \langle a, b \rangle_B$ of every unit; the charge is that of $\theta, \theta$."""
         incoming, outgoing = self._products(a, b)
         return sum(incoming) - sum(outgoing) if outgoing else sum(incoming)
@@ -162,6 +170,7 @@ class Scaling(AbstractSymmetry):
         return incoming, outgoing
 
     def transform(self, params: Params, amount: jax.Array) -> Params:
+        """Block A multiplied, and B divided, by $e^c$ with c = `amount`."""
         for members, sign in ((self.incoming, 1.0), (self.outgoing, -1.0)):
             for block, axis in members:
                 factor = jnp.exp(sign * amount)
@@ -175,7 +184,8 @@ class Scaling(AbstractSymmetry):
                 params = _replace(params, block, jax.tree.map(scaled, _blocks.select(params, block)))
         return params
 
-    def violation(self, params: Params, gradient: Params) -> jax.Array:
+    def violation(self, params: Params, gradient: Params) -> Float[jax.Array, ""]:
+        """Cosine of the gradient and the scalings of A against B."""
         square_params = sum(sum(side) for side in self._products(params, params))
         square_gradient = sum(sum(side) for side in self._products(gradient, gradient))
         return _ratio(

@@ -7,12 +7,15 @@ $L = f + \frac{\lambda}{2}|\theta|^2$, learning rate $\eta$. Laws from Kunin et 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from eomdl import _check
-from eomdl._types import Array
+from eomdl._types import Array, Numbers
 
 
-def translation_decay_rate(learning_rate: ArrayLike, weight_decay: ArrayLike, order: int | None) -> jax.Array:
+def translation_decay_rate(
+    learning_rate: ArrayLike, weight_decay: ArrayLike, order: int | None
+) -> Float[jax.Array, ""]:
     r"""Decay rate of the component along a direction that the loss does not see.
 
     The Hessian of L is $\lambda$ along it, so the equation of motion with n counter terms
@@ -31,8 +34,8 @@ def translation_decay_rate(learning_rate: ArrayLike, weight_decay: ArrayLike, or
 
 
 def scale_norm_after_step(
-    norm: ArrayLike, gradient_norm: ArrayLike, learning_rate: ArrayLike, weight_decay: ArrayLike
-) -> ArrayLike:
+    norm: Numbers, gradient_norm: Numbers, learning_rate: Numbers, weight_decay: Numbers
+) -> Float[jax.Array, "..."]:
     r"""Norm of a scale-invariant block after one step of gradient descent, exactly.
 
     $|\theta|^2_{k+1} = (1 - \eta\lambda)^2 |\theta|^2_k + \eta^2 |\nabla f|^2$, since
@@ -44,7 +47,7 @@ def scale_norm_after_step(
 
 
 def scale_norm_rate(
-    norm: ArrayLike, gradient_norm: ArrayLike, learning_rate: ArrayLike, weight_decay: ArrayLike, order: int
+    norm: Numbers, gradient_norm: Numbers, learning_rate: Numbers, weight_decay: Numbers, order: int
 ) -> ArrayLike:
     r"""$\frac{d}{dt} \log |\theta_A|^2$ of a scale-invariant block, in closed form.
 
@@ -67,12 +70,12 @@ def scale_norm_rate(
 
 
 def equilibrium_norm(
-    norm: ArrayLike,
-    gradient_norm: ArrayLike,
-    learning_rate: ArrayLike,
-    weight_decay: ArrayLike,
-    momentum: ArrayLike = 0.0,
-) -> jax.Array:
+    norm: Numbers,
+    gradient_norm: Numbers,
+    learning_rate: Numbers,
+    weight_decay: Numbers,
+    momentum: Numbers = 0.0,
+) -> Float[jax.Array, "..."]:
     r"""Norm at which decay and the growth from discreteness balance in a scale-invariant block.
 
     $$r^4 = \frac{\eta c^2}{\lambda (1 - \beta) (2 - \eta\lambda / (1 + \beta))}, \qquad c = |\theta_A| |\nabla f|,$$
@@ -91,8 +94,8 @@ def equilibrium_norm(
 
 
 def equilibrium_angle(
-    learning_rate: ArrayLike, weight_decay: ArrayLike, momentum: ArrayLike = 0.0
-) -> jax.Array:
+    learning_rate: Numbers, weight_decay: Numbers, momentum: Numbers = 0.0
+) -> Float[jax.Array, "..."]:
     r"""Angle per step at the equilibrium norm: $\cos\alpha = 1 - \eta\lambda / (1 + \beta)$.
 
     About $\sqrt{2\eta\lambda / (1 + \beta)}$ (Wan et al. 2021, arXiv 2006.08419). It needs no assumption on the gradient: at
@@ -103,8 +106,8 @@ def equilibrium_angle(
 
 
 def effective_learning_rate(
-    norm: ArrayLike, learning_rate: ArrayLike, momentum: ArrayLike = 0.0
-) -> jax.Array:
+    norm: Numbers, learning_rate: Numbers, momentum: Numbers = 0.0
+) -> Float[jax.Array, "..."]:
     r"""$\eta_e = \eta / ((1 - \beta) |\theta_A|^2)$: the learning rate that the direction of a scale-invariant block has.
 
     $f(\theta_A) = f(\theta_A / |\theta_A|)$, whose gradient is $1/|\theta_A|$ of that on the unit sphere, where a step of the
@@ -115,10 +118,10 @@ def effective_learning_rate(
     return jnp.asarray(learning_rate / ((1 - _check.fractions("momentum", momentum)) * norm**2))
 
 
-def _norms(norm: ArrayLike, gradient_norm: ArrayLike) -> tuple[Array, Array]:
+def _norms(norm: Numbers, gradient_norm: Numbers) -> tuple[Array, Array]:
     return _check.positive_numbers("norm", norm), _check.nonnegative_numbers("gradient_norm", gradient_norm)
 
 
-def _rates(learning_rate: ArrayLike, weight_decay: ArrayLike) -> tuple[Array, Array]:
+def _rates(learning_rate: Numbers, weight_decay: Numbers) -> tuple[Array, Array]:
     rates = _check.positive_numbers("learning_rate", learning_rate)
     return rates, _check.nonnegative_numbers("weight_decay", weight_decay)
