@@ -13,9 +13,11 @@ import pytest
 import eomdl
 from benchmarks.conftest import Record, Size
 from benchmarks.measure import STAGES, bar_row, compiled, time_ratio
-from benchmarks.problems import LOSS, digits, init_mlp
+from benchmarks.problems import LOSS, digits
 from eomdl._types import Params
-from paper_repro.edge_of_stability import CASES, TOLERANCES, setting
+from paper_repro import networks
+from paper_repro.harness import Images
+from paper_repro.papers.edge_of_stability import CASES, TOLERANCES, setting
 
 
 ETA, STEPS = 0.1, 200
@@ -31,7 +33,7 @@ def _random_mlp(seed: int) -> list[dict[str, jax.Array]]:
 
 
 # The bars were set on one initialization, which is not at hand; two stand here for it.
-INITS = {"A": lambda: _random_mlp(0), "B": lambda: init_mlp((64, 64, 64, 10), 9)}
+INITS = {"A": lambda: _random_mlp(0), "B": lambda: networks.zero_bias_init((64, 64, 64, 10), seed=9)}
 LIMITS = {2: 1.3e-3, 3: 3.5e-4, 4: 1.1e-4, 6: 1.5e-5, 8: 3.5e-6}
 MINIMAX_LIMITS = {6: 6e-6, 8: 1e-6}
 
@@ -125,7 +127,7 @@ def test_edge_of_stability(record: Record, full: None, name: str) -> None:
     steps = 1000
 
     def rows() -> list[dict[str, Any]]:
-        start, args = setting(case)
+        start, args = setting(case, Images())
         optimizer, eta = optax.sgd(case.learning_rate), case.learning_rate
         save = list(range(0, steps + 1, 10))
         real = eomdl.descend(

@@ -13,6 +13,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from paper_repro import harness, publish, report
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paper_repro", description=__doc__)
@@ -40,8 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run; the exit status is 1 if a claim does not hold, 2 if an argument is wrong, 130 if interrupted."""
     args = _parser().parse_args(argv)
     jax.config.update("jax_enable_x64", not args.float32)
-    from paper_repro import harness, publish
-
     console, known = Console(), harness.discover()
     wrong = _wrong(args, known)
     if args.list or (wrong is None and not args.readme):
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _run(chosen, options, out: Path, fresh: bool, console: Console) -> list:
+def _run(
+    chosen: list[harness.Reproduction], options: harness.Options, out: Path, fresh: bool, console: Console
+) -> list[harness.Result]:
     """Run what is not done; the report is written after each, so that an interrupted run keeps what it has."""
-    from paper_repro import harness, report
-
     results: list[harness.Result] = []
     path = out / "report.html"
     for n, reproduction in enumerate(chosen):
@@ -91,7 +91,7 @@ def _run(chosen, options, out: Path, fresh: bool, console: Console) -> list:
     return results
 
 
-def _tell(result, done: bool, console: Console) -> None:
+def _tell(result: harness.Result, done: bool, console: Console) -> None:
     for claim in result.claims:
         word = {True: "holds", False: "DOES NOT HOLD", None: "not asserted"}[claim.holds]
         console.print(f"  {word}: {claim.text} {claim.measured}", markup=False)
@@ -112,7 +112,7 @@ def _wrong(args: argparse.Namespace, known: Mapping[str, object]) -> str | None:
     return None
 
 
-def _listed(reproductions) -> Table:
+def _listed(reproductions: Mapping[str, harness.Reproduction]) -> Table:
     table = Table(title="Reproductions")
     for column in ("name", "what", "minutes"):
         table.add_column(column)

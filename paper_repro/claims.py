@@ -38,7 +38,7 @@ def orders(
 
 
 def gain(
-    text: str, better: Any, base: Any, least: float = 1.0, what: str = "times nearer", **options: Any
+    text: str, better: Any, base: Any, *, least: float = 1.0, what: str = "times nearer", **options: Any
 ) -> Claim:
     """The errors `better` are smaller than `base` by more than the factor `least`, in every case."""
     ratio = np.asarray(base, float) / np.asarray(better, float)
@@ -56,7 +56,7 @@ def falling(text: str, values: Mapping[Any, float], what: str, notes: str = "", 
     return Claim(text, f"{what}: {shown}.{notes and ' ' + notes}", holds, **options)
 
 
-def close(text: str, measured: float, predicted: float, within: float, **options: Any) -> Claim:
+def close(text: str, measured: float, predicted: float, *, within: float, **options: Any) -> Claim:
     """A measured value is the predicted one, to the relative error `within`."""
     error = measured / predicted - 1
     shown = f"Measured {measured:.4f}, predicted {predicted:.4f} ({error:+.1%}; limit {within:.0%})."

@@ -133,6 +133,6 @@ def _matched(
         down = np.flatnonzero(m.losses[m.at : -1, w] <= m.losses[m.at, b])
         if len(down):
             ends = ((m.params[m.at], b), (m.params[m.at + down[0]], w))
-            lines = (jax.tree.map(lambda x, i=i: x[i], params) for params, i in ends)
-            height[n, k] = eomdl.geometry.barrier(loss, *lines, data, points)
+            one, other = (jax.tree.map(lambda x, i=i: x[i], params) for params, i in ends)
+            height[n, k] = eomdl.geometry.barrier(loss, one, other, data, points)
     return height

@@ -3,11 +3,15 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+
+SMALL = 0.577  # of the usual scale, so that the sharpness has far to rise
 
 
 def mlp_init(key: jax.Array, sizes: Sequence[int]) -> list[dict[str, jax.Array]]:
@@ -43,7 +47,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def loss(network: Callable, criterion: Callable = cross_entropy) -> Callable:
     """The loss of a network: `criterion(network(params, inputs), labels)`."""
 
-    def of_params(params, data) -> jax.Array:
+    def of_params(params: Any, data: Any) -> jax.Array:
         inputs, labels = data
         return criterion(network(params, inputs), labels)
 
@@ -67,7 +71,7 @@ def two_layer_init(key: jax.Array, pixels: int, hidden: int, classes: int) -> li
     return mlp_init(key, (pixels, hidden, classes))
 
 
-def hidden(params):
+def hidden(params: Any) -> jax.Array:
     """The scale-invariant block of `normalized_init`: the weights before the normalization."""
     return params["hidden"]
 
@@ -77,14 +81,14 @@ def hidden_gradient_norm(loss: Callable) -> Callable:
     return lambda params, args: jnp.linalg.norm(hidden(jax.grad(loss)(params, args)))
 
 
-def scaled(data):
+def scaled(data: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Images to a root mean square norm of 4, that of the digits, so that one learning rate fits any data."""
     inputs, labels = data
     return 4.0 * inputs / np.sqrt(np.mean(np.sum(np.square(inputs), axis=1))), labels
 
 
 def _normalized_loss(axis: int) -> Callable:
-    def loss(params, data) -> jax.Array:
+    def loss(params: Any, data: Any) -> jax.Array:
         inputs, labels = data
         features = inputs @ params["hidden"]
         # No epsilon and no affine parameters: the scale invariance is exact.
@@ -99,8 +103,8 @@ layer_norm_loss = _normalized_loss(axis=1)  # over the features of one input
 batch_norm_loss = _normalized_loss(axis=0)  # over the batch, in training mode
 
 
-def two_parameter_loss(params, data) -> jax.Array:
-    """$\\frac12 (y - a b x)^2$: the smallest model whose flat minima differ in sharpness."""
+def two_parameter_loss(params: Any, data: Any) -> jax.Array:
+    r"""$\frac12 (y - a b x)^2$: the smallest model whose flat minima differ in sharpness."""
     x, y = data
     return 0.5 * (y - params["a"] * params["b"] * x) ** 2
 
@@ -111,24 +115,28 @@ def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def small_mlp_init(pixels: int) -> list[dict[str, jax.Array]]:
-    """64-32-32-10 at 0.577 of the usual scale, so that the sharpness has far to rise."""
-    rng = np.random.default_rng(0)
-    sizes = pairwise((pixels, 32, 32, 10))
-    return [_small_layer(rng, fan_in, fan_out) for fan_in, fan_out in sizes]
+    """64-32-32-10 at `SMALL` scale."""
+    return zero_bias_init((pixels, 32, 32, 10), SMALL)
 
 
 def small_cnn_init(pixels: int, channels: int = 6) -> dict[str, dict[str, jax.Array]]:
     """A 3 x 3 convolution, 2 x 2 average pooling, a hidden layer of 32 and a head; same scale."""
     rng = np.random.default_rng(0)
     return {
-        "conv": _small_layer(rng, 9, channels),
-        "hidden": _small_layer(rng, pixels // 4 * channels, 32),
-        "head": _small_layer(rng, 32, 10),
+        "conv": _layer(rng, 9, channels, SMALL),
+        "hidden": _layer(rng, pixels // 4 * channels, 32, SMALL),
+        "head": _layer(rng, 32, 10, SMALL),
     }
 
 
-def _small_layer(rng: np.random.Generator, fan_in: int, fan_out: int) -> dict[str, jax.Array]:
-    weights = 0.577 * rng.normal(size=(fan_in, fan_out)) / np.sqrt(fan_in)
+def zero_bias_init(sizes: Sequence[int], scale: float = 1.0, seed: int = 0) -> list[dict[str, jax.Array]]:
+    """Layers as of `mlp_init` from NumPy's generator; weights normal with standard deviation `scale`/sqrt(in)."""
+    rng = np.random.default_rng(seed)
+    return [_layer(rng, fan_in, fan_out, scale) for fan_in, fan_out in pairwise(sizes)]
+
+
+def _layer(rng: np.random.Generator, fan_in: int, fan_out: int, scale: float) -> dict[str, jax.Array]:
+    weights = scale * rng.normal(size=(fan_in, fan_out)) / np.sqrt(fan_in)
     return {"w": jnp.asarray(weights, jnp.result_type(float)), "b": jnp.zeros(fan_out)}
 
 
@@ -143,7 +151,7 @@ def patches(inputs: jax.Array) -> jax.Array:
     return jnp.stack(shifted, axis=-1).reshape(len(inputs), side * side, 9)
 
 
-def cnn(params, inputs: jax.Array) -> jax.Array:
+def cnn(params: Any, inputs: jax.Array) -> jax.Array:
     """Outputs of the convolutional network, shape (batch, classes)."""
     side = math.isqrt(inputs.shape[1])
     stacked = patches(inputs).reshape(len(inputs), side, side, 9)
@@ -154,7 +162,7 @@ def cnn(params, inputs: jax.Array) -> jax.Array:
     return hidden @ params["head"]["w"] + params["head"]["b"]
 
 
-def relu_activations(layers, inputs: jax.Array) -> list[jax.Array]:
+def relu_activations(layers: Any, inputs: jax.Array) -> list[jax.Array]:
     """What each layer of the ReLU network hands on, input first."""
     out = [inputs]
     for layer in layers[:-1]:
@@ -162,13 +170,13 @@ def relu_activations(layers, inputs: jax.Array) -> list[jax.Array]:
     return out
 
 
-def relu_preactivations(layers, inputs: jax.Array) -> list[jax.Array]:
+def relu_preactivations(layers: Any, inputs: jax.Array) -> list[jax.Array]:
     """Inputs of every ReLU."""
     hidden = relu_activations(layers, inputs)[:-1]
     return [x @ layer["w"] + layer["b"] for x, layer in zip(hidden, layers[:-1], strict=True)]
 
 
-def relu(layers, inputs: jax.Array) -> jax.Array:
+def relu(layers: Any, inputs: jax.Array) -> jax.Array:
     """Logits of the ReLU network, shape (batch, classes)."""
     return relu_activations(layers, inputs)[-1] @ layers[-1]["w"] + layers[-1]["b"]
 
@@ -176,7 +184,7 @@ def relu(layers, inputs: jax.Array) -> jax.Array:
 relu_loss = loss(relu)
 
 
-def _norm_and_head(features: jax.Array, params, labels: jax.Array) -> jax.Array:
+def _norm_and_head(features: jax.Array, params: Any, labels: jax.Array) -> jax.Array:
     """Batch norm with gain and shift, ReLU, mean over positions if there are any, softmax."""
     axes = tuple(range(features.ndim - 1))
     centred = features - jnp.mean(features, axis=axes, keepdims=True)
@@ -188,24 +196,24 @@ def _norm_and_head(features: jax.Array, params, labels: jax.Array) -> jax.Array:
     return cross_entropy(hidden @ head.reshape(-1, head.shape[-1]) + params["head"]["b"], labels)
 
 
-def normalized_mlp_loss(params, data) -> jax.Array:
+def normalized_mlp_loss(params: Any, data: Any) -> jax.Array:
     """Linear, batch norm with gain and shift, ReLU, linear."""
     images, labels = data
     return _norm_and_head(images @ params["first"], params, labels)
 
 
-def normalized_cnn_loss(params, data) -> jax.Array:
+def normalized_cnn_loss(params: Any, data: Any) -> jax.Array:
     """Convolution, batch norm with gain and shift, ReLU, mean over four bands of the image, linear."""
     images, labels = data
     return _norm_and_head(patches(images) @ params["first"], params, labels)
 
 
-def normalized_start(network: str, pixels: int) -> dict:
+def normalized_start(network: str, pixels: int) -> dict[str, Any]:
     """Of "MLP" or "CNN": weights normal with variance 1/fan-in; units along axis 1 of `first`, along axis -2 of `head`."""
     rng = np.random.default_rng(0)
     fan_in, units, bands = (pixels, 24, 1) if network == "MLP" else (9, 8, 4)
 
-    def array(*shape, scale=1.0, mean=0.0):
+    def array(*shape: int, scale: float = 1.0, mean: float = 0.0) -> jax.Array:
         return jnp.asarray(mean + scale * rng.normal(size=shape), jnp.result_type(float))
 
     head = array(*([bands] if bands > 1 else []), units, 10, scale=(units * bands) ** -0.5)

@@ -6,7 +6,7 @@ A model has one colour; the ODE solver's error is dotted; no legend lies over th
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 ODE = "ODE error (estimate)"
 _INK = "#101112"  # stands for the page's text colour, light or dark
-_STYLE = {
+_STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -131,6 +131,11 @@ def points(
         axes.plot(x, positive(table[column]), marker, label=label)
     axes.set_xticks(x, ticks)
     return legend(figure)
+
+
+def named(values: Mapping[Any, float], what: str) -> Callable[[Any], str]:
+    """Labels of models with a number: "EoM 1: slope 2.00"."""
+    return lambda name: f"{name}: {what} {values[name]:.2f}"
 
 
 def ticks(table: pd.DataFrame, *columns: str) -> list[str]:

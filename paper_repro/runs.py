@@ -121,10 +121,17 @@ def observed_orders(table: pd.DataFrame, error: str, last: int = 0) -> dict[Any,
     }
 
 
+def values(path: eomdl.Trajectory) -> Any:
+    """The saved parameters of a run that saved them."""
+    if path.params is None:
+        raise ValueError("path: expected a run with saved parameters, got one made with save_params=False")
+    return path.params
+
+
 def coordinates(paths: Mapping[str, eomdl.Trajectory]) -> pd.DataFrame:
     """Runs of a few scalar parameters, one row per run and step."""
     return pd.concat(
-        pd.DataFrame({"run": name, "step": path.steps} | {k: np.asarray(v) for k, v in path.params.items()})
+        pd.DataFrame({"run": name, "step": path.steps} | {k: np.asarray(v) for k, v in values(path).items()})
         for name, path in paths.items()
     )
 

@@ -104,7 +104,7 @@ def pictures(tables: Tables) -> dict[str, Figure]:
             "learning rate",
             "largest distance",
             ode="ODE error",
-            label=lambda model: f"{model}: order {orders[model]:.2f}",
+            label=draw.named(orders, "order"),
             ylabel="largest distance to Adam",
         )
     }

@@ -86,7 +86,7 @@ def setting(case: Case, images: Images, search: int = 600) -> tuple[Any, Any]:
         raise ValueError(
             f"{case.name}: expected eta * sharpness to pass 1.9 in {search} steps; use the default data"
         )
-    return before.at(before.steps[beyond[0]]), args
+    return before.at(int(before.steps[beyond[0]])), args
 
 
 def measure(size: Size, images: Images) -> Tables:
@@ -166,7 +166,7 @@ def claims(tables: Tables) -> list[made.Claim]:
 
 def pictures(tables: Tables) -> dict[str, Figure]:
     """Sharpness, loss and relative distance against steps, for each network."""
-    figures = {}
+    figures: dict[str, Figure] = {}
     for network, of_network in tables["paths"].groupby("network", sort=False):
         name = str(network).replace(",", "").replace(" ", "-")
         sharp, top = draw.panel("step", "eta * sharpness", str(network), ylim=(0, 4))

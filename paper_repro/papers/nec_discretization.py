@@ -122,7 +122,7 @@ def pictures(tables: Tables) -> dict[str, Figure]:
             "learning rate",
             "error",
             ode="ODE error",
-            label=lambda model, slope=slope: f"{model}: slope {slope[model]:.2f}",
+            label=draw.named(slope, "slope"),
             ylabel="distance to gradient descent",
             title=f"error after {span}",
         )

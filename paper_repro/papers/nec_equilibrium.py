@@ -90,7 +90,9 @@ def claims(tables: Tables) -> list[made.Claim]:
     }
     return [
         *(
-            made.close(text, *table.loc[row, ["mean", "predicted at equilibrium"]], 0.02, full_only=True)
+            made.close(
+                text, mean[row], table.loc[row, "predicted at equilibrium"], within=0.02, full_only=True
+            )
             for row, text in laws.items()
         ),
         made.Claim(

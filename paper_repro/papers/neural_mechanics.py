@@ -69,7 +69,7 @@ def measure(size: Size, images: Images) -> Tables:
 
 
 def _flows(loss: Any, beta: float, orders: Any, points: Any) -> dict[str, eomdl.AbstractFlow]:
-    """The equation of motion; with momentum, the logarithm of the step. (Gradient flow obeys its law.)"""
+    """The equation of motion; with momentum, the logarithm of the step. Gradient flow obeys its own law."""
     if beta == 0:
         return dict(runs.counter_terms(loss, RATE, orders))
     step_map = eomdl.optimizer_step(loss, OPTIMIZERS[beta])
@@ -175,7 +175,8 @@ def claims(tables: Tables) -> list[made.Claim]:
 
 def pictures(tables: Tables) -> dict[str, Figure]:
     """At the largest decay: charges, errors of their predictions, and how the scale-invariant weights turn."""
-    decay, figures = max(tables["curves"]["weight decay"]), {}
+    decay = max(tables["curves"]["weight decay"])
+    figures: dict[str, Figure] = {}
     curves, turns = (tables[name][tables[name]["weight decay"] == decay] for name in ("curves", "turning"))
     for (network, beta, charge), one in curves.groupby(["network", "momentum", "charge"], sort=False):
         title = f"{network}, momentum {beta}: {charge}"

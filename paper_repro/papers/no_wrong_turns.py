@@ -114,7 +114,7 @@ def _summary(curves: pd.DataFrame, steps: int) -> pd.DataFrame:
 
 
 def claims(tables: Tables) -> list[made.Claim]:
-    """gamma is positive, large, stable, and larger for larger batches."""
+    """The cosine gamma is positive, large, stable, and larger for larger batches."""
     table = tables["summary"]
     full, sweep = table[table["gradient"] == "full batch"], table[table["sweep"] == "batch size"]
     smallest, last = full["smallest before the last tenth"].min(), full["smallest in it"].min()
@@ -153,7 +153,7 @@ def claims(tables: Tables) -> list[made.Claim]:
 
 
 def pictures(tables: Tables) -> dict[str, Figure]:
-    """gamma along the runs of each sweep (first seed), and along gradient descent and its flows."""
+    """The cosine gamma along the runs of each sweep (first seed), and along gradient descent and its flows."""
     curves = tables["curves"][tables["curves"]["seed"] == 0]
     figures = {}
     for (sweep, gradient), some in curves.groupby(["sweep", "gradient"], sort=False):

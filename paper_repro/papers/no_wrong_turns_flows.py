@@ -81,6 +81,7 @@ def pictures(tables: Tables) -> dict[str, Figure]:
         ("difference", "|gamma - gamma of GD|", "log"),
         ("learning_rate", "locally best learning rate RSI / EB^2 [time]", "log"),
     ):
-        some, style = curves[curves[column].notna()], {"xscale": "linear", "yscale": scale, "marker": ""}
+        some = curves[curves[column].notna()]
+        style: dict[str, Any] = {"xscale": "linear", "yscale": scale, "marker": ""}
         figures[column] = draw.errors(some, "steps", column, xlabel="step", ylabel=label, **style)
     return figures

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
@@ -63,7 +64,7 @@ def _paths(data: Any, size: Size, seed: int) -> Tables:
     """Length, shape and dimension of GD's path, its flows' and SGD's, and their course on the loss."""
     loss, steps = networks.mlp_loss, size.steps
     params = networks.mlp_init(jax.random.key(seed), (data[0].shape[1], 32, 10))
-    tolerance = TOLERANCE if jax.config.jax_enable_x64 else None
+    tolerance = TOLERANCE if jnp.result_type(float) == jnp.float64 else None
     options: dict[str, Any] = {"args": data, "rtol": tolerance, "atol": tolerance, "estimate_error": False}
     paths = {"GD": eomdl.descend(loss, params, optax.sgd(RATE), steps, args=data)}
     paths |= runs.solve_all(runs.counter_terms(loss, RATE, range(size.orders)), params, steps, **options)
@@ -99,10 +100,9 @@ def _paths(data: Any, size: Size, seed: int) -> Tables:
 
 def _plane(loss: Any, axes: Any, course: pd.DataFrame, data: Any, points: int) -> pd.DataFrame:
     low, high = course[["first", "second"]].min(), course[["first", "second"]].max()
-    sides = [
-        np.linspace(a - 0.2 * (b - a), b + 0.2 * (b - a), points) for a, b in zip(low, high, strict=True)
-    ]
-    plane = geometry.loss_plane(loss, axes.mean, axes.direction(0), axes.direction(1), *sides, data)
+    margin = 0.2 * (high - low)
+    across, up = np.linspace(low - margin, high + margin, points).T
+    plane = geometry.loss_plane(loss, axes.mean, axes.direction(0), axes.direction(1), across, up, data)
     x, y = np.meshgrid(plane.x, plane.y)
     return pd.DataFrame({"first": x.ravel(), "second": y.ravel(), "loss": plane.loss.ravel()})
 

@@ -48,16 +48,16 @@ class Size(NamedTuple):
     """Images, minibatches in an epoch, learning rates."""
 
     images: int = 64
-    count: int = 4
+    minibatches: int = 4
     rates: tuple[float, ...] = (0.02, 0.01, 0.005, 0.0025)
 
 
-SMOKE = Size(images=24, count=3, rates=(0.02, 0.01, 0.005))
+SMOKE = Size(images=24, minibatches=3, rates=(0.02, 0.01, 0.005))
 
 
 def measure(size: Size, images: Images) -> Tables:
     """The mean of SGD over all orders of an epoch, enumerated, against three flows."""
-    data, count = images(size.images), size.count
+    data, count = images(size.images), size.minibatches
     each = len(data[1]) // count
     batches = jax.tree.map(lambda x: x[: each * count].reshape(count, each, *x.shape[1:]), data)
     net = networks.mlp_init(jax.random.key(0), (data[0].shape[1], 16, 10))
@@ -69,7 +69,7 @@ def measure(size: Size, images: Images) -> Tables:
             mean = _mean_end(net, batches, eta, np.array(list(orders(count))))
             for model, path in paths.items():
                 distance = float(optax.tree.norm(optax.tree.sub(mean, path.at(count))))
-                rows.append((sampling, model, eta, distance, path.ode_error.max()))
+                rows.append((sampling, model, eta, distance, np.max(np.asarray(path.ode_error))))
     columns = ["sampling", "model", "learning rate", "distance", "ODE error"]
     return {"distances": pd.DataFrame(rows, columns=columns)}
 
@@ -119,7 +119,7 @@ def pictures(tables: Tables) -> dict[str, Figure]:
             "learning rate",
             "distance",
             ode="ODE error",
-            label=lambda model, orders=orders: f"{model}: order {orders[model]:.2f}",
+            label=draw.named(orders, "order"),
             ylabel="distance of the mean after an epoch",
             title=str(sampling),
         )
