@@ -14,24 +14,31 @@ from matplotlib import pyplot as plt
 COST = "cost [gradient evaluations per GD step]"
 
 
+def figures(tables: dict[str, Any]) -> dict[str, Any]:
+    """The figures that these tables have, by name."""
+    known = {
+        "accuracy": (("solve",), accuracy),
+        "field": (("field",), field),
+        "scripts": (("script", "euler"), scripts),
+        "solvers": (("solver",), solvers),
+        "points": (("points",), points),
+        "edge": (("edge",), edge),
+    }
+    return {
+        name: figure(tables)
+        for name, (needs, figure) in known.items()
+        if all(tables.get(table) for table in needs)
+    }
+
+
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
-    """Draw and save every figure whose tables have rows; the paths written."""
-    tables = results["tables"]
+    """Write the figures of the tables that are there."""
     made = []
-    for name, needs, figure in (
-        ("accuracy", ("solve",), accuracy),
-        ("field", ("field",), field),
-        ("scripts", ("script", "euler"), scripts),
-        ("solvers", ("solver",), solvers),
-        ("points", ("points",), points),
-        ("edge", ("edge",), edge),
-    ):
-        if all(tables.get(table) for table in needs):
-            path = out / f"{name}.png"
-            drawn = figure(tables)
-            drawn.savefig(path, dpi=110)
-            plt.close(drawn)
-            made.append(path)
+    for name, drawn in figures(results["tables"]).items():
+        path = out / f"{name}.png"
+        drawn.savefig(path, dpi=110)
+        plt.close(drawn)
+        made.append(path)
     return made
 
 

@@ -11,186 +11,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import figures
+from benchmarks import figures, publish
+from benchmarks.tables import TABLES, cell
 
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("eomdl", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy", "scikit-learn")
-
-# What to print of every table: (title, columns as {key: heading}).
-TABLES: dict[str, tuple[str, dict[str, str]]] = {
-    "bar": (
-        "Figures to reach",
-        {"bar": "bar", "measured": "measured", "relation": "", "limit": "limit", "passed": "passed"},
-    ),
-    "field": (
-        "One evaluation of the field against one gradient",
-        {
-            "route": "route",
-            "order": "order",
-            "gradients": "flops / gradient",
-            "time_ratio": "seconds / gradient",
-            "trace_s": "trace [s]",
-            "compile_s": "compile [s]",
-        },
-    ),
-    "solve": (
-        "solve on 200 steps of gradient descent (gradients: per GD step)",
-        {
-            "problem": "problem",
-            "order": "order",
-            "distance_to_GD": "distance to GD",
-            "ode_error": "ODE error",
-            "ode_error_estimate": "its estimate",
-            "ode_over_model_error": "ODE / model error",
-            "ode_steps": "ODE steps",
-            "gradients_per_step": "gradients",
-            "gradients_per_step_with_estimate": "with estimate_error",
-        },
-    ),
-    "points": (
-        "The flow of the step map on 200 steps of gradient descent, eta = 0.1",
-        {
-            "init": "initialization",
-            "eta_lambda_max": "eta lambda_max",
-            "weights": "weights",
-            "points": "points",
-            "distance": "distance to GD",
-            "limit": "bar",
-            "passed": "passed",
-        },
-    ),
-    "edge": (
-        "Past the edge: distance to GD over distance travelled, stride 2 (0 points: gradient flow)",
-        {
-            "network": "network",
-            "points": "points",
-            "eta_sharpness": "largest eta * sharpness",
-            "at_200": "step 200",
-            "at_400": "step 400",
-            "at_1000": "step 1000",
-            "gradients_per_step": "gradients per GD step",
-            "chosen": "chosen",
-        },
-    ),
-    "optimizer": (
-        "Other optimizers, 50 steps after the transient (0 points: the flow without correction)",
-        {
-            "optimizer": "optimizer",
-            "points": "points",
-            "distance": "distance",
-            "ode_error": "ODE error",
-            "times_nearer": "times nearer",
-            "observed_order": "order of the local error",
-        },
-    ),
-    "script": (
-        "Fixed-step scripts against solve at the script's ODE error (gradients: per GD step)",
-        {
-            "script": "script",
-            "order": "flow order",
-            "distance_to_GD": "distance to GD",
-            "ode_error": "ODE error",
-            "gradients_per_step": "gradients",
-            "solve_ode_error": "solve: ODE error",
-            "solve_gradients_per_step": "solve: gradients",
-            "times_fewer_gradients": "times fewer",
-            "Bosh3_times_fewer_gradients": "with solver=Bosh3()",
-        },
-    ),
-    "euler": (
-        "Euler refined to the default ODE error of solve (the extrapolated rows are not measured)",
-        {
-            "order": "flow order",
-            "substeps": "substeps a GD step",
-            "ode_error": "ODE error",
-            "gradients_per_step": "gradients per GD step",
-            "extrapolated": "extrapolated",
-            "measured_order": "measured order",
-            "times_fewer_gradients": "solve: times fewer",
-        },
-    ),
-    "solver": (
-        "Solvers, small problem (gradients: per GD step)",
-        {
-            "order": "order",
-            "solver": "solver",
-            "atol_over_default": "atol / default",
-            "ode_over_model_error": "ODE / model error",
-            "gradients_per_step": "gradients",
-        },
-    ),
-    "growth": (
-        "Growth with parameters, data and steps (order 1; seconds without compiling)",
-        {
-            "num_params": "parameters",
-            "num_examples": "examples",
-            "num_steps": "GD steps",
-            "eta_lambda_max": "eta lambda_max",
-            "ode_steps_per_step": "ODE steps per GD step",
-            "solve_over_descend_seconds": "solve / descend seconds",
-            "field_order_2_gradients": "order-2 field / gradient",
-        },
-    ),
-    "observing": (
-        "What observing adds to a run of gradient descent",
-        {
-            "observed": "observed",
-            "every": "every ... steps",
-            "gradients": "flops / gradient, once",
-            "steps_once": "seconds / those of a GD step, once",
-            "compile_s": "compile [s]",
-            "run_seconds_ratio": "run / run without it (seconds)",
-        },
-    ),
-    "first answer": (
-        "The first path of a process (MLP, 20 steps): seconds with all compiling",
-        {
-            "order": "order",
-            "what": "what",
-            "first_s": "seconds",
-            "compile_s": "of it XLA [s]",
-            "programs": "programs",
-            "ratio": "against the call by hand",
-        },
-    ),
-    "leaves": (
-        "The first path of a process against the arrays that the parameters are made of (order 1)",
-        {
-            "what": "what",
-            "leaves": "arrays",
-            "first_s": "seconds",
-            "programs": "programs",
-            "growth": "growth",
-            "growth_over_leaves": "growth / growth of the arrays",
-        },
-    ),
-    "descending": (
-        "descend against a training loop by hand that saves nothing",
-        {
-            "problem": "problem",
-            "num_steps": "steps",
-            "ms_by_hand": "by hand [ms]",
-            "every_step_ratio": "every step saved, ratio",
-            "last_step_ratio": "only the last, ratio",
-        },
-    ),
-    "memory": (
-        "Memory of one run of solve (order 1, observables at every step)",
-        {
-            "num_steps": "GD steps",
-            "save_params": "save_params",
-            "num_params": "parameters",
-            "peak_live_arrays_MiB": "peak JAX arrays [MiB]",
-            "peak_rss_growth_MiB": "growth of peak RSS [MiB]",
-            "peak_rss_MiB": "peak RSS [MiB]",
-            "ode_steps_per_step": "ODE steps per GD step",
-        },
-    ),
-}
 
 
 def run_suite(smoke: bool) -> tuple[dict[str, Any], int]:
@@ -229,6 +59,8 @@ def condense(raw: dict[str, Any], smoke: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "load_at_end": os.getloadavg(),
     }
+    if jax.default_backend() != "cpu":
+        machine["gpu"] = jax.devices()[0].device_kind
     return {
         "config": {"smoke": smoke, "dtype": "float64", "weight_decay": 1e-3, "num_steps": 200},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -237,16 +69,6 @@ def condense(raw: dict[str, Any], smoke: bool) -> dict[str, Any]:
         "machine": machine,
         "tables": tables,
     }
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool) or not isinstance(value, float):
-        return str(value)
-    if value == 0 or 0.01 <= abs(value) < 1e5:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return f"{value:.1e}"
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -263,7 +85,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         for heading in columns.values():
             table.add_column(heading, justify="right", overflow="fold")
         for row in rows:
-            table.add_row(*(_cell(row.get(key)) for key in columns))
+            table.add_row(*(cell(row.get(key)) for key in columns))
         console.print(table)
 
 
@@ -282,7 +104,15 @@ def main() -> int:
         help="pytest-benchmark JSON files, where a later one replaces the same benchmarks; runs nothing",
     )
     parser.add_argument("--note", default="", help="a remark to keep with the results")
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="only write README.md's table and the documentation's page from the results kept",
+    )
     options = parser.parse_args()
+    if options.readme:
+        Console().print(*[f"wrote {path}" for path in publish.write()], sep="\n", soft_wrap=True)
+        return 0
     raw, code = (merged(options.sources), 0) if options.sources else run_suite(options.smoke)
     results = condense(raw, options.smoke) | {"note": options.note}
     options.out.mkdir(parents=True, exist_ok=True)
