@@ -21,7 +21,7 @@ SUITES = {
     "first_answer": "The first answer of a process",
     "interpolating": "The flow of a step map",
     "observing": "Observing",
-    "h100": "On a GPU",
+    "gpu": "On a GPU",
 }
 INTRODUCTION = """# Cost
 

@@ -17,6 +17,8 @@ KEPT = Path(__file__).parent / "results.json"
 PICTURES = ROOT / "docs" / "assets" / "reproductions"
 PAGE = ROOT / "docs" / "reproductions.md"
 README = ROOT / "README.md"
+SHOWN = ("nec-equilibrium", "norm")  # the picture of README.md
+INKS = {"light": "#1f2328", "dark": "#e6edf3"}
 WORDS = {True: "holds", False: "does not hold", None: "not asserted"}
 _FIELDS = ("name", "title", "source", "setting", "seconds", "environment", "claims")
 
@@ -41,6 +43,10 @@ def write(reproductions: Sequence[harness.Reproduction], out: Path) -> list[Path
         old.unlink()
     for result in results:
         (PICTURES / f"{result.reproduction.name}.svg").write_text(next(iter(result.pictures.values())))
+    name, picture = SHOWN
+    drawn = next(result.pictures[picture] for result in results if result.reproduction.name == name)
+    for theme, ink in INKS.items():
+        (PICTURES.parent / f"{picture}-{theme}.svg").write_text(drawn.replace("currentColor", ink))
     README.write_text(replaced(README.read_text(), "reproductions", table(kept)))
     PAGE.write_text(page(kept))
     return [KEPT, README, PAGE, PICTURES]

@@ -1,0 +1,53 @@
+"""What README.md and the documentation show of results is what is kept, and all of it."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import publish as benchmarks
+from paper_repro import harness, publish
+
+
+README = publish.README.read_text()
+
+
+def between(text: str, marker: str) -> str:
+    return text.split(f"<!-- {marker} -->\n")[1].split(f"\n<!-- /{marker} -->")[0]
+
+
+def test_reproductions():
+    kept = json.loads(publish.KEPT.read_text())
+    known = harness.discover()
+    assert [(result["name"], result["title"]) for result in kept] == [
+        (r.name, r.title) for r in known.values()
+    ]
+    assert all(claim["holds"] is not False for result in kept for claim in result["claims"])
+    assert between(README, "reproductions") == publish.table(kept)
+    assert publish.PAGE.read_text() == publish.page(kept)
+    assert {path.stem for path in publish.PICTURES.glob("*.svg")} == set(known)
+
+
+def test_costs():
+    assert between(README, "cost") == benchmarks.table(benchmarks.read(""))
+    page = benchmarks.PAGE.read_text()
+    assert page == benchmarks.page()
+    assert all((publish.ROOT / path).exists() for path in re.findall(r'--8<-- "(.*?)"', page))
+
+
+def test_readme_is_short_and_its_files_are_there():
+    prose = re.sub(r"```.*?```|<!--.*?-->|^\|.*?$", "", README, flags=re.DOTALL | re.MULTILINE)
+    assert len(prose.split()) < 700
+    for target in re.findall(r'(?:\]\(|src(?:set)?=")(?!http)([^)"#]+)', README):
+        assert (publish.ROOT / target).exists(), target
+
+
+def test_markers_must_be_there_once():
+    assert publish.replaced("a <!-- x -->old<!-- /x --> b", "x", "new") == "a <!-- x -->\nnew\n<!-- /x --> b"
+    with pytest.raises(ValueError, match="once each"):
+        publish.replaced("nothing", "x", "new")
+
+
+def test_results_that_are_not_there_are_not_published(tmp_path):
+    with pytest.raises(ValueError, match=r"missing nec-discretization.*--all` first"):
+        publish.write(list(harness.discover().values()), tmp_path)
