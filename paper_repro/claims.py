@@ -1,4 +1,7 @@
-"""Claims in the common forms: sentence, number and verdict are made from the same values, so they cannot disagree."""
+"""Claims in the common forms: sentence, number and verdict are made from the same values, so they cannot disagree.
+
+A value that is NaN, as of a run that failed, holds nothing.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +25,7 @@ class Claim:
 
 def law(text: str, errors: Any, limit: float, what: str = "Largest relative error", **options: Any) -> Claim:
     """A law holds: every error is below the limit."""
-    worst = float(np.nanmax(errors))
+    worst = float(np.max(np.asarray(errors)))
     return Claim(text, f"{what} {worst:.1e} (limit {limit:.0e}).", worst < limit, **options)
 
 
@@ -30,11 +33,10 @@ def orders(
     text: str, observed: Mapping[Any, float], expected: Mapping[Any, float], within: float, **options: Any
 ) -> Claim:
     """Observed orders are the expected ones, to `within`. Both are given by model."""
-    off = max(abs(observed[name] - value) for name, value in expected.items())
-    shown = ", ".join(
-        f"{_name(name)} {observed[name]:.2f} (expected {value:g})" for name, value in expected.items()
-    )
-    return Claim(text, f"Observed orders: {shown}; largest difference {off:.3f}.", off < within, **options)
+    off = float(np.max([abs(observed[name] - value) for name, value in expected.items()]))
+    shown = "; ".join(f"{_name(n)}: {observed[n]:.2f} (expected {value:g})" for n, value in expected.items())
+    said = f"Observed orders: {shown}. Largest difference {off:.3f} (limit {within:g})."
+    return Claim(text, said, off < within, **options)
 
 
 def gain(
@@ -42,16 +44,15 @@ def gain(
 ) -> Claim:
     """The errors `better` are smaller than `base` by more than the factor `least`, in every case."""
     ratio = np.asarray(base, float) / np.asarray(better, float)
-    ratio = ratio[np.isfinite(ratio)]
     low, high = ratio.min(), ratio.max()
-    shown = _factor(low) if len(ratio) == 1 else f"{_factor(low)} to {_factor(high)}"
+    shown = _factor(low) if ratio.size == 1 else f"{_factor(low)} to {_factor(high)}"
     return Claim(text, f"{shown} {what} (asserted: more than {least:g}).", bool(low > least), **options)
 
 
 def falling(text: str, values: Mapping[Any, float], what: str, notes: str = "", **options: Any) -> Claim:
     """Each value is below the one before it; no run has a note (a model outside its validity, a run that failed)."""
     numbers = np.array(list(values.values()))
-    shown = ", ".join(f"{_name(name)} {value:.3g}" for name, value in values.items())
+    shown = "; ".join(f"{_name(name)}: {value:.3g}" for name, value in values.items())
     holds = bool(np.all(np.diff(numbers) < 0)) and not notes
     return Claim(text, f"{what}: {shown}.{notes and ' ' + notes}", holds, **options)
 
@@ -65,7 +66,7 @@ def close(text: str, measured: float, predicted: float, *, within: float, **opti
 
 def share(text: str, parts: Any, limit: float, **options: Any) -> Claim:
     """What is a part of something is at most a small share of it."""
-    worst = float(np.nanmax(parts))
+    worst = float(np.max(np.asarray(parts)))
     return Claim(text, f"At most {worst:.2%} (limit {limit:.0%}).", worst < limit, **options)
 
 
@@ -87,4 +88,4 @@ def _name(name: Any) -> str:
 
 
 def _factor(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}" if value < 1e5 else f"{value:.0e}"

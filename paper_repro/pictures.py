@@ -47,7 +47,7 @@ def svg(figure: Figure, identity: str) -> str:
     prefix = re.sub(r"\W+", "-", identity)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     width = figure.get_size_inches()[0]
-    kind = "wide" if width > 7.5 else "panel"
+    kind = "wide" if width > 6.5 else "panel"
     label = html.escape(alternative(figure))
     head, rest = text.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
@@ -163,8 +163,7 @@ def plane(
 
 def bars(table: pd.DataFrame, x: str, y: str, error: str, ylabel: str, *, by: str) -> Figure:
     """One line per group and seed with bars of two standard errors, a colour for each group."""
-    scales: dict[str, Any] = {"xlim": (-1, None), "ylim": (0, None)}
-    figure, axes = panel(f"{x} (bars: 2 standard errors)", ylabel, **scales)
+    figure, axes = panel(f"{x} (bars: 2 standard errors)", ylabel)
     for color, (group, some) in enumerate(table.groupby(by, sort=False)):
         for seed, rows in some.groupby("seed"):
             style: dict[str, Any] = {
@@ -174,4 +173,5 @@ def bars(table: pd.DataFrame, x: str, y: str, error: str, ylabel: str, *, by: st
             }
             axes.errorbar(rows[x], rows[y], 2 * rows[error], fmt=f"C{color}o-", **style)
     axes.set_xscale("symlog", linthresh=10)
+    axes.set(xlim=(-1, None), ylim=(0, None))
     return legend(figure)

@@ -82,7 +82,7 @@ def _claim(claim: Claim) -> str:
 
 
 def _table(name: str, table: pd.DataFrame) -> str:
-    cut = f", the first {ROWS} of {len(table)} rows; all in {name}.csv" if len(table) > ROWS else ""
+    cut = f", the first {ROWS} here, all in {name}.csv" if len(table) > ROWS else ""
     shown = table.head(ROWS)
     heads = "".join(f"<th scope='col'><button>{html.escape(str(c))}</button></th>" for c in shown)
     rows = "".join(

@@ -22,6 +22,7 @@ def test_reproductions():
     assert [(result["name"], result["title"]) for result in kept] == [
         (r.name, r.title) for r in known.values()
     ]
+    assert "<lambda>" not in publish.KEPT.read_text()
     assert all(claim["holds"] is not False for result in kept for claim in result["claims"])
     assert between(README, "reproductions") == publish.table(kept)
     assert publish.PAGE.read_text() == publish.page(kept)

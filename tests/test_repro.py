@@ -82,7 +82,10 @@ def test_reproductions_are_files_and_say_what_they_are():
 @pytest.mark.parametrize(
     ("holds", "claim"),
     [
-        (True, claims.law("a law", [1e-9, np.nan], 1e-6)),
+        (True, claims.law("a law", [1e-9, 1e-8], 1e-6)),
+        (False, claims.law("a law", [1e-9, np.nan], 1e-6)),
+        (False, claims.gain("gain", [1.0, np.nan], [3.0, 5.0])),
+        (False, claims.orders("orders", {"a": 1.0, "b": np.nan}, {"a": 1, "b": 2}, within=0.1)),
         (False, claims.law("a law", [1e-9, 1e-5], 1e-6)),
         (True, claims.orders("orders", {"a": 1.02, "b": 2.0}, {"a": 1}, within=0.1)),
         (False, claims.orders("orders", {"a": 1.02, "b": 2.2}, {"a": 1, "b": 2}, within=0.1)),

@@ -90,7 +90,7 @@ def claims(tables: Tables) -> list[made.Claim]:
                 within=0.25,
             ),
             made.gain(
-                text + "and is nearer to it than L at every learning rate.",
+                text + "and stays nearer to it than to L at every learning rate.",
                 *(distance[n] for n in LOSSES[::-1]),
             ),
         ]

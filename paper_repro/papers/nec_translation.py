@@ -39,9 +39,14 @@ class Size(NamedTuple):
 SMOKE = Size(steps=20, seeds=1)
 
 
+def weights(params: Any) -> jax.Array:
+    """Those of the last layer."""
+    return params[-1]["w"]
+
+
 def symmetric_component(params: Any, args: Any) -> jax.Array:
     """The last layer's component along the all-ones direction of the classes, a vector (inputs + 1,)."""
-    whole = jnp.concatenate([params[-1]["w"], params[-1]["b"][None]])
+    whole = jnp.concatenate([weights(params), params[-1]["b"][None]])
     return eomdl.observe.shift_component(lambda block: block, axis=-1)(whole, args)
 
 
@@ -53,9 +58,7 @@ def measure(size: Size, images: Images) -> Tables:
     inputs, loss = images(size.images), networks.mlp_loss
     sizes = (inputs[0].shape[1], 16, 10)
     starts = [networks.mlp_init(jax.random.key(seed), sizes) for seed in range(size.seeds)]
-    check = eomdl.symmetry.check(
-        loss, starts[0], eomdl.symmetry.Translation(lambda p: p[-1]["w"]), args=inputs
-    )
+    check = eomdl.symmetry.check(loss, starts[0], eomdl.symmetry.Translation(weights), args=inputs)
     rows = []
     for setting in runs.descend_grid(loss, starts, RATES, size.steps, inputs, lambda decayed: OBSERVE):
         eta, decay = setting.eta, setting.decay

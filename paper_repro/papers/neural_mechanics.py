@@ -121,14 +121,13 @@ def claims(tables: Tables) -> list[made.Claim]:
         return [series.loc[some[0].index] for series in some]
 
     exact = moving[moving["prediction"] == "exact"]
-    free = exact[exact.index.get_level_values("weight decay") == 0]
+    free = exact.xs(0.0, level="weight decay")
     change = free["charge changes by"] / (free["largest error"] / free["error / largest charge"])
     above = (free["charge changes by"] / free["largest error"]).min()
     falls = angles["effective learning rate, end"] / angles["effective learning rate, start"]
     falls = falls[angles["weight decay"] == 0]
-    off = angles.filter(
-        regex="largest relative error.*(?<!1 point)$"
-    )  # one point is no better than a first step
+    # One point is no better than a first step.
+    off = angles.filter(regex="largest relative error.*(?<!1 point)$")
     return [
         made.law(
             "The exact laws of heavy ball hold for every charge over the whole run, with and without momentum, on minibatches.",
@@ -167,7 +166,7 @@ def claims(tables: Tables) -> list[made.Claim]:
         ),
         made.share(
             "Counter terms, and two points of the logarithm, predict the angle of every step of these weights.",
-            off,
+            off.stack().dropna(),
             0.1,
         ),
     ]

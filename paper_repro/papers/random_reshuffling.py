@@ -103,7 +103,10 @@ def claims(tables: Tables) -> list[made.Claim]:
                 within=0.25,
             ),
             made.gain(
-                text + "and is nearer to it than to the other's.", finest[right], finest[wrong], least=2
+                text + "and ends nearer to it than to the other sampling's.",
+                finest[right],
+                finest[wrong],
+                least=2,
             ),
         ]
     return found
