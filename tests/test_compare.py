@@ -312,3 +312,21 @@ def test_defect_spreads_over_the_path():
     assert len(steps) == len(defects) == 16
     assert (steps[0], steps[-1]) == (0, 99)
     assert np.all(defects > 0)
+
+
+def test_local_error_of_a_flow_that_carries_the_optimizer_state():
+    optimizer = optax.sgd(0.05, momentum=0.6)
+    step = eomdl.optimizer_step(valley_loss, optimizer)
+    flow = eomdl.InterpolatingFlow(step, 0.05, 3)
+    real = eomdl.descend(valley_loss, VALLEY, optimizer, 9)
+    steps, errors = eomdl.errors.local_error(flow, real, steps=[4, 7])
+    np.testing.assert_array_equal(steps, [4, 7])
+    for k, error in zip(steps.tolist(), errors, strict=True):
+        start = eomdl.iterate(step, VALLEY, k)
+        path = eomdl.solve(flow, VALLEY, k + 1, resume=start, save_steps=[k + 1], estimate_error=False)
+        by_hand = np.linalg.norm(flat(path.final_params) - flat(real.at(k + 1)))
+        np.testing.assert_allclose(error, by_hand, rtol=1e-6)
+    # The state is that of the map from step 0 on.
+    late = eomdl.descend(valley_loss, VALLEY, optimizer, 9, save_steps=[3, 4])
+    with pytest.raises(ValueError, match=r"^reference: expected step 0 to be saved, .*InterpolatingFlow"):
+        eomdl.errors.local_error(flow, late)

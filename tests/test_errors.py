@@ -215,6 +215,12 @@ def test_resume(run):
         run(num_steps=5, resume=other)
 
 
+@RUNS
+def test_an_option_that_there_is_not(run):
+    with pytest.raises(TypeError, match=rf"^{run.__name__}\(\) got an unexpected keyword argument 'step'"):
+        run(step=1)
+
+
 def test_resume_with_another_optimizer():
     before = descend(optimizer=optax.adam(0.1))
     with raises("resume.end.state", "a ScaleByAdamState in place of a EmptyState"):
