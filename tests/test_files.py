@@ -95,6 +95,7 @@ HAND_MADE = {
         params=["dict", [["x", "*"], ["y", "*"], ["z", "*"]]]
     ),
     "a structure in words": lambda arrays, meta: meta.update(params="two arrays"),
+    "members of no observable": lambda arrays, meta: meta.update(per_member=["none"]),
     "no format": lambda arrays, meta: meta.pop("format"),
     "an older format": lambda arrays, meta: meta.update(format="eomdl.Trajectory 3"),
 }

@@ -155,3 +155,12 @@ def test_flows_are_told_apart_by_numbers_code_and_what_functions_close_over():
     assert before_it_is_defined()[0] != before_it_is_defined()[1]
     steps = [eomdl.optimizer_step(valley_loss, optax.sgd(0.1, momentum=m)) for m in (0.8, 0.9)]
     assert len({identity(eomdl.InterpolatingFlow(step, 0.1, 2)) for step in steps}) == 2
+
+
+def test_a_key_and_its_numbers_are_not_the_same():
+    key = jax.random.key(0)
+    same = _structure.restore("end.state", {"k": key}, {"k": key})["k"]
+    assert_identical(jax.random.key_data(same), jax.random.key_data(key))
+    for saved, like in ((jnp.zeros(()), key), (key, jnp.zeros(()))):
+        with pytest.raises(ValueError, match=r"^end\.state\['k'\]: expected dtype .*, got "):
+            _structure.restore("end.state", {"k": saved}, {"k": like})
