@@ -116,6 +116,34 @@ def test_runs_with_observables_alone():
     np.testing.assert_array_equal(line.get_ydata()[1:], np.abs(expected)[1:])
 
 
+def test_a_model_without_parameters_beside_one_with_them(runs):
+    real, models = runs
+    observe = {"loss": OBSERVE["loss"]}
+    bare = eomdl.descend(
+        net_loss, NET, SGD, 12, args=NET_ARGS, observe=observe, save_params=False, save_steps=[12]
+    )
+    comparison = eomdl.compare(real, {"flow": models["gradient flow"], "bare": bare})
+    assert list(comparison.distance) == ["flow"]
+    np.testing.assert_array_equal(comparison.steps, [12])
+    (row,) = [line for line in comparison.table().splitlines() if " bare " in line]
+    # No distance at step 12, largest, over travelled; no ODE error, no bias; its loss is that of the real run.
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["bare", "-", "-", "-", "-", "-", "0.00e+00"]
+    frame = comparison.to_frame().set_index("model")
+    assert frame.loc["flow", "distance"] == comparison.distance["flow"][0]
+    assert np.isnan(frame.loc["bare", "distance"])
+    assert np.isnan(frame.loc["bare", "ode_error"])
+    assert frame.loc["bare", "difference loss"] == 0
+    drawn = [axes.get_legend_handles_labels()[1] for axes in comparison.plot().axes]
+    assert drawn == [["flow", "ODE error (estimate)"], ["flow", "bare"]]
+
+
+def test_nothing_to_plot_is_said():
+    observe = {"both": lambda p, args: jnp.stack([p["x"], p["y"]])}
+    run = eomdl.descend(valley_loss, VALLEY, SGD, 3, observe=observe, save_params=False)
+    with pytest.raises(ValueError, match=r"^comparison: expected saved params or scalar observables"):
+        eomdl.compare(run, {"itself": run}).plot()
+
+
 def test_a_failed_run_is_noted():
     real = eomdl.descend(lambda y, args: y**4 / 4, jnp.array(4.0), optax.sgd(0.2), 40)
     comparison = eomdl.compare(real, {"itself": real})
@@ -284,3 +312,21 @@ def test_defect_spreads_over_the_path():
     assert len(steps) == len(defects) == 16
     assert (steps[0], steps[-1]) == (0, 99)
     assert np.all(defects > 0)
+
+
+def test_local_error_of_a_flow_that_carries_the_optimizer_state():
+    optimizer = optax.sgd(0.05, momentum=0.6)
+    step = eomdl.optimizer_step(valley_loss, optimizer)
+    flow = eomdl.InterpolatingFlow(step, 0.05, 3)
+    real = eomdl.descend(valley_loss, VALLEY, optimizer, 9)
+    steps, errors = eomdl.errors.local_error(flow, real, steps=[4, 7])
+    np.testing.assert_array_equal(steps, [4, 7])
+    for k, error in zip(steps.tolist(), errors, strict=True):
+        start = eomdl.iterate(step, VALLEY, k)
+        path = eomdl.solve(flow, VALLEY, k + 1, resume=start, save_steps=[k + 1], estimate_error=False)
+        by_hand = np.linalg.norm(flat(path.final_params) - flat(real.at(k + 1)))
+        np.testing.assert_allclose(error, by_hand, rtol=1e-6)
+    # The state is that of the map from step 0 on.
+    late = eomdl.descend(valley_loss, VALLEY, optimizer, 9, save_steps=[3, 4])
+    with pytest.raises(ValueError, match=r"^reference: expected step 0 to be saved, .*InterpolatingFlow"):
+        eomdl.errors.local_error(flow, late)

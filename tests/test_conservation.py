@@ -1,5 +1,7 @@
 """Charges along a run against their laws: decay, momentum, minibatches, flows."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -225,3 +227,14 @@ def test_frame_and_plot(runs):
         assert drawn.keys() - {"measured"} == charge.predictions.keys()
         errors = {line.get_label(): line.get_ydata() for line in right.lines}
         np.testing.assert_array_equal(errors["gradient flow"][1:], charge.errors["gradient flow"][1:])
+
+
+def test_parameters_must_be_saved(runs):
+    run, symmetry = next(iter(runs.values())), next(iter(CHARGES.values()))
+    bare = dataclasses.replace(run, params=None)
+    with pytest.raises(ValueError, match=r"^run: expected saved params"):
+        eomdl.symmetry.conservation(bare, symmetry, learning_rate=ETA)
+    with pytest.raises(
+        ValueError, match=r"^models\['bare'\]: expected an eomdl.Trajectory with saved params"
+    ):
+        eomdl.symmetry.conservation(run, symmetry, learning_rate=ETA, models={"bare": bare})

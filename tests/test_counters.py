@@ -168,3 +168,12 @@ def test_a_flag_for_every_parameter_has_its_shape():
         (1 - 2 * RATE) ** 3 * jnp.ones((3, 5)),
         rtol=1e-12,
     )
+
+
+def test_integers_of_more_than_one_entry_count_nothing():
+    def update(gradient, state, params=None):
+        return jax.tree.map(lambda g: -RATE * g, gradient), Count(state.count + 1)
+
+    optimizer = optax.GradientTransformation(lambda params: Count(jnp.zeros(2, int)), update)
+    with pytest.raises(ValueError, match=r"int64 \(2,\) that keeps changing at "):
+        eomdl.optimizer_step(loss, optimizer).init(START)

@@ -29,6 +29,8 @@ def test_participation_ratio_counts_equal_directions():
     for one in (np.ones((1, 3)), np.full((5, 3), 0.1)):
         with pytest.raises(ValueError, match=r"^points: expected at least 2"):
             participation_ratio(one)
+    with pytest.raises(ValueError, match=r"^points: expected real numbers, got dtypes \['complex128'\]"):
+        participation_ratio(1j * np.eye(3))
 
 
 # ----------------------------------------------------------- intrinsic dimension
@@ -157,3 +159,9 @@ def test_gradient_points_are_the_gradients_of_single_examples():
     for wrong in (None, (NET_ARGS[0], NET_ARGS[1][:5]), jnp.array(1.0)):
         with pytest.raises(ValueError, match=r"^args: expected arrays with the examples"):
             gradient_points(net_loss, NET, wrong)
+
+
+def test_it_does_not_need_threadpoolctl(monkeypatch):
+    with_it = intrinsic_dimension(torus(0, 1), Fixed(2.5))
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    assert dataclasses.asdict(intrinsic_dimension(torus(0, 1), Fixed(2.5))) == dataclasses.asdict(with_it)

@@ -215,6 +215,12 @@ def test_resume(run):
         run(num_steps=5, resume=other)
 
 
+@RUNS
+def test_an_option_that_there_is_not(run):
+    with pytest.raises(TypeError, match=rf"^{run.__name__}\(\) got an unexpected keyword argument 'step'"):
+        run(step=1)
+
+
 def test_resume_with_another_optimizer():
     before = descend(optimizer=optax.adam(0.1))
     with raises("resume.end.state", "a ScaleByAdamState in place of a EmptyState"):
@@ -236,6 +242,12 @@ def test_compare():
     late = descend(save_steps=[2])
     with raises("trajectories", "reference"):
         eomdl.compare(late, {"early": descend(save_steps=[1])})
+
+
+def test_compare_observables_of_other_shapes():
+    scalar = descend(observe={"o": lambda p, args: p["x"]})
+    with raises("trajectories['model'].observables['o']", "(2,)"):
+        eomdl.compare(scalar, {"model": descend(observe={"o": lambda p, args: jnp.ones(2)})})
 
 
 def test_compare_runs_of_other_parameters():
@@ -261,6 +273,21 @@ def test_orders_and_defects():
         eomdl.errors.local_error(GF, descend(), steps=[3])
     with raises("steps", "None"):
         eomdl.errors.local_error(GF, descend(save_steps=2, num_steps=4))
+
+
+def test_rows_of_several_lengths_are_no_numbers():
+    ragged = [[1], [1, 2]]
+    with raises("errors", f"{ragged}"):
+        eomdl.errors.observed_order([0.1, 0.2], ragged)
+    with raises("steps", f"{ragged}"):
+        eomdl.errors.local_error(GF, descend(), steps=ragged)
+
+
+def test_observe_state():
+    with raises("observe_state['n']", "1.0"):
+        solve(observe_state={"n": 1.0})
+    with raises("observe_state['n']", "x"):
+        solve(observe_state={"n": lambda t, state, args: state})
 
 
 # ------------------------------------------------------------------ inside jit

@@ -288,3 +288,15 @@ def test_step_size_sets_the_clock_alone():
     times, paths = jax.vmap(path)(h)
     np.testing.assert_allclose(times, np.outer(h, np.arange(6)), rtol=1e-13)
     assert_close(jax.tree.map(lambda x: x[0], paths), jax.tree.map(lambda x: x[1], paths), rtol=1e-12)
+
+
+def test_a_function_of_the_parameters_goes_on_from_a_real_run():
+    def halve(w, args, k):
+        return w / 2
+
+    start = eomdl.iterate(halve, jnp.arange(1.0, 4.0), 3)
+    flow = eomdl.InterpolatingFlow(halve, 0.1, 4)
+    path = eomdl.solve(flow, jnp.arange(1.0, 4.0), 6, resume=start)
+    np.testing.assert_array_equal(path.steps, np.arange(7))
+    new = eomdl.solve(flow, start.final_params, 3, rtol=path.stats.rtol, atol=path.stats.atol)
+    np.testing.assert_allclose(path.final_params, new.final_params, rtol=1e-12)

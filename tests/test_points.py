@@ -118,6 +118,15 @@ def test_terms_after_a_real_run_are_those_of_its_rest():
     np.testing.assert_allclose(found.terms, sizes[1:] / sizes[0], rtol=1e-10)
 
 
+def test_terms_after_a_real_run_whose_state_is_dropped_begin_with_a_new_one():
+    run = eomdl.descend(valley_loss, VALLEY, HEAVY_BALL, 8)
+    after = eomdl.flows.choose_points(
+        VALLEY_HEAVY_BALL, VALLEY, 20, max_points=3, start=run.end.without_state()
+    )
+    new = eomdl.flows.choose_points(VALLEY_HEAVY_BALL, run.final_params, 12, max_points=3)
+    np.testing.assert_allclose(after.terms, new.terms, rtol=1e-12)
+
+
 def test_points_are_few_where_the_series_diverges_and_many_where_it_converges():
     def points(largest, stride):
         args = (jnp.diag(jnp.array([0.1, largest / ETA])), jnp.zeros(2))

@@ -192,6 +192,12 @@ def test_a_line_of_the_map_meets_the_regions_that_the_walk_meets():
     assert seen == len(between) > 5
 
 
+@pytest.mark.parametrize("nothing", [(), "a string"])
+def test_a_function_without_preactivations_is_refused(nothing):
+    with pytest.raises(ValueError, match=r"^preactivations: expected a function \(params, one input\)"):
+        count_regions_on_line(lambda params, x: nothing, jnp.ones(2), np.zeros(2), np.ones(2))
+
+
 def test_wrong_planes_are_refused():
     params = (jnp.eye(3), jnp.zeros(3))
     with pytest.raises(

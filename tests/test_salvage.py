@@ -1,6 +1,7 @@
 """Nothing computed is lost: whatever is raised in a run carries its rows, and Ctrl-C returns them."""
 
 import errno
+import inspect
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from helpers import VALLEY, assert_identical, valley_loss
 
 import eomdl
 from eomdl.runs.options import Setup
+from eomdl.runs.plan import MAX_STEPS
 
 
 ADAM = optax.adam(0.02)
@@ -176,6 +178,7 @@ class Injected:
 
     def __init__(self, n):
         self.n, self.seen, self.where = n, 0, None
+        self.code = inspect.unwrap(Setup.run).__code__  # conftest's import hook wraps every function
 
     def __call__(self, frame, event, arg):
         if self.where is not None or "eomdl/runs/" not in frame.f_code.co_filename:
@@ -189,7 +192,7 @@ class Injected:
 
     def _inside(self, frame):
         while frame is not None:
-            if frame.f_code is Setup.run.__code__:
+            if frame.f_code is self.code:
                 return True
             frame = frame.f_back
         return False
@@ -202,11 +205,12 @@ def test_ctrl_c_at_every_line(tmp_path):
 
     def run(name, injected=None):
         store = eomdl.Checkpoints(tmp_path / name, [1100])
+        before = sys.gettrace()  # coverage has one
         sys.settrace(injected)
         try:
             return descend(num_steps, batches=TARGETS[:num_steps], checkpoints=store, save_steps=100)
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
 
     whole = run("whole")
     lines = Injected(0)
@@ -237,6 +241,39 @@ def test_ctrl_c_at_every_line(tmp_path):
         for path in (tmp_path / f"{n}").glob("step-*.npz"):
             eomdl.Trajectory.load(path)
     assert returned > 50
+
+
+def test_a_source_that_raises_between_two_stretches():
+    def batches():
+        yield from TARGETS[:MAX_STEPS]
+        raise Failure
+
+    with pytest.raises(Failure) as caught:
+        descend(MAX_STEPS + 8, batches=batches(), save_steps=MAX_STEPS // 2)
+    part = caught.value.trajectory
+    np.testing.assert_array_equal(part.steps, [0, MAX_STEPS // 2])
+    assert int(part.end.step) == MAX_STEPS  # every step that had a batch is taken
+    whole = descend(MAX_STEPS, batches=TARGETS[:MAX_STEPS], save_steps=MAX_STEPS // 2)
+    assert_identical(part.params, whole.params[:2])
+    assert_identical(part.final_params, whole.final_params)
+
+
+def test_an_observable_that_raises_leaves_no_row_of_the_start():
+    def fails(params, args):
+        if not isinstance(params, jax.core.Tracer):
+            raise Failure
+        return jnp.stack([jnp.sum(params)] * 2)
+
+    class Pressed(diffrax.NoProgressMeter):
+        def init(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        descend(3, batches=TARGETS[:3], progress=Pressed(), observe={"two": fails})
+    part = caught.value.trajectory
+    assert len(part.steps) == 0
+    assert part.observables["two"].shape == (0, 2)
+    assert int(part.end.step) == 0
 
 
 def test_ctrl_c_before_the_first_rows_is_raised_with_the_start():

@@ -364,3 +364,15 @@ def test_progress_meter_of_ones_own():
     assert progress == sorted(progress)
     assert progress[-1] == 1.0
     assert len(progress) > 1
+
+
+@pytest.mark.parametrize("estimated", [(True, False), (False, True)], ids=["dropped", "begun"])
+def test_the_ode_error_of_a_run_that_goes_on_without_or_with_an_estimate(estimated):
+    flow = eomdl.GradientFlow(valley_loss, 0.1)
+    first = eomdl.solve(flow, VALLEY, 3, estimate_error=estimated[0])
+    both = eomdl.solve(flow, VALLEY, 6, estimate_error=estimated[1], resume=first)
+    if estimated[1]:
+        assert np.all(np.isnan(both.ode_error[:4]))
+        assert np.all(both.ode_error[4:] > 0)
+    else:
+        assert both.ode_error is None

@@ -132,5 +132,35 @@ def test_flows_are_told_apart_by_numbers_code_and_what_functions_close_over():
         identity(eomdl.GradientFlow(valley_loss, 0.1)),
     ]
     assert len({flow(), *others}) == 1 + len(others)
+    # Whatever a loss closes over: containers, keys, functions with bound arguments, and what is not there yet.
+    closed = [
+        {"a": 1.0},
+        {"a": 2.0},
+        {"b": 1.0},
+        [1.0, {"a": 1.0}],
+        [1.0, {"a": 2.0}],
+        jax.random.key(0),
+        jax.random.key(1),
+        jax.tree_util.Partial(valley_loss, 1.0),
+        jax.tree_util.Partial(valley_loss, 2.0),
+    ]
+    assert flow(scaled({"a": 1.0})) == flow(scaled({"a": 1.0}))
+    assert len({flow(scaled(c)) for c in closed}) == len(closed)
+
+    def before_it_is_defined():
+        told = flow(lambda params, args: later(params, args))
+        later = valley_loss
+        return told, flow(lambda params, args: later(params, args))
+
+    assert before_it_is_defined()[0] != before_it_is_defined()[1]
     steps = [eomdl.optimizer_step(valley_loss, optax.sgd(0.1, momentum=m)) for m in (0.8, 0.9)]
     assert len({identity(eomdl.InterpolatingFlow(step, 0.1, 2)) for step in steps}) == 2
+
+
+def test_a_key_and_its_numbers_are_not_the_same():
+    key = jax.random.key(0)
+    same = _structure.restore("end.state", {"k": key}, {"k": key})["k"]
+    assert_identical(jax.random.key_data(same), jax.random.key_data(key))
+    for saved, like in ((jnp.zeros(()), key), (key, jnp.zeros(()))):
+        with pytest.raises(ValueError, match=r"^end\.state\['k'\]: expected dtype .*, got "):
+            _structure.restore("end.state", {"k": saved}, {"k": like})

@@ -318,3 +318,10 @@ def test_rescaling_law():
     expected = ETA * balance(jax.grad(loss)(params, NET_ARGS), None)
     np.testing.assert_allclose(broken, expected, rtol=1e-10)
     assert abs(expected) > 1e-3
+
+
+def test_members_that_are_no_blocks_are_refused():
+    with pytest.raises(ValueError, match=r"^incoming: expected a list of blocks or \(block, axis\)"):
+        eomdl.symmetry.Scaling([("layer0.w", 0, 1)])
+    with pytest.raises(ValueError, match=r"^axis: expected an axis of the array layer0\.w, got 2"):
+        eomdl.symmetry.Scaling([("layer0.w", 2)]).charge(NET)

@@ -89,6 +89,25 @@ def test_observables_alone(tmp_path):
     assert_identical(loaded.observables, run.observables)
 
 
+def test_like_is_for_the_final_parameters_where_no_others_were_saved(tmp_path):
+    model = Model(jnp.ones((2, 2)), jnp.zeros(2))
+    run = eomdl.descend(sum_of_squares, model, SGD, 3, save_params=False)
+    run.save(tmp_path / "run.npz")
+    loaded = eomdl.Trajectory.load(tmp_path / "run.npz", like=model)
+    assert loaded.params is None
+    assert isinstance(loaded.final_params, Model)
+    assert_identical(loaded.final_params, run.final_params)
+
+
+def test_a_traced_run_says_its_columns():
+    def columns(rate):
+        run = eomdl.solve(eomdl.GradientFlow(valley_loss, rate), VALLEY, 2, observe={"loss": valley_loss})
+        assert repr(run) == "Trajectory(params, loss)"
+        return run.steps
+
+    np.testing.assert_array_equal(jax.jit(columns)(0.1), [0, 1, 2])
+
+
 def test_file_holds_no_pickle_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "run"  # the name is kept as it is
     eomdl.descend(valley_loss, VALLEY, SGD, 3).save(path)
