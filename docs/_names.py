@@ -1,0 +1,27 @@
+"""The table of the names at the top of the package, and where each is described."""
+
+import inspect
+
+import eomdl
+
+
+NAMESPACES = sorted(name for name in eomdl.__all__ if inspect.ismodule(getattr(eomdl, name)))
+
+
+def home(name: str) -> str:
+    """The namespace that describes a name of the top level."""
+    return next(space for space in NAMESPACES if name in getattr(eomdl, space).__all__)
+
+
+def summary(thing: object) -> str:
+    """The first sentence of its docstring, without formulas that a table cell has no room for."""
+    return inspect.getdoc(thing).split("\n\n")[0].replace("\n", " ").replace("|", r"\|")
+
+
+def top_level() -> str:
+    """One row per name."""
+    rows = ["| name | |", "|---|---|"]
+    for name in eomdl.__all__:
+        if name not in (*NAMESPACES, "__version__"):
+            rows.append(f"| [`eomdl.{name}`][eomdl.{home(name)}.{name}] | {summary(getattr(eomdl, name))} |")
+    return "\n".join(rows)
