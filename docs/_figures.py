@@ -46,6 +46,11 @@ def svg(figure: Any, label: str) -> str:
     text = re.sub(r"(stroke|fill): #000000", r"\1: currentColor", text)
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
     opening = f'<svg role="img" aria-label="{html.escape(label, quote=True)}" style="max-width: {width * 4 / 3:.0f}px"'
-    text = re.sub(r'<svg( xmlns:xlink="[^"]*")? width="[^"]*" height="[^"]*"', opening, text, count=1)
+    text = re.sub(
+        r'<svg( xmlns:xlink="[^"]*")? width="[^"]*" height="[^"]*"',
+        opening,
+        text,
+        count=1,
+    )
     lines = (line.strip() for line in text.splitlines())
     return f'<div class="figure">{" ".join(line for line in lines if line)}</div>'

@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 import latex2mathml.converter
-from _figures import use_docs_style
-from _names import NAMESPACES
 from mkdocs.exceptions import PluginError
 
+from _figures import use_docs_style
+from _names import NAMESPACES
 
 
 # Arithmatex leaves \(...\) for $...$ and \[...\] for $$...$$.
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
+)
 _anchors: set[str] = set()
 
 
@@ -28,12 +30,16 @@ def on_config(config):
 
 def _mathml(match: re.Match) -> str:
     tag, bracket, latex = match.groups()
-    latex = html.unescape(latex).strip().replace(r"\arg", r"\operatorname{arg}")  # not known to latex2mathml
+    latex = (
+        html.unescape(latex).strip().replace(r"\arg", r"\operatorname{arg}")
+    )  # not known to latex2mathml
     display = "block" if bracket == "[" else "inline"
     made = latex2mathml.converter.convert(latex, display=display)
     left = re.search(r"\\[A-Za-z]+", re.sub(r"<annotation.*?</annotation>", "", made))
     if left:
-        raise PluginError(f"formula: expected LaTeX that latex2mathml knows, got {left[0]} in {latex}")
+        raise PluginError(
+            f"formula: expected LaTeX that latex2mathml knows, got {left[0]} in {latex}"
+        )
     return f'<{tag} class="math">{made}</{tag}>'
 
 
@@ -50,4 +56,6 @@ def on_post_build(**kwargs) -> None:
     }
     missing = sorted(public - _anchors)
     if missing:
-        raise PluginError(f"reference: expected every public name, these are missing: {missing}")
+        raise PluginError(
+            f"reference: expected every public name, these are missing: {missing}"
+        )

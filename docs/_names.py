@@ -5,7 +5,9 @@ import inspect
 import eomdl
 
 
-NAMESPACES = sorted(name for name in eomdl.__all__ if inspect.ismodule(getattr(eomdl, name)))
+NAMESPACES = sorted(
+    name for name in eomdl.__all__ if inspect.ismodule(getattr(eomdl, name))
+)
 
 
 def home(name: str) -> str:
@@ -23,5 +25,15 @@ def top_level() -> str:
     rows = ["| name | |", "|---|---|"]
     for name in eomdl.__all__:
         if name not in (*NAMESPACES, "__version__"):
-            rows.append(f"| [`eomdl.{name}`][eomdl.{home(name)}.{name}] | {summary(getattr(eomdl, name))} |")
+            rows.append(
+                f"| [`eomdl.{name}`][eomdl.{home(name)}.{name}] | {summary(getattr(eomdl, name))} |"
+            )
+    return "\n".join(rows)
+
+
+def results() -> str:
+    """How a run can end, with the message that says what to do."""
+    rows = ["| result | message |", "|---|---|"]
+    for name, item in eomdl.RESULTS._name_to_item.items():
+        rows.append(f"| `{name}` | {eomdl.RESULTS[item] or 'All went well.'} |")
     return "\n".join(rows)

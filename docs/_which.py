@@ -4,12 +4,17 @@ import inspect
 import itertools
 from typing import Any, NamedTuple
 
+import eomdl
 import jax
 import jax.numpy as jnp
 import optax
-
-import eomdl
-from eomdl.flows import AdamFlow, MomentumFlow, ReshufflingFlow, minimax_weights, rmsprop_flow
+from eomdl.flows import (
+    AdamFlow,
+    MomentumFlow,
+    ReshufflingFlow,
+    minimax_weights,
+    rmsprop_flow,
+)
 
 
 jax.config.update("jax_enable_x64", True)
@@ -24,8 +29,13 @@ def loss(w, data):
 X = jax.random.normal(jax.random.key(0), (50, 3))
 W = {"in": jax.random.normal(jax.random.key(1), (3, 8)), "out": jnp.full(8, 0.2)}
 DATA = (X, jnp.sin(X[:, 0]))
-PARTS = jax.tree.map(lambda leaf: leaf.reshape(5, 10, *leaf.shape[1:]), DATA)  # five minibatches
-SMALL, LARGE = 0.1, 0.4  # learning rates: eta * lambda_max is below 0.5, and far above 1
+PARTS = jax.tree.map(
+    lambda leaf: leaf.reshape(5, 10, *leaf.shape[1:]), DATA
+)  # five minibatches
+SMALL, LARGE = (
+    0.1,
+    0.4,
+)  # learning rates: eta * lambda_max is below 0.5, and far above 1
 QUICK = {"estimate_error": False, "diagnose": False}
 
 
@@ -53,7 +63,10 @@ def rows() -> list[Row]:
         optax.adam(2e-3, 0.9, 0.95, 1e-8, 1e-2),
         optax.rmsprop(2e-3, 0.9, 1e-2),
     )
-    below, fast = "$\\eta\\lambda_{\\max} < 1$", eomdl.optimizer_step(loss, optax.sgd(LARGE))
+    below, fast = (
+        "$\\eta\\lambda_{\\max} < 1$",
+        eomdl.optimizer_step(loss, optax.sgd(LARGE)),
+    )
     terms = [
         Row(
             f"`EquationOfMotion`, order {n}",
@@ -213,10 +226,16 @@ def measured(row: Row) -> tuple[float, float]:
     if row.optimizer is None:
         path = eomdl.solve(row.flow, W, STEPS, args=PARTS, save_steps=5, **QUICK)
         real = epochs()
-        real = eomdl.Trajectory(path.steps, path.times, real.params, {}, None, real.result, real.end)
+        real = eomdl.Trajectory(
+            path.steps, path.times, real.params, {}, None, real.result, real.end
+        )
     else:
         end = STEPS + row.begin
-        start = eomdl.descend(loss, W, row.optimizer, row.begin, args=DATA) if row.begin else None
+        start = (
+            eomdl.descend(loss, W, row.optimizer, row.begin, args=DATA)
+            if row.begin
+            else None
+        )
         after = None if start is None else start.end
         real = eomdl.descend(loss, W, row.optimizer, end, args=DATA, resume=after)
         path = eomdl.solve(row.flow, W, end, args=DATA, resume=after, **QUICK)
@@ -230,11 +249,19 @@ def measured(row: Row) -> tuple[float, float]:
 def table() -> str:
     """One row per flow, as Markdown."""
     listed = rows()
-    kinds = {thing for thing in map(eomdl.flows.__dict__.get, eomdl.flows.__all__) if inspect.isclass(thing)}
-    flows = {kind for kind in kinds if issubclass(kind, eomdl.AbstractFlow)} - {eomdl.AbstractFlow}
+    kinds = {
+        thing
+        for thing in map(eomdl.flows.__dict__.get, eomdl.flows.__all__)
+        if inspect.isclass(thing)
+    }
+    flows = {kind for kind in kinds if issubclass(kind, eomdl.AbstractFlow)} - {
+        eomdl.AbstractFlow
+    }
     missing = flows - {type(row.flow) for row in listed}
     if missing:
-        raise ValueError(f"rows: expected every flow of eomdl.flows, {missing} are missing")
+        raise ValueError(
+            f"rows: expected every flow of eomdl.flows, {missing} are missing"
+        )
     lines = [
         "| flow | models | order | valid while | gradients per evaluation | gradients per step | error / distance travelled |",
         "|---|---|---|---|---|---|---|",
