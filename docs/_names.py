@@ -16,13 +16,13 @@ def home(name: str) -> str:
 
 
 def summary(thing: object) -> str:
-    """The first sentence of its docstring, without formulas that a table cell has no room for."""
-    return inspect.getdoc(thing).split("\n\n")[0].replace("\n", " ").replace("|", r"\|")
+    """The first paragraph of its docstring, as a table cell, in which a bar would end the cell."""
+    return inspect.getdoc(thing).split("\n\n")[0].replace("\n", " ").replace("|", r"\vert ")
 
 
 def top_level() -> str:
     """One row per name."""
-    rows = ["| name | |", "|---|---|"]
+    rows = ["| name | what it is |", "|---|---|"]
     for name in eomdl.__all__:
         if name not in (*NAMESPACES, "__version__"):
             rows.append(
