@@ -40,7 +40,9 @@ def _mathml(match: re.Match) -> str:
         raise PluginError(
             f"formula: expected LaTeX that latex2mathml knows, got {left[0]} in {latex}"
         )
-    return f'<{tag} class="math">{made}</{tag}>'
+    # A long formula in a sentence gets a box that scrolls, where the page is narrow.
+    kind = "math long" if tag == "span" and len(latex) > 50 else "math"
+    return f'<{tag} class="{kind}">{made}</{tag}>'
 
 
 def on_page_content(content: str, page, **kwargs) -> str:

@@ -17,7 +17,12 @@ def home(name: str) -> str:
 
 def summary(thing: object) -> str:
     """The first paragraph of its docstring, as a table cell, in which a bar would end the cell."""
-    return inspect.getdoc(thing).split("\n\n")[0].replace("\n", " ").replace("|", r"\vert ")
+    return (
+        inspect.getdoc(thing)
+        .split("\n\n")[0]
+        .replace("\n", " ")
+        .replace("|", r"\vert ")
+    )
 
 
 def top_level() -> str:

@@ -72,7 +72,7 @@ def rows() -> list[Row]:
             f"`EquationOfMotion`, order {n}",
             eomdl.EquationOfMotion(loss, SMALL, n),
             sgd,
-            "gradient descent",
+            "GD",
             f"{n + 1}",
             below,
         )
@@ -83,7 +83,7 @@ def rows() -> list[Row]:
             f"`InterpolatingFlow`, {n} points",
             eomdl.InterpolatingFlow(step, SMALL, n),
             sgd,
-            "any optimizer; here gradient descent",
+            "any; here GD",
             f"{n}",
             below,
         )
@@ -94,7 +94,7 @@ def rows() -> list[Row]:
             "`GradientFlow`",
             eomdl.GradientFlow(loss, SMALL),
             sgd,
-            "gradient descent",
+            "GD",
             "1",
             "$\\eta\\lambda_{\\max} \\ll 1$",
         ),
@@ -104,7 +104,7 @@ def rows() -> list[Row]:
             "`InterpolatingFlow`, 6 points, `minimax_weights`",
             eomdl.InterpolatingFlow(step, SMALL, 6, weights=minimax_weights(6, 0.6)),
             sgd,
-            "any optimizer; here gradient descent",
+            "any; here GD",
             "3",
             "$\\eta\\lambda_{\\max}$ below the bound given",
         ),
@@ -112,7 +112,7 @@ def rows() -> list[Row]:
             "`GradientFlow`, $\\eta = 0.4$",
             eomdl.GradientFlow(loss, LARGE),
             optax.sgd(LARGE),
-            "gradient descent",
+            "GD",
             "1",
             "$\\eta\\lambda_{\\max} \\ll 1$",
         ),
@@ -120,7 +120,7 @@ def rows() -> list[Row]:
             "`InterpolatingFlow`, 4 points, `stride=2`, $\\eta = 0.4$",
             eomdl.InterpolatingFlow(fast, LARGE, 4, stride=2),
             optax.sgd(LARGE),
-            "any optimizer, every second step",
+            "any, every second step; here GD",
             "4",
             "$\\eta\\lambda_{\\max} < 1 + \\sqrt 2$",
         ),
@@ -137,7 +137,7 @@ def rows() -> list[Row]:
             "`InterpolatingFlow`, 3 points",
             eomdl.InterpolatingFlow(eomdl.optimizer_step(loss, heavy), 0.1, 3),
             heavy,
-            "any optimizer; here heavy ball",
+            "any; here heavy ball",
             "3",
             "memory filled",
             100,
@@ -155,7 +155,7 @@ def rows() -> list[Row]:
             "`InterpolatingFlow`, 3 points",
             eomdl.InterpolatingFlow(eomdl.optimizer_step(loss, adam), 2e-3, 3),
             adam,
-            "any optimizer; here Adam",
+            "any; here Adam",
             "3",
             "memory filled",
             200,
@@ -263,7 +263,7 @@ def table() -> str:
             f"rows: expected every flow of eomdl.flows, {missing} are missing"
         )
     lines = [
-        "| flow | models | order | valid while | gradients per evaluation | gradients per step | error / distance travelled |",
+        "| flow | optimizer | order | valid while | gradients per evaluation | gradients per step | error / distance travelled |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in listed:
