@@ -28,6 +28,9 @@ def stacked(figure: Any, height: float = 3.2) -> Any:
     grid = figure.add_gridspec(len(panels), 1)
     for place, axes in zip(grid, panels, strict=True):
         axes.set_subplotspec(place)
+        axes.title.set_fontsize(10)
+        for text in axes.get_legend().get_texts() if axes.get_legend() else ():
+            text.set_fontsize(9)
     figure.set_size_inches(6.0, height * len(panels))
     return figure
 

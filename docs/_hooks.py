@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import latex2mathml.converter
-from mkdocs.exceptions import PluginError
-
 from _figures import use_docs_style
 from _names import NAMESPACES
+from mkdocs.exceptions import PluginError
 
 
 # Arithmatex leaves \(...\) for $...$ and \[...\] for $$...$$.
@@ -40,6 +39,12 @@ def _mathml(match: re.Match) -> str:
         raise PluginError(
             f"formula: expected LaTeX that latex2mathml knows, got {left[0]} in {latex}"
         )
+    # A bar is a delimiter here, and never a relation with space around it.
+    made = re.sub(
+        r"<mo[^>]*>(&#x0?0?0?7C;|\|)</mo>",
+        '<mo stretchy="false" lspace="0" rspace="0">|</mo>',
+        made,
+    )
     # A long formula in a sentence gets a box that scrolls, where the page is narrow.
     kind = "math long" if tag == "span" and len(latex) > 50 else "math"
     return f'<{tag} class="{kind}">{made}</{tag}>'
