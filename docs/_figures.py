@@ -3,6 +3,7 @@
 import html
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -57,3 +58,8 @@ def svg(figure: Any, label: str) -> str:
     )
     lines = (line.strip() for line in text.splitlines())
     return f'<div class="figure">{" ".join(line for line in lines if line)}</div>'
+
+
+def drawing(name: str) -> str:
+    """An SVG of `assets` inside of the page, where it takes the page's colours."""
+    return f'<div class="figure">{(Path(__file__).parent / "assets" / name).read_text()}</div>'

@@ -55,7 +55,13 @@ def on_page_content(content: str, page, **kwargs) -> str:
     return _FORMULA.sub(_mathml, content)
 
 
-def on_post_build(**kwargs) -> None:
+# What a browser would load by itself; a link that a reader may follow is none of it.
+_REMOTE = re.compile(
+    r"""(?:\bsrc=|<link\b[^>]*\bhref=|@import |url\()["']?(?:https?:)?//"""
+)
+
+
+def on_post_build(config, **kwargs) -> None:
     public = {
         f"eomdl.{space}.{name}"
         for space in NAMESPACES
@@ -66,3 +72,8 @@ def on_post_build(**kwargs) -> None:
         raise PluginError(
             f"reference: expected every public name, these are missing: {missing}"
         )
+    for path in Path(config["site_dir"]).rglob("*"):
+        if path.suffix in (".html", ".css") and _REMOTE.search(path.read_text()):
+            raise PluginError(
+                f"{path}: expected a page that loads nothing from elsewhere"
+            )

@@ -1,6 +1,7 @@
 """The table of the names at the top of the package, and where each is described."""
 
 import inspect
+from pathlib import Path
 
 import eomdl
 
@@ -42,3 +43,8 @@ def results() -> str:
     for name, item in eomdl.RESULTS._name_to_item.items():
         rows.append(f"| `{name}` | {eomdl.RESULTS[item] or 'All went well.'} |")
     return "\n".join(rows)
+
+
+def script(name: str) -> str:
+    """The source of a script beside this one."""
+    return (Path(__file__).parent / name).read_text()
