@@ -4,7 +4,7 @@ from importlib.metadata import version as _version
 
 from eomdl import errors, flows, geometry, losses, maps, observe, plotting, runs, series, symmetry
 from eomdl.errors import Comparison, compare
-from eomdl.flows import AbstractFlow, EquationOfMotion, GradientFlow, InterpolatingFlow
+from eomdl.flows import AbstractFlow, EquationOfMotion, GradientFlow, InterpolatingFlow, citation
 from eomdl.losses import WeightDecay
 from eomdl.maps import Ensemble, StepMap, optimizer_step
 from eomdl.observe import on_batch, sharpness
@@ -27,6 +27,7 @@ __all__ = [
     "Trajectory",
     "WeightDecay",
     "__version__",
+    "citation",
     "compare",
     "counterterms",
     "descend",

@@ -105,6 +105,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
     ),
     "compare": (eomdl.compare, dict(reference=RUN, trajectories={"flow": PATH}, smooth=1)),
+    "citation": (eomdl.citation, dict(flow=FLOW)),
     "counterterms": (eomdl.counterterms, dict(loss=valley_loss, params=VALLEY, order=1, args=None)),
     "on_batch": (eomdl.on_batch, dict(function=valley_loss)),
     "optimizer_step": (eomdl.optimizer_step, dict(loss=valley_loss, optimizer=SGD, extra_args=None)),

@@ -8,6 +8,7 @@ from eomdl.flows.gradient import GradientFlow
 from eomdl.flows.interpolating import InterpolatingFlow
 from eomdl.flows.momentum import MomentumFlow
 from eomdl.flows.points import Points, choose_points, departure_from_identity
+from eomdl.flows.references import citation
 from eomdl.flows.reshuffling import ReshufflingFlow
 from eomdl.flows.stride import step_data
 from eomdl.series.weights import minimax_weights, taylor_weights
@@ -24,6 +25,7 @@ __all__ = [
     "Points",
     "ReshufflingFlow",
     "choose_points",
+    "citation",
     "departure_from_identity",
     "minimax_weights",
     "rmsprop_flow",

@@ -1,6 +1,6 @@
 """First-order modified flows of Adam and RMSProp."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -36,6 +36,8 @@ class AdamFlow(AbstractDescentFlow):
 
     **Raises:** `ValueError` for a wrong argument.
     """
+
+    references: ClassVar[tuple[str, ...]] = ("cattaneo2024",)
 
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))

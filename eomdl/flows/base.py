@@ -1,6 +1,7 @@
 """What a continuous-time model of an optimizer is."""
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -27,6 +28,9 @@ class AbstractFlow(eqx.Module):
             return jax.tree.map(lambda g: -g, jax.grad(self.loss)(state, args))
     ```
     """
+
+    # What `eomdl.citation` cites: keys of `eomdl/flows/references.py`, or whole BibTeX entries.
+    references: ClassVar[tuple[str, ...]] = ()
 
     step_size: eqx.AbstractVar[jax.Array]
 

@@ -1,6 +1,6 @@
 """The equation of motion of gradient descent."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import equinox as eqx
 import jax
@@ -45,6 +45,8 @@ class EquationOfMotion(AbstractDescentFlow):
 
     Source: Miyagawa 2022 (arXiv 2210.15898).
     """
+
+    references: ClassVar[tuple[str, ...]] = ("miyagawa2022",)
 
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))

@@ -1,6 +1,6 @@
 """Gradient flow."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import equinox as eqx
 import jax
@@ -30,6 +30,8 @@ class GradientFlow(AbstractDescentFlow):
 
     Source: Hairer, Lubich & Wanner 2006, ch. IX (gradient descent is explicit Euler on this equation).
     """
+
+    references: ClassVar[tuple[str, ...]] = ("hairer2006",)
 
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))

@@ -1,7 +1,7 @@
 """The flow of any step map: the interpolating vector field."""
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -63,6 +63,8 @@ class InterpolatingFlow(AbstractFlow):
 
     Source: Gelfreich & Vieiro 2018 (Nonlinearity 31).
     """
+
+    references: ClassVar[tuple[str, ...]] = ("gelfreich2018",)
 
     step_map: StepMap = eqx.field(converter=as_step_map)
     step_size: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("step_size", x))

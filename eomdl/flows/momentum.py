@@ -1,6 +1,6 @@
 """The first-order modified flow of gradient descent with momentum."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import equinox as eqx
 import jax
@@ -32,6 +32,8 @@ class MomentumFlow(AbstractFlow):
 
     **Cost** of one evaluation: about 2.7 gradients. **Raises:** `ValueError` for a wrong argument.
     """
+
+    references: ClassVar[tuple[str, ...]] = ("ghosh2023", "barrett2021")
 
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))

@@ -1,6 +1,6 @@
 """The mean of SGD over the orders of its minibatches."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import equinox as eqx
 import jax
@@ -36,6 +36,8 @@ class ReshufflingFlow(AbstractDescentFlow):
 
     Source: Smith et al. 2021 (arXiv 2101.12176), eq. 1.
     """
+
+    references: ClassVar[tuple[str, ...]] = ("smith2021",)
 
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))

@@ -1,0 +1,100 @@
+"""The papers behind the flows, as BibTeX, and what to cite for a flow."""
+
+import re
+from importlib.metadata import version
+
+from eomdl import _check
+from eomdl.flows.base import AbstractFlow
+
+
+# Pages and the like are left out where they could not be looked up: what is here is right.
+ENTRIES = {
+    "barrett2021": """@inproceedings{barrett2021,
+  author    = {Barrett, David G. T. and Dherin, Benoit},
+  title     = {Implicit Gradient Regularization},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021},
+  eprint    = {2009.11162},
+  archivePrefix = {arXiv},
+}""",
+    "cattaneo2024": """@inproceedings{cattaneo2024,
+  author    = {Cattaneo, Matias D. and Klusowski, Jason M. and Shigida, Boris},
+  title     = {On the Implicit Bias of {Adam}},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024},
+  eprint    = {2309.00079},
+  archivePrefix = {arXiv},
+}""",
+    "gelfreich2018": """@article{gelfreich2018,
+  author  = {Gelfreich, Vassili and Vieiro, Arturo},
+  title   = {Interpolating vector fields for near identity maps and averaging},
+  journal = {Nonlinearity},
+  volume  = {31},
+  year    = {2018},
+}""",
+    "ghosh2023": """@inproceedings{ghosh2023,
+  author    = {Ghosh, Avrajit and Lyu, He and Zhang, Xitong and Wang, Rongrong},
+  title     = {Implicit regularization in Heavy-ball momentum accelerated stochastic gradient descent},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2023},
+  eprint    = {2302.00849},
+  archivePrefix = {arXiv},
+}""",
+    "hairer2006": """@book{hairer2006,
+  author    = {Hairer, Ernst and Lubich, Christian and Wanner, Gerhard},
+  title     = {Geometric Numerical Integration: Structure-Preserving Algorithms for Ordinary Differential Equations},
+  publisher = {Springer},
+  edition   = {2},
+  year      = {2006},
+}""",
+    "miyagawa2022": """@inproceedings{miyagawa2022,
+  author    = {Miyagawa, Taiki},
+  title     = {Toward Equation of Motion for Deep Neural Networks: Continuous-time Gradient Descent and Discretization Error Analysis},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022},
+  eprint    = {2210.15898},
+  archivePrefix = {arXiv},
+}""",
+    "smith2021": """@inproceedings{smith2021,
+  author    = {Smith, Samuel L. and Dherin, Benoit and Barrett, David G. T. and De, Soham},
+  title     = {On the Origin of Implicit Regularization in Stochastic Gradient Descent},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021},
+  eprint    = {2101.12176},
+  archivePrefix = {arXiv},
+}""",
+}
+
+
+def own_entry() -> str:
+    """The entry of this package; the same data are in CITATION.cff, which no wheel contains."""
+    return f"""@misc{{eomdl,
+  author  = {{{{The eomdl authors}}}},
+  title   = {{eomdl: a modified-equation {{ODE}} solver for gradient descent}},
+  note    = {{Software, version {version("eomdl")}}},
+}}"""
+
+
+def citation(flow: AbstractFlow) -> str:
+    """BibTeX of what to cite for a flow: this package, then the papers that the flow is from.
+
+    ```python
+    print(eomdl.citation(eomdl.EquationOfMotion(loss, learning_rate=0.1, order=1)))
+    ```
+
+    The flow's class names them in `references`. For a flow of your own without any, only the package's entry.
+
+    **Raises:** `ValueError` for anything but a flow, and for a reference that is neither a key of this package's
+    list nor a BibTeX entry.
+    """
+    _check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow")
+    return "\n\n".join([own_entry(), *map(_entry, flow.references)])
+
+
+def _entry(reference: str) -> str:
+    entry = ENTRIES.get(reference, reference)
+    if not isinstance(entry, str) or not re.match(r"@\w+\{", entry):
+        raise ValueError(
+            f"flow.references: expected keys of {sorted(ENTRIES)} or BibTeX entries, got {reference!r:.80}"
+        )
+    return entry
