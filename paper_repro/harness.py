@@ -173,11 +173,13 @@ def read(reproduction: Reproduction, out: Path) -> Result:
 
 def is_done(reproduction: Reproduction, options: Options, out: Path) -> bool:
     """Whether its result is there, with these options and this code."""
+    return is_kept(reproduction, options, out) and read(reproduction, out).record["code"] == code_version()
+
+
+def is_kept(reproduction: Reproduction, options: Options, out: Path) -> bool:
+    """Whether a result is there, with these options, of this or an earlier version of the code."""
     path = out / reproduction.name / "result.json"
-    if not path.exists():
-        return False
-    record = json.loads(path.read_text())
-    return record["options"] == dataclasses.asdict(options) and record["code"] == code_version()
+    return path.exists() and json.loads(path.read_text())["options"] == dataclasses.asdict(options)
 
 
 def _tables(folder: Path, names: list[str]) -> Tables:

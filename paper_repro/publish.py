@@ -29,10 +29,10 @@ def write(reproductions: Sequence[harness.Reproduction], out: Path) -> list[Path
     Raises `ValueError` if a reproduction is not done there at full size.
     """
     options = harness.Options()
-    missing = [r.name for r in reproductions if not harness.is_done(r, options, out)]
+    missing = [r.name for r in reproductions if not harness.is_kept(r, options, out)]
     if missing:
         raise ValueError(
-            f"--readme: expected all reproductions done in {out} at full size with this code, "
+            f"--readme: expected all reproductions done in {out} at full size, "
             f"missing {', '.join(missing)}; run `python -m paper_repro --all` first"
         )
     results = [harness.read(r, out) for r in reproductions]
@@ -77,13 +77,14 @@ def page(kept: Sequence[Mapping[str, Any]]) -> str:
     """The documentation's page: every reproduction with its claims, numbers and first picture."""
     minutes = sum(result["seconds"] for result in kept) / 60
     environment = kept[0]["environment"]
+    commits = dict.fromkeys(result["environment"]["commit"] for result in kept)
     versions = ", ".join(f"{name} {environment[name]}" for name in ("jax", "diffrax", "optax", "python"))
     parts = [
         "# Reproductions",
         "Every number here was measured by the command above it; nothing is copied from the papers. "
         f"`python -m paper_repro --all` runs all {len(kept)} in about {minutes:.0f} minutes on two cores, writes every "
         "table and picture to `results/`, and asserts the claims. This page is written by `python -m paper_repro --readme` "
-        f"({versions}).",
+        f"({versions}, commit {', '.join(commits)}).",
     ]
     for result in kept:
         claims = [

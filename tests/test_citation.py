@@ -27,7 +27,8 @@ def parsed(text: str) -> dict[str, tuple[str, dict[str, str]]]:
     for entry in text.split("\n\n"):
         first, *lines, last = entry.splitlines()
         kind, key = re.fullmatch(r"@(\w+)\{(\w+),", first).groups()
-        assert last == "}" and key not in found
+        assert last == "}"
+        assert key not in found
         fields = [FIELD.fullmatch(line).groups() for line in lines]
         assert len({name for name, _ in fields}) == len(fields)
         for _, value in fields:
@@ -35,7 +36,8 @@ def parsed(text: str) -> dict[str, tuple[str, dict[str, str]]]:
             for letter in value:
                 depth += {"{": 1, "}": -1}.get(letter, 0)
                 assert depth >= 0
-            assert depth == 0 and value.strip("{} ")
+            assert depth == 0
+            assert value.strip("{} ")
         found[key] = kind, dict(fields)
     return found
 
@@ -43,8 +45,10 @@ def parsed(text: str) -> dict[str, tuple[str, dict[str, str]]]:
 def test_every_entry_is_complete():
     for key, entry in ENTRIES.items():
         ((found, (kind, fields)),) = parsed(entry).items()
-        assert found == key and REQUIRED[kind] <= set(fields)
-        assert re.fullmatch(r"(19|20)\d\d", fields["year"]) and fields["year"] in key
+        assert found == key
+        assert REQUIRED[kind] <= set(fields)
+        assert re.fullmatch(r"(19|20)\d\d", fields["year"])
+        assert fields["year"] in key
         first_author = fields["author"].partition(",")[0].lower()
         assert key.startswith(first_author)
         assert re.fullmatch(r"\d{4}\.\d{5}", fields.get("eprint", "0000.00000"))
@@ -54,7 +58,8 @@ def test_every_entry_is_complete():
 def test_every_flow_has_its_papers(entry: Flow):
     flow = made(entry)
     cited = parsed(eomdl.citation(flow))
-    assert flow.references and list(cited) == ["eomdl", *flow.references]
+    assert flow.references
+    assert list(cited) == ["eomdl", *flow.references]
     # The docstring names the same papers by author and year.
     said = " ".join(type(flow).__doc__.split())
     for key in flow.references:
@@ -66,10 +71,14 @@ def test_the_package_s_entry_says_what_CITATION_cff_says():
     cff = (ROOT / "CITATION.cff").read_text()
     kind, own = parsed(eomdl.citation(made(FLOWS[0])))["eomdl"]
     plain = {name: re.sub("[{}]", "", value) for name, value in own.items()}
-    assert kind == "misc" and f'title: "{plain["title"]}"' in cff and f'name: "{plain["author"]}"' in cff
-    assert f"\nversion: {eomdl.__version__}\n" in cff and plain["note"].endswith(eomdl.__version__)
+    assert kind == "misc"
+    assert f'title: "{plain["title"]}"' in cff
+    assert f'name: "{plain["author"]}"' in cff
+    assert f"\nversion: {eomdl.__version__}\n" in cff
+    assert plain["note"].endswith(eomdl.__version__)
     paper = parsed(ENTRIES["miyagawa2022"])["miyagawa2022"][1]
-    assert paper["title"] in cff and paper["eprint"] in cff
+    assert paper["title"] in cff
+    assert paper["eprint"] in cff
 
 
 class Still(eomdl.AbstractFlow):

@@ -17,7 +17,8 @@ FENCE = re.compile(r"^ *```(\w*)(.*)$", re.MULTILINE)
 
 
 def test_there_are_pages():
-    assert len(PAGES) > 20 and len(NAMESPACES) == 10
+    assert len(PAGES) > 20
+    assert len(NAMESPACES) == 10
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -37,7 +38,9 @@ def test_a_reader_can_copy_the_blocks_in_their_order(page):
     blocks = re.findall(r"^```python (.*?)\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
     for options, code in blocks:
         if "source=" in options:
-            assert "_figures" not in code and "_names" not in code and "sep=" not in code
+            assert "_figures" not in code
+            assert "_names" not in code
+            assert "sep=" not in code
             assert max(map(len, code.splitlines())) <= 88
         else:
             rest = re.sub(r"^(from _?\w+ import .*|)\n", "", code, flags=re.MULTILINE)
