@@ -27,8 +27,7 @@ INTRODUCTION = """# Cost
 
 Costs are ratios measured in one run: gradients are flops of the compiled program over those of one gradient of the loss, and the error
 stands beside the cost. Absolute seconds mean little on a shared machine. `python -m benchmarks.report` runs the suite;
-`python -m benchmarks.report --readme` writes this page from the results kept in
-[benchmarks/results](https://github.com/eomdl/eomdl/tree/main/benchmarks/results).
+`python -m benchmarks.report --readme` writes this page from the results kept in `benchmarks/results`.
 """
 
 
