@@ -313,6 +313,8 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_that_taylor_mode_cannot_do(name):
+    if "max-pool" in name and jax.default_backend() == "gpu":
+        pytest.skip("on a GPU JAX warns: second derivatives of max-pooling have reduced precision there")
     loss, params, args = LOSSES[name]
     xi = counterterms(loss, params, 2, args)
     assert all(np.linalg.norm(flat(x)) > 1e-8 for x in xi)

@@ -126,6 +126,7 @@ def test_vmap_over_initial_points():
 def test_vmap_of_descend():
     starts = {"x": jnp.array([0.3, 1.2]), "y": jnp.array([0.5, -0.7])}
     runs = jax.vmap(lambda params: eomdl.descend(valley_loss, params, SGD, 5))(starts)
+    assert runs.message == ""
     for i in range(2):
         start = jax.tree.map(lambda leaf, i=i: leaf[i], starts)
         assert_close(

@@ -41,7 +41,8 @@ def barrier(
     The barrier is 0 where the loss is convex along the line.
 
     **Resolution:** the maximum is over $\alpha$ at `num_points` equal steps, both ends among them; the result is
-    too small by at most $h^2 \max |L''(\alpha)| / 8$ with $h = 1/(\mathtt{num\_points} - 1)$. An odd number of points has the middle among them.
+    too small by at most $h^2 \max |L''(\alpha)| / 8$ with $h = 1/(\mathtt{num\_points} - 1)$. An odd number of points has the
+    middle among them.
 
     **Cost:** `num_points` evaluations of the loss (about a third of a gradient each).
 

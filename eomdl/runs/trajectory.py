@@ -77,7 +77,8 @@ class Trajectory:
     def message(self) -> str:
         """The result in words: at which step, why, and what to do. Empty if successful."""
         if np.ndim(self.result._value) > 0:
-            return cast(Any, RESULTS)[self.result]
+            failed = bool(np.any(np.asarray(self.result != RESULTS.successful)))
+            return cast(Any, RESULTS)[self.result] if failed else ""
         if bool(self.result == RESULTS.successful):
             return ""
         last = max([*self.steps, self.end.step])

@@ -73,19 +73,21 @@ def conservation(
     r"""A charge Q along a real run of SGD, held against its laws and against flows.
 
     Where the loss has the symmetry, $\langle \partial_\alpha, \nabla f \rangle = 0$ leaves of the heavy-ball step (coupled decay
-    $\lambda$, any minibatch), with $\Delta_k = \theta_{k+1} - \theta_k$ and the product $\langle a, b \rangle_S$ whose square is the charge,
+    $\lambda$, any minibatch), with $\Delta_k = \theta_{k+1} - \theta_k$ and the product
+    $\langle a, b \rangle_S$ whose square is the charge,
 
     - **exact** (scalings): $Q_{k+1} = Q_k + 2 P_k + N_k$, $P_k = \beta (P_{k-1} + N_{k-1}) - \eta\lambda Q_k$, with the measured
-        $N_k = \langle \Delta_k, \Delta_k \rangle_S$; translations: $p_{k+1} = p_k - \eta m_{k+1}$, $m_{k+1} = \beta m_k + \lambda p_k$. Without momentum
-        $Q_{k+1} = (1 - \eta\lambda)^2 Q_k + \eta^2 \langle \nabla f, \nabla f \rangle_S$.
+        $N_k = \langle \Delta_k, \Delta_k \rangle_S$; translations: $p_{k+1} = p_k - \eta m_{k+1}$, $m_{k+1} = \beta m_k + \lambda p_k$.
+        Without momentum $Q_{k+1} = (1 - \eta\lambda)^2 Q_k + \eta^2 \langle \nabla f, \nabla f \rangle_S$.
     - **gradient flow**: $\dot Q = -2\lambda Q$, $\dot p = -\lambda p$, with $h = \eta / (1 - \beta)$ the time of a step.
     - **first order** (one counter term; with momentum that of `eomdl.flows.MomentumFlow`), $\kappa = (1 + \beta) / (1 - \beta)$:
-        $\dot Q = -(2\lambda + h\kappa\lambda^2) Q + h\kappa \langle \nabla f, \nabla f \rangle_S$, integrated with $\nabla f + \lambda\theta$ of each
-        step, averaged over the memory ($-\Delta_k / h$), and $\dot p = -(\lambda + h\kappa\lambda^2/2) p$.
-        It has no transient: from step 0 on, with momentum, it is not to be used before the memory has filled.
+        $\dot Q = -(2\lambda + h\kappa\lambda^2) Q + h\kappa \langle \nabla f, \nabla f \rangle_S$, integrated with
+        $\nabla f + \lambda\theta$ of each step, averaged over the memory ($-\Delta_k / h$), and
+        $\dot p = -(\lambda + h\kappa\lambda^2/2) p$. It has no transient: from step 0 on, with momentum, it is not to be used before the memory has filled.
     - **damped oscillator** (Kunin et al. 2021): $\frac{\eta}{2}(1+\beta)\ddot\theta + (1-\beta)\dot\theta = -\nabla f - \lambda\theta$
-        in time $k\eta$, so $\frac{\eta}{2}(1+\beta)\ddot Q + (1-\beta)\dot Q + 2\lambda Q = \eta (1+\beta) \langle\dot\theta,\dot\theta\rangle_S$ with
-        the measured $\dot\theta = \Delta_k / \eta$, and the same for p without a drive and with $\lambda$ for $2\lambda$. It begins
+        in time $k\eta$, so
+        $\frac{\eta}{2}(1+\beta)\ddot Q + (1-\beta)\dot Q + 2\lambda Q = \eta (1+\beta) \langle\dot\theta,\dot\theta\rangle_S$
+        with the measured $\dot\theta = \Delta_k / \eta$, and the same for p without a drive and with $\lambda$ for $2\lambda$. It begins
         with the mean of the updates before and after the start, of which the first is 0 at step 0.
 
     The exact law holds to rounding, which tests symmetry, optimizer and arguments at once. Orders beyond are those

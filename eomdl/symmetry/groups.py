@@ -150,7 +150,10 @@ class Scaling(AbstractSymmetry):
         return self.pair(params, params)
 
     def pair(self, a: Params, b: Params) -> Float[Array, "*units"]:
-        r"""The indefinite product $\langle a, b \rangle_A - \langle a, b \rangle_B$ of every unit; the charge is that of $\theta, \theta$."""
+        r"""The indefinite product $\langle a, b \rangle_A - \langle a, b \rangle_B$ of every unit.
+
+        The charge is that of $\theta, \theta$.
+        """
         incoming, outgoing = self._products(a, b)
         return sum(incoming) - sum(outgoing) if outgoing else sum(incoming)
 

@@ -1,10 +1,10 @@
 """Clusters of runs part and do not meet again: basins, not early stages of one path.
 
 A tanh network 64-3-10 on 500 digits, cross entropy and weight decay 0.003. From each of --seeds starts, 16 runs of SGD (batches of 16,
-learning rate 0.5/(1 + k/1000)) that differ only in the order of the batches, in one compiled program; loss barriers on straight lines between
-all pairs. Clusters are taken at step 2,000 (average linkage, threshold 0.1; 0.05 and 0.2 too). Intervention: all are trained on to step
-16,000, then without noise (full batch, heavy ball 0.1 with momentum 0.98) to the minimum. Straight lines only: a curved path, or a
-permutation of the hidden units, may well join two of the minima.
+learning rate 0.5/(1 + k/1000)) that differ only in the order of the batches, in one compiled program; loss barriers on straight lines
+between all pairs. Clusters are taken at step 2,000 (average linkage, threshold 0.1; 0.05 and 0.2 too). Intervention: all are trained on
+to step 16,000, then without noise (full batch, heavy ball 0.1 with momentum 0.98) to the minimum. Straight lines only: a curved path, or
+a permutation of the hidden units, may well join two of the minima.
 """
 
 import tempfile

@@ -1,8 +1,8 @@
 """Conservation laws of symmetric losses, broken by discreteness.
 
-An MLP (24 units) and a CNN (8 channels) with batch norm (gain, shift, no epsilon), ReLU and softmax; SGD on batches of 64 from 1,024 images,
-200 steps; weight decay 0, 1e-4, 1e-3; learning rate 0.05, and 0.005 with momentum 0.9. Every flow follows the same batches. Charges: the
-head's columns' sum, the squared norm of each unit's weights, gain^2 + shift^2 against the squared norm out of each unit.
+An MLP (24 units) and a CNN (8 channels) with batch norm (gain, shift, no epsilon), ReLU and softmax; SGD on batches of 64 from 1,024
+images, 200 steps; weight decay 0, 1e-4, 1e-3; learning rate 0.05, and 0.005 with momentum 0.9. Every flow follows the same batches.
+Charges: the head's columns' sum, the squared norm of each unit's weights, gain^2 + shift^2 against the squared norm out of each unit.
 """
 
 import itertools
