@@ -83,7 +83,8 @@ def conservation(
     - **first order** (one counter term; with momentum that of `eomdl.flows.MomentumFlow`), $\kappa = (1 + \beta) / (1 - \beta)$:
         $\dot Q = -(2\lambda + h\kappa\lambda^2) Q + h\kappa \langle \nabla f, \nabla f \rangle_S$, integrated with
         $\nabla f + \lambda\theta$ of each step, averaged over the memory ($-\Delta_k / h$), and
-        $\dot p = -(\lambda + h\kappa\lambda^2/2) p$. It has no transient: from step 0 on, with momentum, it is not to be used before the memory has filled.
+        $\dot p = -(\lambda + h\kappa\lambda^2/2) p$. It has no
+        transient: from step 0 on, with momentum, it is not to be used before the memory has filled.
     - **damped oscillator** (Kunin et al. 2021): $\frac{\eta}{2}(1+\beta)\ddot\theta + (1-\beta)\dot\theta = -\nabla f - \lambda\theta$
         in time $k\eta$, so
         $\frac{\eta}{2}(1+\beta)\ddot Q + (1-\beta)\dot Q + 2\lambda Q = \eta (1+\beta) \langle\dot\theta,\dot\theta\rangle_S$
