@@ -68,8 +68,12 @@ def table(kept: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|",
     ]
     for result in kept:
-        held = f"{sum(c['holds'] is True for c in result['claims'])} of {len(result['claims'])}"
-        rows.append(f"| `{result['name']}` | {result['title']} | {held} | {result['seconds']:.0f} |")
+        verdicts = [claim["holds"] for claim in result["claims"]]
+        asserted = [verdict for verdict in verdicts if verdict is not None]
+        held = f"{sum(asserted)} of {len(asserted)}"
+        if len(asserted) < len(verdicts):
+            held += f" ({len(verdicts) - len(asserted)} not asserted)"
+        rows.append(f"| `{result['name']}` | {_escape(result['title'])} | {held} | {result['seconds']:.0f} |")
     return "\n".join(rows)
 
 
