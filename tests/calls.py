@@ -168,6 +168,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.errors.local_error,
         dict(flow=FLOW, reference=RUN, args=None, batches=None, steps=None),
     ),
+    "errors.predict_error": (
+        eomdl.errors.predict_error,
+        dict(flow=FLOW, params=VALLEY, num_steps=4, leading=None, check=False),
+    ),
     "errors.observed_order": (
         eomdl.errors.observed_order,
         dict(learning_rates=[0.1, 0.05], errors=[0.2, 0.1]),
@@ -344,6 +348,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plotting.plot_regions": (
         eomdl.plotting.plot_regions,
         dict(maps={"net": eomdl.geometry.region_map(preactivations, NETWORK, TRIANGLE, resolution=8)}),
+    ),
+    "plotting.plot_predicted_error": (
+        eomdl.plotting.plot_predicted_error,
+        dict(predicted=eomdl.errors.predict_error(FLOW, VALLEY, 1, check=False), measured=None),
     ),
     "plotting.plot_secants": (
         eomdl.plotting.plot_secants,

@@ -41,6 +41,8 @@ ACCEPTED: dict[str, set[str]] = {
     "observe.shift_component.where": {"a string"},
     "observe.shift_component.axis": {"minus one"},
     "errors.local_error.batches": ARRAYS,
+    "errors.predict_error.leading": {"True"},
+    "plotting.plot_predicted_error.measured": {"an array"},  # of two steps
     "errors.observed_order.learning_rates": {"an array"},
     "errors.observed_order.errors": {"an array"},
     "geometry.count_regions_on_line.a": {"an array"},

@@ -6,6 +6,7 @@ Every function returns a `matplotlib.figure.Figure`; nothing is shown or written
 from eomdl.plotting.charges import plot_conservation
 from eomdl.plotting.comparison import plot_comparison
 from eomdl.plotting.development import plot_barriers, plot_development
+from eomdl.plotting.predicted import plot_predicted_error
 from eomdl.plotting.restricted_secant import plot_secants
 from eomdl.plotting.shape import plot_dimensions, plot_path_plane, plot_path_shape, plot_regions
 
@@ -18,6 +19,7 @@ __all__ = [
     "plot_dimensions",
     "plot_path_plane",
     "plot_path_shape",
+    "plot_predicted_error",
     "plot_regions",
     "plot_secants",
 ]

@@ -1,0 +1,45 @@
+"""The predicted error of a flow, and what was measured of it."""
+
+from typing import Any
+
+import numpy as np
+
+from eomdl import _check
+from eomdl._types import Numbers
+from eomdl.errors.predicted import PredictedError
+
+
+def plot_predicted_error(predicted: PredictedError, measured: Numbers | None = None) -> Any:
+    """The predicted error against steps, log scale: whole, by one term more, and of each block.
+
+    Solid black: the prediction. Dashed black: that by the flow with one term more. Colours: blocks of the parameters.
+    Circles: `measured`, shape (n,), such as `compare(real, {"flow": predicted.path}).distance["flow"]`.
+
+    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for anything else, or for another number of
+    measured errors than of steps.
+    """
+    from matplotlib.figure import Figure
+
+    _check.kind("predicted", predicted, PredictedError, "an eomdl.errors.PredictedError")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: list[tuple[np.ndarray, dict[str, Any]]] = [
+        (predicted.norm, {"color": "k", "lw": 2, "label": "predicted"})
+    ]
+    if predicted.embedded is not None:
+        lines.append((predicted.embedded, {"color": "k", "ls": "--", "label": "by one term more"}))
+    blocks = enumerate(predicted.block_norm.items())
+    lines += [(norm, {"color": f"C{i}", "lw": 1, "label": name}) for i, (name, norm) in blocks]
+    if measured is not None:
+        errors = np.asarray(_check.nonnegative_numbers("measured", measured))
+        if errors.shape != predicted.norm.shape:
+            raise ValueError(f"measured: expected shape {predicted.norm.shape}, got {errors.shape}")
+        lines.append(
+            (errors, {"color": "k", "ls": "", "marker": "o", "ms": 3, "mfc": "none", "label": "measured"})
+        )
+    for values, style in lines:
+        axes.plot(predicted.steps, np.where(values > 0, values, np.nan), **style)
+    axes.set(xlabel="step", ylabel="error of the flow (Euclidean norm)", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
