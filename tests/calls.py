@@ -168,6 +168,20 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.errors.local_error,
         dict(flow=FLOW, reference=RUN, args=None, batches=None, steps=None),
     ),
+    "errors.largest_learning_rate": (
+        eomdl.errors.largest_learning_rate,
+        dict(
+            loss=valley_loss,
+            params=VALLEY,
+            time=0.2,
+            tolerance=1e-3,
+            order=0,
+            args=None,
+            relative=False,
+            points=4,
+            progress=False,
+        ),
+    ),
     "errors.predict_error": (
         eomdl.errors.predict_error,
         dict(flow=FLOW, params=VALLEY, num_steps=4, leading=None, check=False),

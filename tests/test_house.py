@@ -155,4 +155,4 @@ def test_what_type_checkers_are_told_is_what_is_there():
                 defaults = [p.default for p in real.values() if p.default is not p.empty]
                 assert [ast.literal_eval(default) for default in stated.args.defaults] == defaults
                 found += 1
-    assert found == 10
+    assert found == 11

@@ -4,14 +4,17 @@ from eomdl.errors.comparison import Comparison, compare
 from eomdl.errors.convergence import Convergence, convergence_study, observed_order
 from eomdl.errors.local import local_error
 from eomdl.errors.predicted import PredictedError, predict_error
+from eomdl.errors.rates import LargestRate, largest_learning_rate
 
 
 __all__ = [
     "Comparison",
     "Convergence",
+    "LargestRate",
     "PredictedError",
     "compare",
     "convergence_study",
+    "largest_learning_rate",
     "local_error",
     "observed_order",
     "predict_error",

@@ -1,0 +1,223 @@
+"""How large a learning rate may be for a flow to stay near gradient descent."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from eomdl import _check, _tree
+from eomdl._autodiff import descent_field
+from eomdl._types import Args, Loss, Params
+from eomdl.errors.carried import WithError
+from eomdl.errors.comparison import row_norms, top_level_blocks
+from eomdl.flows.base import AbstractFlow
+from eomdl.observe.curvature import sharpness
+from eomdl.runs.continuous import solve
+from eomdl.series.euler import MAX_ORDER, counterterms
+
+
+RESERVE = 0.9  # of the tolerance that the leading term may take: the rest is for the terms after it,
+ENOUGH = 0.3  # which is enough below this eta * lambda_max
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestRate:
+    r"""What `largest_learning_rate` found, along gradient flow at m times.
+
+    - `value`: the largest learning rate $\eta$ for which the flow stays within the tolerance over the whole time.
+    - `limited_at`: the time at which it is reached; `limited_by`: the block with the largest share of the error there.
+    - `block_value`: `{block: eta}`, the largest rate at which the error of that block only stays within the tolerance.
+    - `times`: shape (m,), from 0 to the time given.
+    - `error`: (m,), $|E(t)|$ with the error $\eta^{n+1} E(t)$ of a flow with n counter terms.
+    - `local`: (m,), the largest rate for which one step from there stays within the tolerance: a schedule.
+    - `eta_lambda_max`: the largest $\eta \lambda_{max}$ of the path at `value`.
+    - `notes`: where the value is not to be trusted, and why.
+    """
+
+    value: float
+    limited_at: float
+    limited_by: str
+    block_value: dict[str, float]
+    times: Float[np.ndarray, " m"]
+    error: Float[np.ndarray, " m"]
+    local: Float[np.ndarray, " m"]
+    eta_lambda_max: float
+    notes: tuple[str, ...]
+
+
+class ScaledError(AbstractFlow):
+    r"""Gradient flow with the error of a flow of n counter terms in units of $\eta^{n+1}$: $E' = -H E + \xi_n$."""
+
+    loss: Loss
+    step_size: jax.Array  # the time between rows: no learning rate is in it
+    order: int = eqx.field(static=True)
+
+    if TYPE_CHECKING:  # a checker takes an AbstractVar for an argument
+
+        def __init__(self, loss: Loss, step_size: ArrayLike, order: int) -> None: ...
+
+    def init(self, params: Params, args: Args) -> WithError:
+        """No error at the start."""
+        del args
+        return WithError(params, _tree.zeros_like(params))
+
+    def params(self, state: WithError) -> Params:
+        """Those on gradient flow."""
+        return state.params
+
+    def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if the loss does not give one real number at `params`."""
+        _check.loss_is_scalar(self.loss, params, args)
+
+    def left_out(self, params: Params, args: Args) -> Params:
+        r"""$\xi_n$, the first term that a flow of n counter terms leaves out."""
+        if self.order == 0:
+            velocity, along = jax.linearize(descent_field(self.loss, args), params)
+            return _tree.scale(0.5, along(velocity))
+        return counterterms(self.loss, params, self.order + 1, args)[-1]
+
+    def __call__(self, t: ArrayLike, state: WithError, args: Args) -> WithError:
+        """Gradient flow, and the error's equation."""
+        del t
+        velocity, along = jax.linearize(descent_field(self.loss, args), state.params)
+        return WithError(velocity, _tree.add(along(state.error), self.left_out(state.params, args)))
+
+    def error(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
+        """E in one vector, to be recorded."""
+        del t, args
+        return ravel_pytree(state.error)[0]
+
+    def source(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
+        r"""$|\xi_n|$, to be recorded."""
+        del t
+        return _tree.norm(self.left_out(state.params, args))
+
+    def speed(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
+        """The norm of the gradient, to be recorded."""
+        del t
+        return _tree.norm(descent_field(self.loss, args)(state.params))
+
+
+def largest_learning_rate(
+    loss: Loss,
+    params: Params,
+    time: float,
+    tolerance: float,
+    order: int = 0,
+    *,
+    args: Args = None,
+    relative: bool = False,
+    points: int = 64,
+    progress: Any = False,
+) -> LargestRate:
+    r"""The largest learning rate for which a flow stays within a tolerance of gradient descent over a time.
+
+    ```python
+    rate = eomdl.errors.largest_learning_rate(loss, params, time=10.0, tolerance=1e-2, args=data)
+    print(rate.value, rate.limited_by)
+    ```
+
+    The error of the flow with n counter terms is $\eta^{n+1} E(t) + O(\eta^{n+2})$ with $E' = -H E + \xi_n$ along gradient
+    flow, where nothing depends on $\eta$: so one integration answers for all rates,
+
+    $$\eta = \min_t \big(0.9\,\epsilon / |E(t)|\big)^{1/(n+1)}, \qquad \eta_{local}(t) = \big(\epsilon / |\xi_n|\big)^{1/(n+2)}.$$
+
+    A tenth of the tolerance is kept for the terms after the leading one.
+
+    **Arguments:**
+
+    - `loss`, `params`, `args`: as in `eomdl.descend`; the whole data, no minibatches.
+    - `time`: how long, $k\eta$; `tolerance`: $\epsilon$, the Euclidean distance over all parameters, or with `relative=True`
+        that over the distance travelled (`local` then takes it of the distance in one step of gradient descent).
+    - `order`: n, the number of counter terms of the flow; 0 is gradient flow.
+    - `points`: the number of times looked at, evenly spaced.
+
+    **Returns:** `eomdl.errors.LargestRate`.
+
+    **Cost:** one integration of gradient flow with an evaluation of the field of order n + 1, a look at the sharpness at each
+    point, and no run of gradient descent.
+
+    **Raises:** `ValueError` for a wrong argument, and if gradient flow does not reach the time.
+
+    Source: Miyagawa 2022 (arXiv 2210.15898), learning rates for which the discretization error is bounded.
+    """
+    time = float(_check.positive_scalar("time", time))
+    tolerance = float(_check.positive_scalar("tolerance", tolerance))
+    order = _check.integer("order", order, 0, MAX_ORDER - 1)
+    relative = _check.flag("relative", relative)
+    points = _check.integer("points", points, 1)
+    flow = ScaledError(_check.function("loss", loss), jnp.asarray(time / points), order)
+    path = solve(
+        flow,
+        params,
+        points,
+        args=args,
+        observe={"sharpness": sharpness(loss)},
+        observe_state={"error": flow.error, "source": flow.source, "speed": flow.speed},
+        estimate_error=False,
+        progress=progress,
+    )
+    if path.message:
+        raise ValueError(
+            f"time: expected gradient flow to reach {time:g}, got to {path.times[-1]:g}. {path.message}"
+        )
+    return _answer(path, tolerance, order, relative)
+
+
+def _answer(path: Any, tolerance: float, order: int, relative: bool) -> LargestRate:
+    unravel = ravel_pytree(jax.tree.map(lambda x: x[0], path.params))[1]
+    vectors = jax.tree.map(np.asarray, jax.vmap(unravel)(jnp.asarray(path.observables["error"])))
+    error, source = row_norms(vectors), np.asarray(path.observables["source"], float)
+    travelled = row_norms(jax.tree.map(lambda x: x - x[:1], path.params))
+    speed = np.asarray(path.observables["speed"], float)
+    allowed = RESERVE * tolerance * (travelled if relative else np.ones(len(error)))
+    rates = _rates(allowed, error, order)
+    if relative:  # at the start both vanish, and their ratio is that of the velocities
+        rates[:1] = _rates(RESERVE * tolerance * speed[:1], source[:1], order)
+    at = int(np.argmin(rates))
+    blocks = {name: row_norms(block) for name, block in top_level_blocks(vectors).items()}
+    one_step = tolerance * (speed if relative else np.ones(len(source)))
+    with np.errstate(divide="ignore"):
+        local = (one_step / source) ** (1 / (order + 1 if relative else order + 2))
+    value = float(rates[at])
+    edge = value * float(np.max(path.observables["sharpness"]))
+    return LargestRate(
+        value=value,
+        limited_at=float(path.times[at]),
+        limited_by=max(blocks, key=lambda name: blocks[name][at]),
+        block_value={name: float(_rates(allowed, block, order).min()) for name, block in blocks.items()},
+        times=np.asarray(path.times),
+        error=error,
+        local=local,
+        eta_lambda_max=edge,
+        notes=_notes(value, edge),
+    )
+
+
+def _rates(allowed: np.ndarray, error: np.ndarray, order: int) -> np.ndarray:
+    """The rates at which the error reaches what is allowed; infinite where there is none."""
+    ratio = np.full(len(error), np.inf)
+    np.divide(allowed, error, out=ratio, where=error > 0)
+    return ratio ** (1 / (order + 1))
+
+
+def _notes(value: float, edge: float) -> tuple[str, ...]:
+    if not np.isfinite(value):
+        return ("No rate is too large: the terms that the flow leaves out are zero on this path.",)
+    if edge >= 1:
+        return (
+            f"At this rate eta*lambda_max reaches {edge:.2f}. From 1 on the series in the learning rate has no limit, so the "
+            "leading term says nothing about the error: a lower tolerance, or a shorter time, is needed for an answer.",
+        )
+    if edge >= ENOUGH:
+        return (
+            f"At this rate eta*lambda_max reaches {edge:.2f}. From about {ENOUGH} on the terms after the leading one may take "
+            "more than the tenth of the tolerance that is kept for them.",
+        )
+    return ()
