@@ -59,7 +59,7 @@ def main(num_steps: int, save_params: bool, order: int) -> dict:
     """Run `solve` once to compile, then once measured: memory, seconds and ODE steps."""
     params = networks.zero_bias_init((8, 8, 8, 10))
     rows = jax.random.normal(jax.random.key(0), (16, 8), jnp.float64)
-    data = (rows, jnp.arange(16) % 10)
+    data = (rows, jax.nn.one_hot(jnp.arange(16) % 10, 10, dtype=jnp.float64))
     flow = eomdl.EquationOfMotion(LOSS, 0.05, order)
     meter = LiveBytes()
     observe = {"norm": lambda p, _: jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(p)))}

@@ -39,13 +39,14 @@ class Problem:
 
 
 # One object for all: the same loss compiles once.
-LOSS = eomdl.WeightDecay(networks.mlp_loss, WEIGHT_DECAY)
+LOSS = eomdl.WeightDecay(networks.loss(networks.mlp, networks.soft_cross_entropy), WEIGHT_DECAY)
 
 
 @cache
 def digits(num_examples: int) -> tuple[jax.Array, jax.Array]:
-    """The first of scikit-learn's digits: 8 x 8 pixels scaled to [0, 1], and their labels."""
-    return data.load(None, num_examples, seed=None)
+    """The first of scikit-learn's digits: 8 x 8 pixels scaled to [0, 1], labels one-hot."""
+    images, labels = data.load(None, num_examples, seed=None)
+    return images, jax.nn.one_hot(labels, 10, dtype=images.dtype)
 
 
 @cache

@@ -44,6 +44,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
+def soft_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean softmax cross entropy to probabilities, such as one-hot labels, shape (batch, classes)."""
+    return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(logits), axis=1))
+
+
 def loss(network: Callable, criterion: Callable = cross_entropy) -> Callable:
     """The loss of a network: `criterion(network(params, inputs), labels)`."""
 
