@@ -17,10 +17,9 @@ PICTURES = ROOT / "docs" / "assets" / "benchmarks"
 README = ROOT / "README.md"
 # Folders of results, by what they are called on the page.
 SUITES = {
-    "": "Fields, solve, scripts and memory",
+    "": "Fields, solve, scripts, memory and observing",
     "first_answer": "The first answer of a process",
     "interpolating": "The flow of a step map",
-    "observing": "Observing",
     "gpu": "On a GPU",
 }
 INTRODUCTION = """# Cost

@@ -1,6 +1,6 @@
 """Claims in the common forms: sentence, number and verdict are made from the same values, so they cannot disagree.
 
-A value that is NaN, as of a run that failed, holds nothing.
+A value that is NaN, as of a run that failed, holds nothing; nor does no value at all.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Claim:
 
 def law(text: str, errors: Any, limit: float, what: str = "Largest relative error", **options: Any) -> Claim:
     """A law holds: every error is below the limit."""
-    worst = float(np.max(np.asarray(errors)))
+    worst = _worst(errors)
     return Claim(text, f"{what} {worst:.1e} (limit {limit:.0e}).", worst < limit, **options)
 
 
@@ -33,7 +33,7 @@ def orders(
     text: str, observed: Mapping[Any, float], expected: Mapping[Any, float], within: float, **options: Any
 ) -> Claim:
     """Observed orders are the expected ones, to `within`. Both are given by model."""
-    off = float(np.max([abs(observed[name] - value) for name, value in expected.items()]))
+    off = _worst([abs(observed[name] - value) for name, value in expected.items()])
     shown = "; ".join(f"{_name(n)}: {observed[n]:.2f} (expected {value:g})" for n, value in expected.items())
     said = f"Observed orders: {shown}. Largest difference {off:.3f} (limit {within:g})."
     return Claim(text, said, off < within, **options)
@@ -66,7 +66,7 @@ def close(text: str, measured: float, predicted: float, *, within: float, **opti
 
 def share(text: str, parts: Any, limit: float, **options: Any) -> Claim:
     """What is a part of something is at most a small share of it."""
-    worst = float(np.max(np.asarray(parts)))
+    worst = _worst(parts)
     return Claim(text, f"At most {worst:.2%} (limit {limit:.0%}).", worst < limit, **options)
 
 
@@ -81,6 +81,12 @@ def symmetries(checks: Any, text: str) -> list[Claim]:
 def listed(values: Any, form: str = ".3g") -> str:
     """Numbers in a sentence."""
     return ", ".join(format(value, form) for value in values)
+
+
+def _worst(values: Any) -> float:
+    """The largest; NaN if one is, or if there is none."""
+    array = np.asarray(values, float)
+    return float(array.max()) if array.size else np.nan
 
 
 def _name(name: Any) -> str:
