@@ -4,6 +4,7 @@ A new closed form is tested by being listed. (Flows are listed in `registry.py`.
 are made once, here: JAX caches compiled programs by the identity of the function.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -202,6 +203,14 @@ def assert_identical(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def assert_same_from_two_programs(actual: Any, expected: Any) -> None:
+    """Equal bit for bit, but to rounding where the older code generator (see `conftest.py`) fuses each in its own way."""
+    if "--xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
+        assert_close(actual, expected, rtol=1e-11)
+    else:
+        assert_identical(actual, expected)
 
 
 COMPILED: list[str] = []  # grows by one whenever XLA compiles
