@@ -70,6 +70,7 @@ def test_the_corrected_path_is_nearer_and_the_two_routes_agree():
     real = eomdl.descend(valley_loss, VALLEY, optax.sgd(0.02), 50)
     distance = eomdl.compare(real, {"flow": found.path, "corrected": found.corrected}).distance
     assert distance["corrected"][-1] < 0.1 * distance["flow"][-1]
+    assert_close(found.corrected.final_params, found.corrected.at(50))
     assert found.difference[-1] < 0.1 * found.norm[-1]
     assert_close(found.norm**2, sum(norm**2 for norm in found.block_norm.values()))
     assert found.notes == ()
@@ -157,6 +158,7 @@ class Without(eomdl.AbstractFlow):
             "flow: expected a model of single steps, got ReshufflingFlow",
         ),
         (eomdl.flows.MomentumFlow(parabola, 0.1, 0.5), {"leading": True}, "leading: expected False"),
+        (eomdl.EquationOfMotion(parabola, 0.1, 10), {}, "flow: expected at most 9 counter terms, got 10"),
         (eomdl.GradientFlow(parabola, 0.1), {"save_params": False}, "save_params: expected True, got False"),
     ],
 )
