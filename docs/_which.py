@@ -99,6 +99,17 @@ def past_one() -> list[Row]:
     ]
 
 
+def any_field() -> Row:
+    """The equation of motion as the modified equation of a field; here the loss's own."""
+
+    def descent(w, data):
+        return jax.tree.map(jnp.negative, jax.grad(loss)(w, data))
+
+    flow = flows.ModifiedFlow(descent, SMALL, 1)
+    models = "explicit Euler, Runge-Kutta, on any field; here GD"
+    return Row("`ModifiedFlow`, order 1", flow, optax.sgd(SMALL), models, 2, BELOW)
+
+
 def memory() -> list[Row]:
     """Flows of optimizers with a memory, in closed form and from points."""
     heavy = optax.sgd(0.01, momentum=0.9)
@@ -139,7 +150,7 @@ def reshuffling() -> Row:
 
 def rows() -> list[Row]:
     """All flows of the library."""
-    found = [*descent(), *past_one(), *memory(), reshuffling()]
+    found = [*descent(), any_field(), *past_one(), *memory(), reshuffling()]
     things = [getattr(flows, name) for name in flows.__all__]
     kinds = {
         t for t in things if inspect.isclass(t) and issubclass(t, eomdl.AbstractFlow)

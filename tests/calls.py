@@ -123,6 +123,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.flows.AdamFlow,
         dict(loss=valley_loss, learning_rate=0.05, b1=0.9, b2=0.99, eps=1e-8, eps_root=0.0, order=1),
     ),
+    "flows.ModifiedFlow": (
+        eomdl.flows.ModifiedFlow,
+        dict(field=lambda x, args: x, step_size=0.1, order=1, method=eomdl.series.EULER),
+    ),
     "flows.MomentumFlow": (
         eomdl.flows.MomentumFlow,
         dict(loss=valley_loss, learning_rate=0.05, momentum=0.9, nesterov=False),

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,7 +13,7 @@ import pytest
 from helpers import VALLEY, pulled_loss
 
 import eomdl
-from eomdl.flows import AdamFlow, MomentumFlow, ReshufflingFlow, minimax_weights, rmsprop_flow
+from eomdl.flows import AdamFlow, ModifiedFlow, MomentumFlow, ReshufflingFlow, minimax_weights, rmsprop_flow
 
 
 PULL = jnp.array(0.4)
@@ -116,6 +117,11 @@ def equation_of_motion(terms: int) -> Flow:
     )
 
 
+@cache  # a field is known by identity: the same one compiles once
+def descent_of(loss: Callable) -> Callable:
+    return lambda params, args: jax.tree.map(jnp.negative, jax.grad(loss)(params, args))
+
+
 EQUATIONS = [Flow("gradient flow", eomdl.GradientFlow, sgd, 1), *map(equation_of_motion, range(7))]
 
 
@@ -173,6 +179,7 @@ FLOWS = [
         variant=True,
     ),
     Flow("rmsprop_flow", lambda loss, rate: rmsprop_flow(loss, rate, 0.5, 0.05), rmsprop, 2, SLOW, 0.24),
+    Flow("ModifiedFlow", lambda loss, rate: ModifiedFlow(descent_of(loss), rate, 1), sgd, 2),
     Flow("ReshufflingFlow", ReshufflingFlow, MeanEpoch, 2, (0.01, 0.005, 0.0025), args=PULLS),
 ]
 

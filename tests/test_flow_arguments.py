@@ -40,7 +40,7 @@ def test_a_wrong_argument_is_named(entry):
 @ALL
 def test_what_steps_cannot_be_taken_on_is_named(entry):
     for loss in (lambda p, args: p["x"] * jnp.ones(2), lambda p, args: {"x": p["x"]}):
-        with pytest.raises(ValueError, match=r"^(loss|step_map|step_map\(state, args, k\)): expected"):
+        with pytest.raises(ValueError, match=r"^(loss|field|step_map|step_map\(state, args, k\)): expected"):
             eomdl.solve(entry.make(loss, 0.1), VALLEY, 4, args=entry.args)
 
 

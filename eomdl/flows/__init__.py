@@ -6,6 +6,7 @@ from eomdl.flows.base import AbstractFlow
 from eomdl.flows.equation_of_motion import EquationOfMotion
 from eomdl.flows.gradient import GradientFlow
 from eomdl.flows.interpolating import InterpolatingFlow
+from eomdl.flows.modified import ModifiedFlow
 from eomdl.flows.momentum import MomentumFlow
 from eomdl.flows.points import Points, choose_points, departure_from_identity
 from eomdl.flows.references import citation
@@ -21,6 +22,7 @@ __all__ = [
     "EquationOfMotion",
     "GradientFlow",
     "InterpolatingFlow",
+    "ModifiedFlow",
     "MomentumFlow",
     "Points",
     "ReshufflingFlow",

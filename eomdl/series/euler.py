@@ -9,24 +9,26 @@ from eomdl import _check, _tree
 from eomdl._autodiff import descent_field
 from eomdl._types import Args, Loss, Params, VectorField
 from eomdl.series.elementary import ElementaryDifferentials
-from eomdl.series.trees import Tree, modified_equation
+from eomdl.series.trees import EULER, ButcherTableau, Tree, modified_equation
 
 
 MAX_ORDER = 10  # its trees number 1,842, and three times as many with every order more
 
 
-def modified_field(f: VectorField, x: Params, step_size: ArrayLike, order: int) -> Params:
-    r"""The field whose flow over time `step_size` is $x + h f(x)$, up to the counter terms left out.
+def modified_field(
+    f: VectorField, x: Params, step_size: ArrayLike, order: int, method: ButcherTableau = EULER
+) -> Params:
+    r"""The field whose flow over time `step_size` is one step of the method, up to the terms left out.
 
     $$\sum_{j=1}^{n+1} h^{j-1} F_j(x), \qquad F_1 = f, \quad F_j = \sum_{|t|=j} c(t) F(t)(x).$$
 
-    The modified equation of explicit Euler as a B-series (Hairer, Lubich & Wanner 2006,
-    ch. IX). It costs less than the fields one by one, since trees of different size share
+    With n = `order`, and the step $x + h f(x)$ by default: the modified equation of a Runge-Kutta method as a B-series
+    (Hairer, Lubich & Wanner 2006, ch. IX). It costs less than the fields one by one, since trees of different size share
     derivatives; the cost is that of `eomdl.EquationOfMotion`.
     """
     coefficients: dict[Tree, Any] = {}
     for n in range(1, order + 2):
-        for tree, c in modified_equation(n).items():
+        for tree, c in modified_equation(n, method).items():
             coefficients[tree] = float(c) * step_size ** (n - 1) if n > 1 else 1.0
     return ElementaryDifferentials(f, x).combination(coefficients)
 

@@ -1,9 +1,10 @@
-r"""Rooted trees and the exact coefficients of the modified equation of gradient descent.
+r"""Rooted trees and the exact coefficients of modified equations.
 
 A rooted tree is the sorted tuple of its branches: `()` is the single node, `((),)`
 the chain of two, `((), ())` the bush with two leaves.
 
-The modified equation of explicit Euler for $x' = f(x)$ with step $h$ is the B-series
+The modified equation of a Runge-Kutta method for $x' = f(x)$ with step $h$ (explicit Euler, if it is gradient
+descent) is the B-series
 (Hairer, Lubich & Wanner 2006, ch. IX; Chartier, Hairer & Vilmart 2010)
 
 $$x' = \sum_t h^{|t|-1} c(t) F(t)(x), \qquad c(t) = \omega(t) / \sigma(t),$$
@@ -17,7 +18,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from math import factorial, prod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 
 Tree: TypeAlias = tuple["Tree", ...]
@@ -59,25 +60,67 @@ def symmetry(tree: Tree) -> int:
     return prod(factorial(m) * symmetry(t) ** m for t, m in Counter(tree).items())
 
 
-@cache
-def iterate_weight(tree: Tree, n: int) -> int:
-    r"""Coefficient $P_t(n)$ of $F(t)/\sigma(t)$ in the n-th iterate of the map $x + f(x)$.
+class ButcherTableau(NamedTuple):
+    r"""An explicit Runge-Kutta method: $Y_i = x + h \sum_{j<i} a_{ij} f(Y_j)$, $x_1 = x + h \sum_i b_i f(Y_i)$.
 
-    $P_t(n) = \sum_{j<n} \prod_i P_{t_i}(j)$ over the branches $t_i$ of $t$: a polynomial
-    in n of degree $|t|$.
+    `a[i]` has the i numbers of stage i, so `a[0]` is empty. All are exact fractions.
     """
-    return sum(prod(iterate_weight(b, j) for b in tree) for j in range(n))
+
+    a: tuple[tuple[Fraction, ...], ...]
+    b: tuple[Fraction, ...]
+
+
+def _tableau(*rows: tuple[Fraction | int, ...]) -> ButcherTableau:
+    """From the rows of a and, last, b."""
+    *a, b = (tuple(Fraction(x) for x in row) for row in rows)
+    return ButcherTableau(tuple(a), b)
+
+
+_HALF = Fraction(1, 2)
+_SIXTH, _THIRD = Fraction(1, 6), Fraction(1, 3)
+EULER = _tableau((), (1,))
+"""Explicit Euler: gradient descent, for the field of a loss."""
+MIDPOINT = _tableau((), (_HALF,), (0, 1))
+"""The explicit midpoint rule, order 2."""
+HEUN = _tableau((), (1,), (_HALF, _HALF))
+"""Heun's method, the explicit trapezoidal rule, order 2: gradient descent with the mean of two gradients."""
+RK4 = _tableau((), (_HALF,), (0, _HALF), (0, 0, 1), (_SIXTH, _THIRD, _THIRD, _SIXTH))
+"""The classical method of Runge and Kutta, order 4."""
 
 
 @cache
-def omega(tree: Tree) -> Fraction:
+def iterate_weight(tree: Tree, n: int, method: ButcherTableau = EULER) -> Fraction:
+    r"""Coefficient $P_t(n)$ of $F(t)/\sigma(t)$ in the n-th iterate of the method with h = 1.
+
+    $P_t(n+1) = P_t(n) + \sum_i b_i D_i(t, n)$ with $D_i(t, n) = \prod_k Y_i(t_k, n)$ over the branches $t_k$ of $t$, the
+    coefficient of $f(Y_i)$. It is a polynomial in n of degree $|t|$. For explicit Euler $P_t(n) = \sum_{j<n} \prod_k P_{t_k}(j)$.
+    """
+    stages = ((j, i, b) for j in range(n) for i, b in enumerate(method.b))
+    return sum((b * _slope(tree, j, i, method) for j, i, b in stages), Fraction(0))
+
+
+@cache
+def _slope(tree: Tree, n: int, stage: int, method: ButcherTableau) -> Fraction:
+    """$D_i(t, n)$: of f at stage i of the step after the n-th iterate."""
+    return prod((_stage(branch, n, stage, method) for branch in tree), start=Fraction(1))
+
+
+@cache
+def _stage(tree: Tree, n: int, stage: int, method: ButcherTableau) -> Fraction:
+    """$Y_i(t, n)$: of the stage itself."""
+    moved = sum((a * _slope(tree, n, j, method) for j, a in enumerate(method.a[stage])), Fraction(0))
+    return iterate_weight(tree, n, method) + moved
+
+
+@cache
+def omega(tree: Tree, method: ButcherTableau = EULER) -> Fraction:
     r"""$\omega(t) = P_t'(0)$: the logarithm of the step map, tree by tree.
 
     The derivative of a polynomial at 0 from its forward differences there,
-    $P'(0) = \sum_{m \ge 1} \frac{(-1)^{m-1}}{m} \Delta^m P(0)$. The chain of n nodes has
+    $P'(0) = \sum_{m \ge 1} \frac{(-1)^{m-1}}{m} \Delta^m P(0)$. For explicit Euler the chain of n nodes has
     $(-1)^{n-1}/n$; the bush with k leaves has the Bernoulli number $B_k$.
     """
-    differences = [iterate_weight(tree, n) for n in range(size(tree) + 1)]
+    differences = [iterate_weight(tree, n, method) for n in range(size(tree) + 1)]
     total = Fraction(0)
     for m in range(1, size(tree) + 1):
         differences = [b - a for a, b in pairwise(differences)]
@@ -86,7 +129,7 @@ def omega(tree: Tree) -> Fraction:
 
 
 @cache
-def modified_equation(n: int) -> dict[Tree, Fraction]:
-    """Nonzero coefficients $c(t)$ of the trees with `n` nodes: the field $F_n$."""
-    coefficients = {t: omega(t) / symmetry(t) for t in rooted_trees(n)}
+def modified_equation(n: int, method: ButcherTableau = EULER) -> dict[Tree, Fraction]:
+    """Nonzero coefficients $c(t)$ of the trees with `n` nodes: the field $F_n$ of the method's modified equation."""
+    coefficients = {t: omega(t, method) / symmetry(t) for t in rooted_trees(n)}
     return {t: c for t, c in coefficients.items() if c}

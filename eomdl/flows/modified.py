@@ -1,0 +1,105 @@
+"""The modified equation of a one-step method for any vector field."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import equinox as eqx
+import jax
+from jax.typing import ArrayLike
+
+from eomdl import _check, _tree
+from eomdl._types import Args, Params
+from eomdl.flows.base import AbstractFlow
+from eomdl.series.euler import MAX_ORDER, modified_field
+from eomdl.series.trees import EULER, ButcherTableau
+
+
+Field: TypeAlias = Callable[[Params, Args], Params]  # (x, args) -> velocity
+
+
+def _explicit(method: Any) -> ButcherTableau:
+    """The tableau in exact fractions."""
+    _check.kind("method", method, ButcherTableau, "an eomdl.series.ButcherTableau")
+    lengths = [len(row) for row in method.a]
+    if lengths != list(range(len(method.b))) or not method.b:
+        raise ValueError(
+            f"method: expected rows of a with 0, 1, ... numbers, one for each of b ({len(method.b)}), got {lengths}"
+        )
+    a = tuple(tuple(Fraction(x) for x in row) for row in method.a)
+    b = tuple(Fraction(x) for x in method.b)
+    if sum(b) != 1:
+        raise ValueError(f"method: expected weights b that sum to 1, got {sum(b)}")
+    return ButcherTableau(a, b)
+
+
+class ModifiedFlow(AbstractFlow):
+    r"""The modified equation of the iteration $x_{k+1} = x_k + h f(x_k)$, or of a Runge-Kutta method, for any field $f$.
+
+    ```python
+    flow = eomdl.flows.ModifiedFlow(lambda x, args: jnp.array([-x[1], x[0]]), step_size=0.1, order=1)
+    path = eomdl.solve(flow, jnp.array([1.0, 0.0]), 100)
+    ```
+
+    $$\dot x = \sum_{j=1}^{n+1} h^{j-1} F_j(x), \qquad F_1 = f, \quad F_2 = -\tfrac12 f' f, \quad \dots$$
+
+    (the terms of explicit Euler). The field need not be a gradient: two players who descend at the same time,
+    temporal-difference learning. For $f = -\nabla L$ it is `eomdl.EquationOfMotion`. The error is $O(h^{n+2})$ in one step,
+    and for a method of order p the first term after $f$ is that of $h^p$.
+
+    **Arguments:**
+
+    - `field`: f, a function `(x, args) -> velocity`, a pytree like `x`, differentiable `order` times.
+    - `step_size`: h, a finite number > 0, a leaf of the pytree.
+    - `order`: n, the highest power of h that is kept.
+    - `method`: an `eomdl.series.ButcherTableau`, such as `eomdl.series.RK4`; by default explicit Euler.
+
+    **Cost** of one evaluation as of `eomdl.EquationOfMotion` with the same order, in evaluations of f and its derivatives.
+
+    **Raises:** `ValueError` for a wrong argument, and for a field whose velocity is not like `x`.
+
+    Source: Hairer, Lubich & Wanner 2006, ch. IX.
+    """
+
+    references: ClassVar[tuple[str, ...]] = ("hairer2006",)
+
+    field: Field = eqx.field(
+        converter=lambda f: _check.function("field", f, "a function (x, args) -> velocity like x")
+    )
+    step_size: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("step_size", x))
+    order: int = eqx.field(
+        default=1, static=True, converter=lambda n: _check.integer("order", n, 0, MAX_ORDER)
+    )
+    method: ButcherTableau = eqx.field(default=EULER, static=True, converter=_explicit)
+
+    if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
+
+        def __init__(
+            self, field: Field, step_size: ArrayLike, order: int = 1, method: ButcherTableau = EULER
+        ) -> None: ...
+
+    def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """The field and its correction."""
+        del t
+        return modified_field(lambda x: self.field(x, args), state, self.step_size, self.order, self.method)
+
+    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
+        """One step of the method."""
+        del t
+        slopes: list[Params] = []
+        for row in self.method.a:
+            slopes.append(self.field(self._moved(state, row, slopes), args))
+        return self._moved(state, self.method.b, slopes)
+
+    def _moved(self, state: Params, weights: tuple, slopes: list[Params]) -> Params:
+        for weight, slope in zip(weights, slopes, strict=True):
+            if weight:
+                state = _tree.add(state, _tree.scale(float(weight) * self.step_size, slope))
+        return state
+
+    def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if the field's velocity is not like `params`."""
+        velocity = _check.shape_of(
+            "field", "a function (x, args) -> velocity like x", self.field, params, args
+        )
+        _check.same_structure("field's velocity", velocity, "params", params)
