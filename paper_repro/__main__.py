@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     if wrong is not None or args.list:
         console.print(wrong or "", markup=False)
         return 0 if args.list else 2
-    if args.readme:
-        written = publish.write(list(known.values()), args.out)
-        console.print(*[f"wrote {path}" for path in written], sep="\n", soft_wrap=True)
-        return 0
     chosen = [r for r in known.values() if r.name in args.names or args.all or (not args.names and r.main)]
     options = harness.Options(args.data, args.subset, args.seeds, args.float32, args.smoke)
     try:
+        if args.readme:
+            written = publish.write(list(known.values()), args.out)
+            console.print(*[f"wrote {path}" for path in written], sep="\n", soft_wrap=True)
+            return 0
         results = _run(chosen, options, args.out, args.fresh, console)
     except ValueError as error:
         console.print(str(error), markup=False)

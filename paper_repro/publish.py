@@ -45,11 +45,17 @@ def write(reproductions: Sequence[harness.Reproduction], out: Path) -> list[Path
         (PICTURES / f"{result.reproduction.name}.svg").write_text(next(iter(result.pictures.values())))
     name, picture = SHOWN
     drawn = next(result.pictures[picture] for result in results if result.reproduction.name == name)
-    for theme, ink in INKS.items():
-        (PICTURES.parent / f"{picture}-{theme}.svg").write_text(drawn.replace("currentColor", ink))
+    _in_both_inks(picture, drawn)
+    _in_both_inks("idea", (PICTURES.parent / "idea.svg").read_text())
     README.write_text(replaced(README.read_text(), "reproductions", table(kept)))
     PAGE.write_text(page(kept))
     return [KEPT, README, PAGE, PICTURES]
+
+
+def _in_both_inks(name: str, svg: str) -> None:
+    """A picture for a page that does not give it its colour, light and dark."""
+    for theme, ink in INKS.items():
+        (PICTURES.parent / f"{name}-{theme}.svg").write_text(svg.replace("currentColor", ink))
 
 
 def replaced(text: str, marker: str, content: str) -> str:

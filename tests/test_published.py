@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import publish as benchmarks
 from paper_repro import harness, publish
+from paper_repro.__main__ import main
 
 
 README = publish.README.read_text()
@@ -41,6 +42,19 @@ def test_readme_is_short_and_its_files_are_there():
     assert len(prose.split()) < 700
     for target in re.findall(r'(?:\]\(|src(?:set)?=")(?!http)([^)"#]+)', README):
         assert (publish.ROOT / target).exists(), target
+
+
+def test_drawings_are_there_in_both_inks():
+    drawn = (publish.PICTURES.parent / "idea.svg").read_text()
+    for theme, ink in publish.INKS.items():
+        path = publish.PICTURES.parent / f"idea-{theme}.svg"
+        assert path.read_text() == drawn.replace("currentColor", ink)
+        assert "currentColor" not in path.with_name(f"norm-{theme}.svg").read_text()
+
+
+def test_readme_without_results_says_what_is_missing(tmp_path, capsys):
+    assert main(["--readme", "--out", str(tmp_path)]) == 2
+    assert "run `python -m paper_repro --all` first" in capsys.readouterr().out
 
 
 def test_markers_must_be_there_once():
