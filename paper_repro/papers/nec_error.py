@@ -27,16 +27,16 @@ BELOW = 0.3  # eta lambda_max of the rates for which the tolerance is asserted
 
 
 class Size(NamedTuple):
-    """Images, time, counter terms (0 to `orders` - 1), learning rates, and tolerances for each order."""
+    """Images, time, counter terms (0 to `orders` - 1), eta lambda_max at the start, tolerances for each order."""
 
     images: int = 256
     time: float = 2.0
     orders: int = 3
-    rates: tuple[float, ...] = (0.2, 0.1, 0.05, 0.025)
+    edges: tuple[float, ...] = (0.4, 0.2, 0.1, 0.05)
     tolerances: tuple[tuple[float, ...], ...] = ((3e-2, 1e-2), (1e-3, 1e-4), (1e-4, 1e-5))
 
 
-SMOKE = Size(images=64, time=1.0, orders=2, rates=(0.05, 0.025), tolerances=((1e-2,), (1e-3,)))
+SMOKE = Size(images=64, time=1.0, orders=2, edges=(0.1, 0.05), tolerances=((1e-2,), (1e-3,)))
 
 
 def measure(size: Size, images: Images) -> Tables:
@@ -46,13 +46,15 @@ def measure(size: Size, images: Images) -> Tables:
     sharpness = float(jax.jit(eomdl.sharpness(loss))(params, data))
     rows, curves, rates = [], [], []
     for order in tqdm(range(size.orders), desc="orders"):
-        for eta in size.rates:
-            steps, flow = round(size.time / eta), _flow(loss, eta, order)
+        for edge in size.edges:
+            steps = int(np.ceil(size.time * sharpness / edge))
+            eta = size.time / steps
+            flow = _flow(loss, eta, order)
             real = eomdl.descend(loss, params, optax.sgd(eta), steps, args=data)
             predicted = eomdl.errors.predict_error(flow, params, steps, args=data)
             key = {"model": _name(order), "learning rate": eta, "eta lambda_max": eta * sharpness}
             rows.append(key | _compared(real, predicted, flow, params, data))
-            if eta == size.rates[-1]:
+            if edge == size.edges[-1]:
                 columns = {
                     "step": predicted.steps,
                     "predicted": predicted.norm,
