@@ -64,6 +64,14 @@ def test_it_says_where_the_answer_is_not_to_be_trusted():
     assert "No rate is too large" in straight.notes[0]
 
 
+def test_a_start_at_rest_has_no_largest_rate():
+    """Gradient and counter terms are zero there: no division by them."""
+    for relative in (False, True):
+        found = largest_learning_rate(parabola, jnp.array(0.0), 1.0, 1e-3, relative=relative)
+        assert found.value == np.inf
+        assert np.all(found.local == np.inf)
+
+
 def test_gradient_flow_that_does_not_reach_the_time():
     with pytest.raises(ValueError, match="time: expected gradient flow to reach 10, got to"):
         largest_learning_rate(lambda w, _: -(w**4), START, 10.0, 1e-3)

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
@@ -15,6 +17,7 @@ from eomdl.flows.base import AbstractFlow
 from eomdl.flows.equation_of_motion import EquationOfMotion
 from eomdl.flows.gradient import gradient_descent_step
 from eomdl.flows.stride import step_data
+from eomdl.runs.trajectory import Trajectory
 from eomdl.series.euler import counterterms
 
 
@@ -25,7 +28,31 @@ class WithError(NamedTuple):
     error: Params
 
 
-class LeadingError(AbstractFlow):
+class AbstractErrorFlow(AbstractFlow):
+    """A flow of a loss whose state is the parameters and an error beside them, none at the start."""
+
+    loss: eqx.AbstractVar[Loss]
+
+    def validate(self, params: Params, args: Args) -> None:
+        """Raise `ValueError` if the loss does not give one real number at `params`."""
+        _check.loss_is_scalar(self.loss, params, args)
+
+    def init(self, params: Params, args: Args) -> WithError:
+        """No error at the start."""
+        del args
+        return WithError(params, _tree.zeros_like(params))
+
+    def params(self, state: WithError) -> Params:
+        """Those on the flow."""
+        return state.params
+
+    def observed(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
+        """The error in one vector, to be recorded."""
+        del t, args
+        return ravel_pytree(state.error)[0]
+
+
+class LeadingError(AbstractErrorFlow):
     r"""The equation of motion with its leading error: $e' = -H e + \eta^{n+1} \xi_n$, $e(0) = 0$.
 
     n is the number of counter terms kept, and $e(k\eta) = \theta(k\eta) - \theta_k + O(\eta^{n+2})$.
@@ -46,24 +73,6 @@ class LeadingError(AbstractFlow):
     def step_size(self) -> jax.Array:
         """The learning rate."""
         return self.learning_rate
-
-    def validate(self, params: Params, args: Args) -> None:
-        """Raise `ValueError` if the loss does not give one real number at `params`."""
-        _check.loss_is_scalar(self.loss, params, args)
-
-    def init(self, params: Params, args: Args) -> WithError:
-        """No error at the start."""
-        del args
-        return WithError(params, _tree.zeros_like(params))
-
-    def params(self, state: WithError) -> Params:
-        """Those on the flow."""
-        return state.params
-
-    def observed(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
-        """The error in one vector, to be recorded."""
-        del t, args
-        return ravel_pytree(state.error)[0]
 
     def __call__(self, t: ArrayLike, state: WithError, args: Args) -> WithError:
         """The equation of motion, and the error's."""
@@ -182,3 +191,9 @@ class LinearizedError(AbstractFlow):
 
 def _without_error(state: State) -> Linearized:
     return Linearized(state, state, _tree.zeros_like(state))
+
+
+def recorded_vectors(path: Trajectory, name: str) -> Params:
+    """What `observed` has recorded under a name, as a pytree like the parameters, one row per saved step."""
+    unravel = ravel_pytree(jax.tree.map(lambda x: x[0], path.params))[1]
+    return jax.tree.map(np.asarray, jax.vmap(unravel)(jnp.asarray(path.observables[name])))

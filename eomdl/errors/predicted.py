@@ -5,15 +5,13 @@ import io
 from typing import Any, Unpack, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Int
 
 from eomdl import _check
 from eomdl._end import End
 from eomdl._types import Params
-from eomdl.errors.carried import LeadingError, LinearizedError
+from eomdl.errors.carried import LeadingError, LinearizedError, recorded_vectors
 from eomdl.errors.comparison import row_norms, top_level_blocks
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.equation_of_motion import EquationOfMotion
@@ -160,11 +158,9 @@ def predict_error(
     observed = {"error": carried.observed}
     path = solve(carried, params, num_steps, observe_state=observed, estimate_error=False, **options)
     other = _with_one_more(flow) if check else None
-    better = (
-        None
-        if other is None
-        else solve(other, params, num_steps, estimate_error=False, diagnose=False, **options)
-    )
+    better = None
+    if other is not None:
+        better = solve(other, params, num_steps, estimate_error=False, diagnose=False, **options)
     return _result(path, better)
 
 
@@ -195,14 +191,15 @@ def _linearized(flow: AbstractFlow) -> LinearizedError:
 
 def _result(path: Trajectory, better: Trajectory | None) -> PredictedError:
     """What the run of the flow with its error says, and the run of the flow with one term more."""
-    unravel = ravel_pytree(jax.tree.map(lambda x: x[0], path.params))[1]
-    vector = jax.tree.map(np.asarray, jax.vmap(unravel)(jnp.asarray(path.observables["error"])))
+    vector = recorded_vectors(path, "error")
     norm, embedded, difference = row_norms(vector), None, None
     notes = path.notes
     if better is not None:
         other = jax.tree.map(lambda a, b: a - _as_long(b, len(a)), path.params, better.params)
         embedded, difference = row_norms(other), row_norms(jax.tree.map(np.subtract, other, vector))
         notes += _disagreement(np.asarray(path.steps), norm, difference)
+        if better.message:
+            notes += (f"The flow with one term more, by which this is checked: {better.message}",)
     return PredictedError(
         steps=np.asarray(path.steps),
         times=np.asarray(path.times),

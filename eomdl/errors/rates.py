@@ -7,16 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from eomdl import _check, _tree
 from eomdl._autodiff import descent_field
 from eomdl._types import Args, Loss, Params
-from eomdl.errors.carried import WithError
+from eomdl.errors.carried import AbstractErrorFlow, WithError, recorded_vectors
 from eomdl.errors.comparison import row_norms, top_level_blocks
-from eomdl.flows.base import AbstractFlow
 from eomdl.observe.curvature import sharpness
 from eomdl.runs.continuous import solve
 from eomdl.series.euler import MAX_ORDER, counterterms
@@ -51,7 +49,7 @@ class LargestRate:
     notes: tuple[str, ...]
 
 
-class ScaledError(AbstractFlow):
+class ScaledError(AbstractErrorFlow):
     r"""Gradient flow with the error of a flow of n counter terms in units of $\eta^{n+1}$: $E' = -H E + \xi_n$."""
 
     loss: Loss
@@ -61,19 +59,6 @@ class ScaledError(AbstractFlow):
     if TYPE_CHECKING:  # a checker takes an AbstractVar for an argument
 
         def __init__(self, loss: Loss, step_size: ArrayLike, order: int) -> None: ...
-
-    def init(self, params: Params, args: Args) -> WithError:
-        """No error at the start."""
-        del args
-        return WithError(params, _tree.zeros_like(params))
-
-    def params(self, state: WithError) -> Params:
-        """Those on gradient flow."""
-        return state.params
-
-    def validate(self, params: Params, args: Args) -> None:
-        """Raise `ValueError` if the loss does not give one real number at `params`."""
-        _check.loss_is_scalar(self.loss, params, args)
 
     def left_out(self, params: Params, args: Args) -> Params:
         r"""$\xi_n$, the first term that a flow of n counter terms leaves out."""
@@ -87,11 +72,6 @@ class ScaledError(AbstractFlow):
         del t
         velocity, along = jax.linearize(descent_field(self.loss, args), state.params)
         return WithError(velocity, _tree.add(along(state.error), self.left_out(state.params, args)))
-
-    def error(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
-        """E in one vector, to be recorded."""
-        del t, args
-        return ravel_pytree(state.error)[0]
 
     def source(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
         r"""$|\xi_n|$, to be recorded."""
@@ -159,7 +139,7 @@ def largest_learning_rate(
         points,
         args=args,
         observe={"sharpness": sharpness(loss)},
-        observe_state={"error": flow.error, "source": flow.source, "speed": flow.speed},
+        observe_state={"error": flow.observed, "source": flow.source, "speed": flow.speed},
         estimate_error=False,
         progress=progress,
     )
@@ -171,8 +151,7 @@ def largest_learning_rate(
 
 
 def _answer(path: Any, tolerance: float, order: int, relative: bool) -> LargestRate:
-    unravel = ravel_pytree(jax.tree.map(lambda x: x[0], path.params))[1]
-    vectors = jax.tree.map(np.asarray, jax.vmap(unravel)(jnp.asarray(path.observables["error"])))
+    vectors = recorded_vectors(path, "error")
     error, source = row_norms(vectors), np.asarray(path.observables["source"], float)
     travelled = row_norms(jax.tree.map(lambda x: x - x[:1], path.params))
     speed = np.asarray(path.observables["speed"], float)
@@ -183,8 +162,7 @@ def _answer(path: Any, tolerance: float, order: int, relative: bool) -> LargestR
     at = int(np.argmin(rates))
     blocks = {name: row_norms(block) for name, block in top_level_blocks(vectors).items()}
     one_step = tolerance * (speed if relative else np.ones(len(source)))
-    with np.errstate(divide="ignore"):
-        local = (one_step / source) ** (1 / (order + 1 if relative else order + 2))
+    local = _rates(one_step, source, order if relative else order + 1)
     value = float(rates[at])
     edge = value * float(np.max(path.observables["sharpness"]))
     return LargestRate(
