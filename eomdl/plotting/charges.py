@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from eomdl import _check
+from eomdl.plotting._lines import positive
 from eomdl.symmetry.charges import Conservation
 
 
@@ -27,7 +28,7 @@ def plot_conservation(charges: Mapping[str, Conservation]) -> Any:
             style = {"color": f"C{i}", "ls": "--" if prediction in found.laws else ":", "label": prediction}
             left.plot(found.steps, _total(values), **style)
             error = found.errors[prediction]
-            right.plot(found.steps, np.where(error > 0, error, np.nan), **style)
+            right.plot(found.steps, positive(error), **style)
         left.set(xlabel="step", ylabel="charge, sum over units", title=f"{name}: {found.symmetry}")
         left.title.set_fontsize(8)
         right.set(xlabel="step", ylabel="error of the charge (norm over units)", yscale="log")

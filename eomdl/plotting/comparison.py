@@ -6,6 +6,7 @@ import numpy as np
 
 from eomdl import _check
 from eomdl.errors.comparison import Comparison
+from eomdl.plotting._lines import positive
 
 
 def plot_comparison(comparison: Comparison) -> Any:
@@ -49,4 +50,4 @@ def plot_comparison(comparison: Comparison) -> Any:
 
 
 def _log_line(axes: Any, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    axes.plot(x, np.where(y > 0, y, np.nan), **style)
+    axes.plot(x, positive(y), **style)

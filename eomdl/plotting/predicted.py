@@ -7,6 +7,7 @@ import numpy as np
 from eomdl import _check
 from eomdl._types import Numbers
 from eomdl.errors.predicted import PredictedError
+from eomdl.plotting._lines import positive
 
 
 def plot_predicted_error(predicted: PredictedError, measured: Numbers | None = None) -> Any:
@@ -38,7 +39,7 @@ def plot_predicted_error(predicted: PredictedError, measured: Numbers | None = N
             (errors, {"color": "k", "ls": "", "marker": "o", "ms": 3, "mfc": "none", "label": "measured"})
         )
     for values, style in lines:
-        axes.plot(predicted.steps, np.where(values > 0, values, np.nan), **style)
+        axes.plot(predicted.steps, positive(values), **style)
     axes.set(xlabel="step", ylabel="error of the flow (Euclidean norm)", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -7,6 +7,7 @@ import numpy as np
 
 from eomdl import _check
 from eomdl.geometry.restricted_secant import Secants
+from eomdl.plotting._lines import positive
 
 
 def plot_secants(runs: Mapping[str, Secants]) -> Any:
@@ -27,9 +28,9 @@ def plot_secants(runs: Mapping[str, Secants]) -> Any:
         cosines.plot(run.steps, run.gamma, label=name, **style)
         baseline = np.sqrt(np.mean(run.random_gamma**2, axis=1))
         cosines.plot(run.steps, baseline, color=f"C{i}", ls=":", lw=1)
-        bounds.plot(run.steps, _positive(run.eb), label=f"EB, {name}", **style)
-        bounds.plot(run.steps, _positive(run.rsi), label=f"RSI, {name}", alpha=0.5, **style)
-        rates.plot(run.steps, _positive(run.learning_rate), label=name, **style)
+        bounds.plot(run.steps, positive(run.eb), label=f"EB, {name}", **style)
+        bounds.plot(run.steps, positive(run.rsi), label=f"RSI, {name}", alpha=0.5, **style)
+        rates.plot(run.steps, positive(run.learning_rate), label=name, **style)
     cosines.plot([], [], "k:", label="random directions")
     cosines.set(ylabel="gamma = RSI / EB (cosine)")
     bounds.set(ylabel="RSI, EB [1/time]", yscale="log")
@@ -39,7 +40,3 @@ def plot_secants(runs: Mapping[str, Secants]) -> Any:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     return figure
-
-
-def _positive(values: np.ndarray) -> np.ndarray:
-    return np.where(values > 0, values, np.nan)

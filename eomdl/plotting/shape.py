@@ -10,6 +10,7 @@ from eomdl.geometry.dimension import IntrinsicDimension
 from eomdl.geometry.path import PathShape
 from eomdl.geometry.plane import LossPlane
 from eomdl.geometry.regions import RegionMap
+from eomdl.plotting._lines import positive
 
 
 def plot_path_shape(shapes: Mapping[str, PathShape]) -> Any:
@@ -28,16 +29,16 @@ def plot_path_shape(shapes: Mapping[str, PathShape]) -> Any:
     real = next(iter(shapes.values()))
     for i, (name, shape) in enumerate(shapes.items()):
         style = _style(i) | {"label": name}
-        bend.plot(shape.steps, _positive(shape.curvature), **style)
-        twist.plot(shape.steps, _positive(shape.torsion), **style)
+        bend.plot(shape.steps, positive(shape.curvature), **style)
+        twist.plot(shape.steps, positive(shape.torsion), **style)
         length.plot(shape.length, shape.distance, **style)
         if i == 0:
             continue
         steps, here, there = np.intersect1d(shape.steps, real.steps, return_indices=True)
         for what, line in (("curvature", "--"), ("torsion", ":")):
-            expected = _positive(getattr(real, what)[there])
+            expected = positive(getattr(real, what)[there])
             relative = np.abs(getattr(shape, what)[here] / expected - 1)
-            off.plot(steps, _positive(relative), **style | {"ls": line, "label": f"{what}, {name}"})
+            off.plot(steps, positive(relative), **style | {"ls": line, "label": f"{what}, {name}"})
     longest = max(shape.length[-1] for shape in shapes.values())
     length.plot([0, longest], [0, longest], "0.7", lw=1, zorder=0, label="a straight line")
     bend.set(xlabel="step", ylabel="curvature (1 / parameter distance)", yscale="log")
@@ -147,10 +148,6 @@ def _style(i: int) -> dict[str, Any]:
     return (
         {"color": "k", "lw": 2.2, "alpha": 0.8} if i == 0 else {"color": f"C{i - 1}", "ls": "--", "lw": 1.4}
     )
-
-
-def _positive(values: np.ndarray) -> np.ndarray:
-    return np.where(values > 0, values, np.nan)
 
 
 def _bars(axes: Any, x: list, dimensions: list[IntrinsicDimension], **style: Any) -> None:
