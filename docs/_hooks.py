@@ -57,7 +57,7 @@ def on_page_content(content: str, page, **kwargs) -> str:
 
 # What a browser would load by itself; a link that a reader may follow is none of it.
 _REMOTE = re.compile(
-    r"""(?:\bsrc=|<link\b[^>]*\bhref=|@import |url\()["']?(?:https?:)?//"""
+    r"""(?:\bsrc=|<link\b(?![^>]*\brel="?(?:canonical|prev|next)\b)[^>]*\bhref=|@import |url\()["']?(?:https?:)?//"""
 )
 
 
