@@ -20,6 +20,7 @@ SUITES = {
     "": "Fields, solve, scripts, memory and observing",
     "first_answer": "The first answer of a process",
     "interpolating": "The flow of a step map",
+    "choice": "The choice of a flow",
     "gpu": "On a GPU",
 }
 INTRODUCTION = """# Cost

@@ -46,6 +46,22 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "passed": "passed",
         },
     ),
+    "choice": (
+        "choose_flow on 200 steps of gradient descent, eta = 0.1: the chosen flow, and the cheapest of all that are near enough",
+        {
+            "init": "initialization",
+            "tolerance": "distance asked for",
+            "flow": "flow and solver",
+            "chosen": "chosen",
+            "predicted_error": "distance predicted",
+            "measured_error": "measured",
+            "predicted_cost": "gradients per step predicted",
+            "measured_cost": "measured",
+            "times_the_best": "over the cheapest",
+            "candidates_run": "candidates run",
+            "cost_of_the_choice": "gradients for the choice",
+        },
+    ),
     "edge": (
         "Past the edge: distance to GD over distance travelled, stride 2 (0 points: gradient flow)",
         {

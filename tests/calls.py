@@ -140,6 +140,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.flows.choose_points,
         dict(step_map=STEP, params=VALLEY, num_steps=4, args=None, stride=1, max_points=2, start=None),
     ),
+    "flows.fitted_weights": (
+        eomdl.flows.fitted_weights,
+        dict(step_map=STEP, params=VALLEY, points=3, num_steps=4, args=None, stride=1, order=1, start=None),
+    ),
     "flows.departure_from_identity": (
         eomdl.flows.departure_from_identity,
         dict(step_map=STEP, params=VALLEY, args=None, stride=1, num_matvecs=4, start=None),
@@ -171,6 +175,21 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "errors.local_error": (
         eomdl.errors.local_error,
         dict(flow=FLOW, reference=RUN, args=None, batches=None, steps=None),
+    ),
+    "errors.choose_flow": (
+        eomdl.errors.choose_flow,
+        dict(
+            loss=valley_loss,
+            params=VALLEY,
+            optimizer=SGD,
+            num_steps=12,
+            tolerance=0.1,
+            learning_rate=0.05,
+            args=None,
+            start=None,
+            stretch=4,
+            progress=False,
+        ),
     ),
     "errors.largest_learning_rate": (
         eomdl.errors.largest_learning_rate,
@@ -366,6 +385,12 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plotting.plot_regions": (
         eomdl.plotting.plot_regions,
         dict(maps={"net": eomdl.geometry.region_map(preactivations, NETWORK, TRIANGLE, resolution=8)}),
+    ),
+    "plotting.plot_choice": (
+        eomdl.plotting.plot_choice,
+        dict(
+            choice=eomdl.errors.choose_flow(valley_loss, VALLEY, SGD, 4, 0.1, learning_rate=0.05, stretch=4)
+        ),
     ),
     "plotting.plot_predicted_error": (
         eomdl.plotting.plot_predicted_error,

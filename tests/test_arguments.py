@@ -24,7 +24,9 @@ ANYTHING = {f"{name}.args" for name in CALLS} - {
 OPTIONAL = {
     "descend.step_size",
     "iterate.step_size",
+    "errors.choose_flow.stretch",
     "errors.convergence_study.time",
+    "flows.fitted_weights.order",
     "geometry.dimension_along.steps",
 }
 OPTIONAL |= {f"{verb}.observe" for verb in ("descend", "iterate", "solve")}

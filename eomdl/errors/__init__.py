@@ -1,5 +1,7 @@
 """How far a model is from the real run."""
 
+from eomdl.errors.candidates import Candidate
+from eomdl.errors.choice import Choice, choose_flow
 from eomdl.errors.comparison import Comparison, compare
 from eomdl.errors.convergence import Convergence, convergence_study, observed_order
 from eomdl.errors.local import local_error
@@ -8,10 +10,13 @@ from eomdl.errors.rates import LargestRate, largest_learning_rate
 
 
 __all__ = [
+    "Candidate",
+    "Choice",
     "Comparison",
     "Convergence",
     "LargestRate",
     "PredictedError",
+    "choose_flow",
     "compare",
     "convergence_study",
     "largest_learning_rate",

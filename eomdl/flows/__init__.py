@@ -4,6 +4,7 @@ from eomdl._end import Diagnostic
 from eomdl.flows.adam import AdamFlow, rmsprop_flow
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.equation_of_motion import EquationOfMotion
+from eomdl.flows.fitted import fitted_weights
 from eomdl.flows.gradient import GradientFlow
 from eomdl.flows.interpolating import InterpolatingFlow
 from eomdl.flows.modified import ModifiedFlow
@@ -29,6 +30,7 @@ __all__ = [
     "choose_points",
     "citation",
     "departure_from_identity",
+    "fitted_weights",
     "minimax_weights",
     "rmsprop_flow",
     "step_data",

@@ -7,12 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from matfree import decomp
 
 from eomdl import _check, _tree
 from eomdl._end import End
 from eomdl._types import Args, Params, State
+from eomdl.flows.stretch import scan_windows, starting_state
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.series.weights import MAX_POINTS, difference_weights
 
@@ -64,7 +65,7 @@ def choose_points(
     max_points = _check.integer("max_points", max_points, 1, MAX_POINTS)
     params = _check.params("params", params)
     check_step(step_map, params, args)
-    state, first = _start(step_map, params, start)
+    state, first = starting_state(step_map, params, start)
     if first >= num_steps:
         raise ValueError(f"num_steps: expected more than the {first} steps of start, got {num_steps}")
     count = max((num_steps - first) // stride, 1)
@@ -72,15 +73,6 @@ def choose_points(
     if not np.all(np.isfinite(sizes)):
         raise ValueError("params: expected a run that stays finite, got infinite or NaN differences")
     return Points(int(np.argmin(sizes[1:])) + 1, sizes[1:] / sizes[0])
-
-
-def _start(step_map: StepMap, params: Params, start: End | None) -> tuple[State, int]:
-    if start is None:
-        return step_map.init(params), 0
-    _check.kind("start", start, End, "an eomdl.runs.End (trajectory.end)")
-    if start.state is None:
-        return step_map.init(start.params), int(start.step)
-    return step_map.restore(start.state, start.params), int(start.step)
 
 
 @eqx.filter_jit
@@ -94,33 +86,15 @@ def _term_sizes(
         )
     )
 
-    def advance(carry: tuple, _: None) -> tuple:
-        def one(n: jax.Array, carry: tuple) -> tuple:
-            x, k, total = carry
-            d = step_map.increment(x, args, k)
-            return _tree.add(x, d), k + 1, _tree.add(total, step_map.params(d))
-
-        x, k = carry
-        zero = _tree.zeros_like(step_map.params(x))
-        x, k, d = jax.lax.fori_loop(0, stride, one, (x, k, zero))
-        return (x, k), d
-
-    def look(carry: tuple, _: None) -> tuple:
-        here, window, sums = carry  # the increments d_0 ... d_max_points, from the oldest on
-        sizes = jax.vmap(
+    def look(first: Params, window: Params) -> jax.Array:
+        del first
+        return jax.vmap(
             lambda w: _tree.norm(
                 jax.tree.map(lambda leaf: jnp.tensordot(w.astype(leaf.dtype), leaf, 1), window)
             )
         )(weights)
-        here, d = advance(here, None)
-        window = jax.tree.map(lambda w, new: jnp.concatenate([w[1:], new[None]]), window, d)
-        return (here, window, sums + sizes), None
 
-    k = start.astype(jnp.result_type(float))
-    window: Any
-    here, window = jax.lax.scan(advance, (state, k), length=max_points + 1)
-    (_, _, sums), _ = jax.lax.scan(look, (here, window, jnp.zeros(max_points + 1)), length=count)
-    return sums / count
+    return scan_windows(step_map, state, start, args, stride, max_points + 1, count, look).mean(0)
 
 
 def departure_from_identity(
@@ -149,10 +123,17 @@ def departure_from_identity(
     stride = _check.integer("stride", stride, 1)
     num_matvecs = _check.integer("num_matvecs", num_matvecs, 1)
     check_step(step_map, params, args)
-    state, first = _start(step_map, params, start)
+    state, first = starting_state(step_map, params, start)
     depth = min(num_matvecs, _tree.size(state))
-    hessenberg = np.asarray(_hessenberg(step_map, state, np.asarray(float(first)), args, stride, depth))
-    return float(np.abs(np.linalg.eigvals(np.nan_to_num(hessenberg))).max())
+    return float(np.abs(multipliers(step_map, state, first, args, stride, depth) - 1).max())
+
+
+def multipliers(
+    step_map: StepMap, state: State, step: int, args: Args, stride: int, depth: int
+) -> Complex[np.ndarray, " depth"]:
+    """Ritz values of the map's Jacobian on a Krylov space of dimension `depth`: its multipliers, the outermost best."""
+    hessenberg = np.asarray(_hessenberg(step_map, state, np.asarray(float(step)), args, stride, depth))
+    return 1 + np.linalg.eigvals(np.nan_to_num(hessenberg)).astype(complex)
 
 
 @eqx.filter_jit

@@ -4,6 +4,7 @@ Every function returns a `matplotlib.figure.Figure`; nothing is shown or written
 """
 
 from eomdl.plotting.charges import plot_conservation
+from eomdl.plotting.choice import plot_choice
 from eomdl.plotting.comparison import plot_comparison
 from eomdl.plotting.development import plot_barriers, plot_development
 from eomdl.plotting.predicted import plot_predicted_error
@@ -13,6 +14,7 @@ from eomdl.plotting.shape import plot_dimensions, plot_path_plane, plot_path_sha
 
 __all__ = [
     "plot_barriers",
+    "plot_choice",
     "plot_comparison",
     "plot_conservation",
     "plot_development",

@@ -38,6 +38,24 @@ def difference_weights(order: int) -> Float[np.ndarray, " order"]:
     return np.array([(-1.0) ** (n - i) * math.comb(n, i) for i in range(order)])
 
 
+def log_coefficients(order: int) -> Float[np.ndarray, " order"]:
+    r"""$1, -1/2, 1/3, \dots$: $\log(1 + \Delta) = \sum_j c_j \Delta^j$, up to j = `order`."""
+    j = np.arange(1, order + 1)
+    return (-1.0) ** (j + 1) / j
+
+
+def difference_coefficients(weights: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"]:
+    r"""$c_1, \dots, c_K$ with $\sum_i b_i d_i = \sum_j c_j \Delta^j x$, that is $c_j = \sum_i \binom{i}{j-1} b_i$."""
+    return np.array([sum(math.comb(i, j) * b for i, b in enumerate(weights)) for j in range(len(weights))])
+
+
+def weights_of_differences(coefficients: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"]:
+    r"""$b_0, \dots, b_{K-1}$ with $\sum_i b_i d_i = \sum_j c_j \Delta^j x$."""
+    points = len(coefficients)
+    rows = [np.pad(difference_weights(j + 1), (0, points - 1 - j)) for j in range(points)]
+    return np.asarray(coefficients) @ np.stack(rows)
+
+
 def minimax_weights(points: int, bound: float, order: int | None = None) -> Float[np.ndarray, " points"]:
     r"""Weights of least error for every multiplier in $[1 - B, 1]$, not only near 1.
 

@@ -1,0 +1,245 @@
+"""Which flow, with which solver and tolerance, describes a run to a given error at the least cost."""
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from eomdl import _check
+from eomdl._end import End
+from eomdl._types import Args, Loss, Params
+from eomdl.errors.candidates import Candidate, Stretch, look, rated
+from eomdl.errors.comparison import compare
+from eomdl.errors.trials import Real, Trials, real_run, trials
+from eomdl.flows.base import AbstractFlow
+from eomdl.flows.stretch import starting_state
+from eomdl.maps.optimizer import optimizer_step
+from eomdl.maps.step_map import check_step
+from eomdl.runs.trajectory import Trajectory
+
+
+SHARE = 0.1  # of the run that is looked at,
+AT_LEAST = 32  # steps of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `choose_flow` found.
+
+    - `chosen`: the candidate to take. `flow`, `solve_options`, `predicted_error`, `predicted_cost`: its fields.
+    - `candidates`: all of them, the chosen one first, then those predicted to stay within the tolerance by their cost,
+        then the others by their error.
+    - `tolerance`: as asked for.
+    - `cost`: what the choice has cost, in gradients.
+    - `notes`: where it is not to be trusted, and why.
+    """
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    tolerance: float
+    cost: float
+    notes: tuple[str, ...]
+
+    @property
+    def flow(self) -> AbstractFlow:
+        """The flow chosen."""
+        return self.chosen.flow
+
+    @property
+    def solve_options(self) -> dict[str, Any]:
+        """`rtol`, `atol`, `solver` and `estimate_error=False`, to be passed to `eomdl.solve`."""
+        return self.chosen.solve_options
+
+    @property
+    def predicted_error(self) -> float:
+        """The largest distance to the real run predicted, Euclidean over all parameters."""
+        return self.chosen.predicted_error
+
+    @property
+    def predicted_cost(self) -> float:
+        """Gradients a step of the optimizer."""
+        return self.chosen.predicted_cost
+
+    def measured(self, real: Trajectory, paths: Mapping[str, Trajectory]) -> "Choice":
+        """With the measured error and cost of candidates that have been run, `{candidate's name: its run}`.
+
+        **Raises:** `ValueError` for a name that is not a candidate's, or runs that cannot be compared.
+        """
+        _check.kind("paths", paths, Mapping, "a dict {name of a candidate: Trajectory}")
+        unknown = sorted(set(paths) - {c.name for c in self.candidates})
+        if unknown or not paths:
+            raise ValueError(
+                f"paths: expected names of candidates, such as {self.chosen.name!r}, got {unknown}"
+            )
+        distance = compare(real, paths).distance
+        known = tuple(
+            c.with_run(paths[c.name], float(np.max(distance[c.name]))) if c.name in paths else c
+            for c in self.candidates
+        )
+        return dataclasses.replace(self, chosen=known[0], candidates=known)
+
+    def by_flow(self) -> tuple[Candidate, ...]:
+        """The best candidate of each flow: one solver for each."""
+        best: dict[str, Candidate] = {}
+        for c in self.candidates:
+            best.setdefault(c.model, c)
+        return tuple(best.values())
+
+    def table(self, rows: int = 12) -> str:
+        """The candidates as text, one row for each of the first flows with its best solver; then the notes."""
+        from rich.console import Console
+        from rich.table import Table
+
+        rows = _check.integer("rows", rows, 1)
+        title = f"Flows for a distance of {self.tolerance:.1e}: the largest error, and gradients a step"
+        table = Table(title=title)
+        table.add_column("flow")
+        table.add_column("solver")
+        for head in (
+            "of the flow",
+            "of the solver",
+            "both",
+            "on the stretch",
+            "measured",
+            "cost",
+            "measured",
+        ):
+            table.add_column(head, justify="right")
+        for c in self.by_flow()[:rows]:
+            errors = (c.model_error, c.ode_error, c.predicted_error, c.tried, c.measured_error)
+            costs = (c.predicted_cost, c.measured_cost)
+            cells = ["-" if np.isnan(x) else f"{x:.1e}" for x in errors]
+            table.add_row(c.model, c.method, *cells, *("-" if np.isnan(x) else f"{x:.1f}" for x in costs))
+        text = io.StringIO()
+        Console(file=text, width=140, legacy_windows=False).print(table)
+        said = f"The choice has cost {self.cost:.0f} gradients.\n"
+        return text.getvalue() + said + "".join(f"! {note}\n" for note in self.notes)
+
+    def plot(self) -> Any:
+        """Predicted cost against the error of each flow itself, with what was measured, as a matplotlib figure."""
+        from eomdl.plotting import plot_choice
+
+        return plot_choice(self)
+
+
+def choose_flow(
+    loss: Loss,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    tolerance: float,
+    *,
+    learning_rate: ArrayLike,
+    args: Args = None,
+    start: End | None = None,
+    stretch: int | None = None,
+    progress: Any = False,
+) -> Choice:
+    r"""The cheapest flow, solver and tolerance that stay within a distance of a run of an optimizer.
+
+    ```python
+    choice = eomdl.errors.choose_flow(loss, params, optax.sgd(0.1), 200, 1e-4, learning_rate=0.1, args=data)
+    path = eomdl.solve(choice.flow, params, 200, args=data, **choice.solve_options)
+    print(choice.table())
+    ```
+
+    **Candidates:** `InterpolatingFlow` of 2 to 14 points (float32: 6) with Taylor's weights, with minimax weights (where the multipliers
+    allow them) and with weights fitted to the path (`eomdl.flows.fitted_weights`), stride 1, and stride 2 where a
+    multiplier is further than 0.7 from 1; for plain gradient descent also `GradientFlow` and `EquationOfMotion` of
+    order 1 and 2. Each with diffrax's Bosh3, Tsit5 and Dopri8.
+
+    **How.** The differences of the real run on its first steps say what each flow leaves out. The sum of that over the run
+    telescopes: it is complete when the differences have died away, so the first, fastest steps decide. The same differences are
+    the derivatives of the path, which say how long the steps of each solver may be at a tolerance; the multipliers (16
+    products with the map's derivative, at the end of the stretch) say what is stable. The cheapest candidate is then
+    tried: it is integrated over a stretch of the run and compared with the real run there. After the stretch its error
+    is taken to grow on as in the stretch's second half (linearly for an optimizer with a memory). If that is more than the
+    tolerance all errors are corrected by the factor found, and the next is tried, up to five.
+
+    **Arguments:**
+
+    - `loss`, `params`, `optimizer`, `num_steps`, `args`: as in `eomdl.descend`; the whole data, no minibatches.
+    - `tolerance`: the largest Euclidean distance over all parameters, at any step.
+    - `learning_rate`: the time of one step, which sets the flow's clock; for gradient descent its learning rate.
+    - `start`: the end of a real run, to begin there (pass it to `solve` as `resume` too).
+    - `stretch`: how many steps to try a flow on, by default a tenth of the run and at least 32. Differences are taken in
+        the first 32 of them, which should hold the fastest part of the path.
+    - `progress`: as in `eomdl.solve`, for the trials.
+
+    **Returns:** `eomdl.errors.Choice`. If no candidate is within the tolerance, the nearest, and a note.
+
+    **Cost:** a real run over the stretch, 50 steps more, 43 gradients for the multipliers, and the trials; counted in
+    `Choice.cost`: on the digits network, 200 steps, 340 gradients for 1e-4 and 770 for 1e-6, where the run itself takes 740 and
+    2,360. **Memory:** 54 copies of the parameters (float32: 30).
+
+    **Raises:** `ValueError` for a wrong argument, an optimizer that has no flow, a run that does not stay finite.
+
+    Source: Gelfreich & Vieiro 2018 (Nonlinearity 31) for the logarithm; Hairer, Norsett & Wanner 1993, II.4, and Hairer & Wanner
+    1996, IV.2, for step lengths and stability.
+    """
+    _check.function("loss", loss)
+    params = _check.params("params", params)
+    num_steps = _check.integer("num_steps", num_steps, 1)
+    tolerance = float(_check.positive_scalar("tolerance", tolerance))
+    step_size = _check.positive_scalar("learning_rate", learning_rate)
+    step_map = optimizer_step(loss, optimizer)
+    check_step(step_map, params, args)
+    first = starting_state(step_map, params, start)[1]
+    if first >= num_steps:
+        raise ValueError(f"num_steps: expected more than the {first} steps of start, got {num_steps}")
+    length = max(AT_LEAST, round(SHARE * (num_steps - first)))
+    length = length if stretch is None else _check.integer("stretch", stretch, 2)
+    last = min(first + length, num_steps)
+    options: dict[str, Any] = dict(args=args, resume=start, progress=progress)
+    run = real_run(step_map, params, last, step_size, options)
+    real = Real(step_map, params, step_size, first, num_steps, options, run)
+    looked = look(step_map, params, step_size, args, start, run.end, num_steps)
+    return _result(trials(rated(loss, looked), tolerance, real, looked.plain), tolerance, looked)
+
+
+def _result(found: Trials, tolerance: float, looked: Stretch) -> Choice:
+    """The chosen one first, then those within the tolerance by their cost, then the others by their error."""
+    within = [c for c in found.others if c.predicted_error <= tolerance]
+    beyond = [c for c in found.others if c.predicted_error > tolerance]
+    ranked = sorted(within, key=lambda c: c.predicted_cost)
+    ranked += sorted(beyond, key=lambda c: (c.predicted_error, c.predicted_cost))
+    candidates = (*found.tried, *ranked)
+    return Choice(
+        chosen=candidates[0],
+        candidates=candidates,
+        tolerance=tolerance,
+        cost=looked.cost + found.cost,
+        notes=_notes(candidates[0], tolerance, looked),
+    )
+
+
+def _notes(chosen: Candidate, tolerance: float, looked: Stretch) -> tuple[str, ...]:
+    notes = []
+    if chosen.predicted_error > tolerance:
+        notes.append(
+            f"No candidate is within {tolerance:.1e} of the run: the nearest, {chosen.name}, is at "
+            f"{chosen.predicted_error:.1e}. Raise the tolerance, lower the learning rate, or begin after the first, fastest "
+            "steps (`start=` the end of a real run)."
+        )
+    if looked.departure >= 1:
+        notes.append(
+            f"The map departs from the identity by {looked.departure:.2f} (eta*lambda_max of gradient descent). From 1 on the "
+            "series of the logarithm has no limit for stride 1, and what is left out of it is not known from its next terms."
+        )
+    noise = looked.rounding * np.sqrt(looked.num_steps - looked.first)
+    if noise > 0.1 * tolerance:
+        notes.append(
+            f"The rounding of the real run itself may come to {noise:.1e} in this precision. Use float64 "
+            "(jax.config.update('jax_enable_x64', True)) for such a tolerance."
+        )
+    growth = looked.growth
+    if growth > 1.5:
+        notes.append(
+            f"The steps of the run are {growth:.1f} times as long at the end of the stretch as at its start: the fastest part of "
+            "the path may come later, and was not seen. Take a longer `stretch`."
+        )
+    return tuple(notes)

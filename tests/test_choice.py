@@ -1,0 +1,217 @@
+"""Which flow to take: fitted weights, what a stretch of the run says of flows and solvers, and the choice."""
+
+import math
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import NET, NET_ARGS, VALLEY, net_loss, valley_loss
+
+import eomdl
+from eomdl.errors import choose_flow
+from eomdl.errors.solver_cost import METHODS, stable_length, step_lengths
+from eomdl.flows.stretch import differences
+from eomdl.series.weights import difference_coefficients, log_coefficients, weights_of_differences
+
+
+RATES = jnp.array([0.1, 0.35, 0.8])  # eta * lambda of a parabola in three directions
+START = jnp.array([1.0, -0.7, 0.4])
+
+
+def decay(state, args, k):
+    """Gradient descent on a parabola: each direction has its own multiplier."""
+    del args, k
+    return (1 - RATES) * state
+
+
+STEP = eomdl.optimizer_step(net_loss, optax.sgd(0.1))
+
+
+def found(count=12, order=8, stride=1):
+    step_map = eomdl.InterpolatingFlow(decay, 1.0, 1).step_map
+    return differences(step_map, START, 0, None, stride, count, order)
+
+
+def iterates(count):
+    return np.asarray(START) * np.asarray(1 - RATES) ** np.arange(count)[:, None]
+
+
+@pytest.mark.parametrize("kind", ["Taylor", "random"])
+def test_weights_and_differences_are_two_forms_of_one_polynomial(kind):
+    c = log_coefficients(5) if kind == "Taylor" else np.random.default_rng(0).normal(size=5)
+    b = weights_of_differences(c)
+    np.testing.assert_allclose(difference_coefficients(b), c, rtol=1e-12)
+    if kind == "Taylor":
+        np.testing.assert_allclose(b, eomdl.flows.taylor_weights(5), rtol=1e-12)
+
+
+def test_errors_of_the_velocity_add_up_to_what_telescopes():
+    u = np.array([0.0, 0.3, -0.2, 0.5])
+    x = iterates(40)
+    terms = sum(u[j] * np.diff(x, j + 1, axis=0)[:12] for j in range(1, 4))
+    sums = np.linalg.norm(np.cumsum(terms, axis=0), axis=1)
+    np.testing.assert_allclose(found().local(u), np.linalg.norm(terms, axis=1), rtol=1e-9)
+    # The sum up to stride k is known at stride k, so the last of 12 is not.
+    np.testing.assert_allclose(found().summed(u), sums[:11].max(), rtol=1e-9)
+    whole = sum(u[j] * np.diff(x, j, axis=0)[0] for j in range(1, 4))
+    np.testing.assert_allclose(found().limit(u), np.linalg.norm(whole), rtol=1e-9)
+
+
+def test_fitted_weights_are_exact_on_as_many_multipliers_as_they_have_points():
+    z = np.asarray(1 - RATES)
+    exact = np.log(z) / (z - 1)
+    off = {}
+    for name, b in {
+        "fitted": eomdl.flows.fitted_weights(decay, START, 4, order=1),
+        "Taylor": eomdl.flows.taylor_weights(4),
+    }.items():
+        off[name] = np.abs(np.polynomial.Polynomial(b)(z) - exact)
+        assert abs(sum(b) - 1) < 1e-12
+    # What is fitted to is the logarithm's series, cut after four more differences: 0.8^8 / 8 of it is left out.
+    left_out = np.abs(np.polynomial.Polynomial(eomdl.flows.taylor_weights(8))(z) - exact)
+    np.testing.assert_allclose(off["fitted"], left_out, atol=1e-6)
+    assert off["Taylor"][2] > 3 * off["fitted"][2]
+
+
+def test_fitted_weights_come_nearer_to_gradient_descent():
+    weights = eomdl.flows.fitted_weights(STEP, NET, 5, args=NET_ARGS)
+    real = eomdl.iterate(STEP, NET, 40, args=NET_ARGS)
+    paths = {
+        name: eomdl.solve(eomdl.InterpolatingFlow(STEP, 0.1, 5, weights=b), NET, 40, args=NET_ARGS, rtol=1e-12, atol=1e-12)
+        for name, b in {"fitted": weights, "Taylor": None}.items()
+    }  # fmt: skip
+    off = {name: d.max() for name, d in eomdl.compare(real, paths).distance.items()}
+    assert off["fitted"] < 0.5 * off["Taylor"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_polynomials_of_a_method(method):
+    """R(z) is the exponential up to the order of the method, and the error estimate begins at its own."""
+    error, stability = method.polynomials(method.order + 3)
+    solver = {"Bosh3": 3, "Tsit5": 5, "Dopri8": 8}[method.name]
+    exact = np.array([1 / math.factorial(i) for i in range(1, solver + 2)])
+    np.testing.assert_allclose(stability[:solver], exact[:solver], rtol=1e-9)
+    assert abs(stability[solver] / exact[solver] - 1) > 1e-3
+    first = np.flatnonzero(error)[0]
+    assert first + 1 == method.order  # the estimate is of h^order, the error of the embedded method
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_the_longest_stable_step_is_that_of_diffrax(method):
+    longest = stable_length(method, np.array([-1.0 + 0j]))
+
+    def grown(h):
+        term, y = diffrax.ODETerm(lambda t, y, args: -y), jnp.array(1.0)
+        state = method.solver.init(term, 0.0, h, y, None)
+        return abs(float(method.solver.step(term, 0.0, h, y, None, state, made_jump=False)[0]))
+
+    assert grown(0.97 * longest) < 1 < grown(1.04 * longest)
+
+
+@pytest.mark.parametrize(("method", "atol"), [(METHODS[0], 1e-6), (METHODS[1], 1e-8), (METHODS[2], 1e-9)])
+def test_predicted_steps_on_a_parabola(method, atol):
+    rates = -np.log1p(-np.asarray(RATES))
+
+    def loss(x, args):
+        return jnp.sum(rates * x**2) / 2
+
+    path = eomdl.solve(
+        eomdl.GradientFlow(loss, 1.0), START, 24, rtol=1e-15, atol=atol, solver=method.solver, estimate_error=False
+    )  # fmt: skip
+    lengths = step_lengths(method, found(24, 18))
+    predicted = lengths.steps(atol, stable_length(method, -rates + 0j), 24)
+    assert abs(predicted / int(path.stats.num_steps) - 1) < 0.3
+
+
+def ran(choice, real, num_steps, **options):
+    path = eomdl.solve(choice.flow, NET, num_steps, args=NET_ARGS, **choice.solve_options, **options)
+    return choice.measured(real, {choice.chosen.name: path})
+
+
+def test_the_choice_stays_within_the_tolerance_at_about_the_predicted_cost():
+    real = eomdl.iterate(STEP, NET, 60, args=NET_ARGS, step_size=0.1)
+    costs = []
+    for tolerance in (1e-2, 1e-4, 1e-6):
+        choice = choose_flow(net_loss, NET, optax.sgd(0.1), 60, tolerance, learning_rate=0.1, args=NET_ARGS)
+        assert choice.notes == ()
+        assert choice.predicted_error <= tolerance
+        done = ran(choice, real, 60).chosen
+        assert done.measured_error <= 1.1 * tolerance
+        assert 0.5 < done.measured_cost / choice.predicted_cost < 2
+        costs.append(done.measured_cost)
+    assert np.all(np.diff(costs) > 0)
+    table = choice.table(rows=3)
+    assert choice.chosen.model in table
+    assert f"{choice.cost:.0f} gradients" in table
+    figure = ran(choice, real, 60).plot()
+    assert {t.get_text() for t in figure.axes[0].get_legend().get_texts()} >= {"chosen", "measured", "fitted"}
+
+
+def test_a_tolerance_that_gradient_flow_meets():
+    choice = choose_flow(net_loss, NET, optax.sgd(0.1), 40, 1.0, learning_rate=0.1, args=NET_ARGS)
+    assert isinstance(choice.flow, eomdl.GradientFlow)
+    assert choice.notes == ()
+
+
+def test_a_tolerance_that_no_flow_meets_is_said():
+    choice = choose_flow(net_loss, NET, optax.sgd(0.1), 40, 1e-14, learning_rate=0.1, args=NET_ARGS)
+    assert "No candidate is within 1.0e-14" in choice.notes[0]
+    assert choice.chosen.tried > 1e-14
+    assert "! No candidate" in choice.table()
+
+
+def test_an_optimizer_with_a_memory_has_interpolating_flows_only():
+    optimizer = optax.sgd(0.01, momentum=0.9)
+    step = eomdl.optimizer_step(net_loss, optimizer)
+    warm = eomdl.iterate(step, NET, 40, args=NET_ARGS, step_size=0.1)
+    real = eomdl.iterate(step, NET, 100, args=NET_ARGS, step_size=0.1, resume=warm.end)
+    choice = choose_flow(
+        net_loss, NET, optimizer, 100, 1e-3, learning_rate=0.1, args=NET_ARGS, start=warm.end
+    )
+    assert all(isinstance(c.flow, eomdl.InterpolatingFlow) for c in choice.candidates)
+    assert ran(choice, real, 100, resume=warm.end).chosen.measured_error <= 1e-3
+
+
+def test_float32_is_told_of_the_rounding_of_the_run():
+    params, args = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (NET, NET_ARGS))
+    choice = choose_flow(net_loss, params, optax.sgd(0.1), 40, 1e-6, learning_rate=0.1, args=args)
+    assert any("rounding of the real run" in note for note in choice.notes)
+
+
+def test_a_run_that_speeds_up_later_is_said():
+    def hill(x, args):  # from near its top the run is fastest at the end of the stretch
+        return jnp.sum(jnp.cos(x))
+
+    choice = choose_flow(hill, jnp.array([1e-4]), optax.sgd(0.1), 400, 1e-2, learning_rate=0.1)
+    assert any("as long at the end of the stretch" in note for note in choice.notes)
+
+
+def test_a_map_far_from_the_identity_is_said():
+    def steep(x, args):
+        return 1.2 * jnp.sum(x**2) / 2 + jnp.sum(jnp.cos(0.1 * x))
+
+    choice = choose_flow(steep, jnp.array([0.4, 1.0]), optax.sgd(1.0), 40, 1e-3, learning_rate=1.0)
+    assert any("departs from the identity by 1.19" in note for note in choice.notes)
+    assert any(c.flow.stride == 2 for c in choice.candidates)
+
+
+def test_wrong_arguments():
+    call = dict(loss=valley_loss, params=VALLEY, optimizer=optax.sgd(0.1), num_steps=40, tolerance=1e-3)
+    call |= dict(learning_rate=0.1)
+    with pytest.raises(ValueError, match="optimizer: "):
+        choose_flow(**{**call, "optimizer": optax.lbfgs()})
+    end = eomdl.iterate(eomdl.optimizer_step(valley_loss, call["optimizer"]), VALLEY, 2).end
+    with pytest.raises(ValueError, match="num_steps: expected more than the 2 steps of start"):
+        choose_flow(**{**call, "num_steps": 2, "start": end})
+    with pytest.raises(ValueError, match="optimizer: expected a run that stays finite"):
+        choose_flow(**{**call, "optimizer": optax.sgd(1e200)})
+    choice = choose_flow(**call)
+    with pytest.raises(ValueError, match="paths: expected names of candidates"):
+        choice.measured(end, {"other": end})
+
+
+def test_solvers_are_diffrax_ones():
+    assert [type(m.solver) for m in METHODS] == [diffrax.Bosh3, diffrax.Tsit5, diffrax.Dopri8]
