@@ -228,6 +228,24 @@ def test_the_fingerprint_is_that_of_the_data():
     assert len({host(args).fingerprint for args in (WHOLE, UNEVEN, other)}) == 3
 
 
+def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
+    store = eomdl.Checkpoints(tmp_path / "run", 2)
+
+    def run(args, num_steps, **options):
+        return eomdl.descend(CHUNKED, X, SGD, num_steps, args=args, **options)
+
+    run(host(UNEVEN), 2, checkpoints=store)
+    again = run(host(UNEVEN), 4, checkpoints=store, resume=store.latest)
+    np.testing.assert_array_equal(again.final_params, run(host(UNEVEN), 4).final_params)
+    other = host((UNEVEN[0], UNEVEN[1].at[-1].add(1e-3)))
+    with pytest.raises(
+        ValueError, match=r"checkpoints: expected the data on the host .* nothing was overwritten"
+    ):
+        run(other, 6, checkpoints=store, resume=store.latest)
+    branch = eomdl.Checkpoints(tmp_path / "branch", 2)
+    assert run(other, 6, checkpoints=branch, resume=store.latest).end.step == 6
+
+
 # ------------------------------------------------------------------- bad input
 
 

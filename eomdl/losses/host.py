@@ -36,7 +36,8 @@ class OnHost:
     must not change as long as they are used.
 
     **Cost:** every pass over the data (one for a gradient, one more for each order of derivative, one more where the
-    value is asked for beside the gradient) reads all of them once. Two objects with the same arrays compile twice.
+    value is asked for beside the gradient) reads all of them once. Two objects with the same arrays compile twice, and
+    JAX's persistent cache keeps no program that calls back.
 
     **Devices:** the chunks go to one device. Data for several devices fit in their memories together: `jax.device_put`
     with a sharding.
