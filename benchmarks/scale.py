@@ -85,15 +85,17 @@ def descend(loss: Loss, params: Params, eta: float, num_steps: int, args: Args) 
 def first_order(loss: Loss, params: Params, eta: float, num_steps: int, args: Args) -> eomdl.Trajectory:
     """The equation of motion of order 1."""
     flow = eomdl.EquationOfMotion(loss, eta, order=1)
-    return eomdl.solve(flow, params, num_steps, args=args, save_steps=[num_steps], estimate_error=False)
+    return eomdl.solve(flow, params, num_steps, args=args, save_steps=[num_steps], **BARE)
 
 
 def four_points(loss: Loss, params: Params, eta: float, num_steps: int, args: Args) -> eomdl.Trajectory:
     """The interpolating flow of 4 points."""
     flow = eomdl.InterpolatingFlow(eomdl.optimizer_step(loss, optax.sgd(eta)), eta, points=4)
-    return eomdl.solve(flow, params, num_steps, args=args, save_steps=[num_steps], estimate_error=False)
+    return eomdl.solve(flow, params, num_steps, args=args, save_steps=[num_steps], **BARE)
 
 
+# The flow, and nothing beside it: measuring tolerances takes longer than a run of so few steps.
+BARE: dict[str, Any] = {"estimate_error": False, "diagnose": False, "rtol": 1e-4, "atol": 1e-6}
 RUNS: dict[str, Callable[..., eomdl.Trajectory]] = {
     "descend": descend,
     "EquationOfMotion, order 1": first_order,

@@ -38,9 +38,9 @@ class MeanOverChunks(eqx.Module):
 
     **Arguments:**
 
-    - `loss`: function `(params, args) -> scalar`, a mean over the examples in `args`. (One that couples examples, such
-        as batch normalization, becomes the mean over the chunks of what it is for one.) A loss of sums, or of a mean
-        and a penalty, comes apart: `WeightDecay(MeanOverChunks(loss, 1000), 1e-3)`.
+    - `loss`: function `(params, args) -> scalar`, a mean over the examples in `args`. A sum over them is none, and a
+        loss that couples examples (batch normalization) becomes another: the mean over the chunks of what it is for one.
+        A penalty on the parameters is computed once outside: `WeightDecay(MeanOverChunks(loss, 1000), 1e-3)`.
     - `chunk_size`: examples in a chunk; more than there are means one chunk. Where it divides their number the loss
         is compiled once, else twice.
     - `weights`: for a loss that is a weighted mean, $\ell = \sum_i w_i \ell_i / \sum_i w_i$, the function `args -> w`
@@ -50,12 +50,14 @@ class MeanOverChunks(eqx.Module):
     `args` is a pytree of arrays with one leading axis, that of the examples. A number that belongs to no example is a
     field of the loss: make it an `equinox.Module`.
 
-    **Chunks.** Where `chunk_size` divides the number n m of examples, chunk i has the examples i, i + m, i + 2 m, ...: of
-    data sharded over devices each device takes its share of every chunk, and nothing is sent but the sum. It has to
-    divide the number of examples then, and the number of devices has to divide it. Else a chunk is a run of examples.
+    **Chunks.** Where `chunk_size` divides the number of examples, which makes m chunks, chunk i has the examples i,
+    i + m, i + 2 m, ...: of data sharded over devices every device takes its share of each chunk, and nothing is sent but the
+    sum. For sharded data choose a size that divides the number of examples and is a multiple of the number of devices:
+    with another one JAX gathers the data. Where it does not divide, a chunk is a run of examples.
 
-    **Cost** of a gradient: that of the plain mean. The field of order n computes the chunks of the gradient once for
-    each derivative, where the plain mean keeps them: `docs/cost.md` has both.
+    **Cost** of a gradient: that of the plain mean; with the value beside it, one evaluation of the loss more. A counter
+    term costs more than that of the plain mean: the derivatives are sums over all chunks, taken one after the other, and
+    what the plain mean keeps for the next one is computed again. The guide "Larger than one device" has the figures.
 
     **Raises:** `ValueError` for a wrong argument; when called, if the leaves of `args` disagree in their leading axis,
     or one has none, or the loss is no scalar.
