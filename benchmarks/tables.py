@@ -205,7 +205,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "num_steps": "GD steps",
             "eta_lambda_max": "eta lambda_max",
             "peak_rss_MiB": "peak resident memory [MiB]",
-            "seconds_per_step": "seconds per GD step",
+            "seconds_per_step": "seconds per GD step, compiling in it",
         },
     ),
 }
