@@ -23,6 +23,7 @@ class Size:
     """What to run: everything, or in under three minutes."""
 
     smoke: bool
+    data: str | None = None  # a folder of IDX files for the suites that take real images
 
     @property
     def problem(self) -> str:
@@ -36,14 +37,17 @@ class Size:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--smoke`."""
+    """Add `--smoke` and `--data`."""
     parser.addoption("--smoke", action="store_true", help="benchmarks: a small size, under 3 minutes")
+    parser.addoption(
+        "--data", help="benchmarks: a folder with MNIST or other IDX files; random images by default"
+    )
 
 
 @pytest.fixture(scope="session")
 def size(pytestconfig: pytest.Config) -> Size:
     """The size asked for on the command line."""
-    return Size(pytestconfig.getoption("--smoke"))
+    return Size(pytestconfig.getoption("--smoke"), pytestconfig.getoption("--data"))
 
 
 @pytest.fixture

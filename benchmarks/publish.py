@@ -21,8 +21,12 @@ SUITES = {
     "first_answer": "The first answer of a process",
     "interpolating": "The flow of a step map",
     "choice": "The choice of a flow",
+    "scale": "Larger than one device",
     "gpu": "On a GPU",
 }
+# Tables that a guide shows: its comments `<!-- table -->`, from the results of that suite.
+GUIDE = ROOT / "docs" / "guides" / "larger-than-one-device.md"
+GUIDE_TABLES = {"chunk memory": "scale", "chunk time": "scale", "chunk runs": "scale"}
 INTRODUCTION = """# Cost
 
 Costs are ratios measured in one run: gradients are flops of the compiled program over those of one gradient of the loss, and the error
@@ -42,7 +46,16 @@ def write() -> list[Path]:
             for name, figure in figures.figures(read(suite)["tables"]).items():
                 (PICTURES / f"{suite or 'main'}-{name}.svg").write_text(svg(figure, f"{suite}-{name}"))
     PAGE.write_text(page())
-    return [README, PAGE, PICTURES]
+    GUIDE.write_text(guide(GUIDE.read_text()))
+    return [README, PAGE, GUIDE, PICTURES]
+
+
+def guide(text: str) -> str:
+    """The guide with its tables."""
+    for name, suite in GUIDE_TABLES.items():
+        _, columns = TABLES[name]
+        text = replaced(text, name, "\n" + markdown(read(suite)["tables"][name], columns) + "\n")
+    return text
 
 
 def suites() -> list[str]:

@@ -23,12 +23,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("eomdl", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy", "scikit-learn")
 
 
-def run_suite(smoke: bool) -> tuple[dict[str, Any], int]:
+def run_suite(smoke: bool, data: str | None) -> tuple[dict[str, Any], int]:
     """What pytest-benchmark wrote, and pytest's exit code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
         command = [sys.executable, "-m", "pytest", "benchmarks", "-n", "0", "--benchmark-enable", "-vv"]
         command += ["--benchmark-columns=min", f"--benchmark-json={path}"] + ["--smoke"] * smoke
+        command += [] if data is None else ["--data", data]
         code = subprocess.run(command, cwd=ROOT).returncode
         return json.loads(path.read_text()), code
 
@@ -103,6 +104,9 @@ def main() -> int:
         nargs="+",
         help="pytest-benchmark JSON files, where a later one replaces the same benchmarks; runs nothing",
     )
+    parser.add_argument(
+        "--data", help="a folder with MNIST or other IDX files for the suites that take images"
+    )
     parser.add_argument("--note", default="", help="a remark to keep with the results")
     parser.add_argument(
         "--readme",
@@ -113,7 +117,7 @@ def main() -> int:
     if options.readme:
         Console().print(*[f"wrote {path}" for path in publish.write()], sep="\n", soft_wrap=True)
         return 0
-    raw, code = (merged(options.sources), 0) if options.sources else run_suite(options.smoke)
+    raw, code = (merged(options.sources), 0) if options.sources else run_suite(options.smoke, options.data)
     results = condense(raw, options.smoke) | {"note": options.note}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"

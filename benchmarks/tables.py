@@ -189,6 +189,41 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "ode_steps_per_step": "ODE steps per GD step",
         },
     ),
+    "chunk memory": (
+        "Temporary memory of one evaluation against the number of examples (MLP, float32)",
+        {
+            "network": "network",
+            "derivative": "derivative",
+            "num_examples": "examples",
+            "plain_MiB": "plain mean [MiB]",
+            "chunked_MiB": "MeanOverChunks [MiB]",
+            "uneven_MiB": "the same, a last chunk not full [MiB]",
+        },
+    ),
+    "chunk time": (
+        "Time and flops of one evaluation over chunks, against the plain mean of the same data in memory",
+        {
+            "derivative": "derivative",
+            "num_examples": "examples",
+            "flops_ratio": "MeanOverChunks: flops",
+            "time_ratio": "MeanOverChunks: seconds",
+            "host_time_ratio": "the same from a file: seconds",
+        },
+    ),
+    "chunk runs": (
+        "Runs on the full batch, each in a process of its own (MLP, float32)",
+        {
+            "what": "run",
+            "mean": "loss",
+            "place": "data",
+            "images": "images",
+            "num_examples": "examples",
+            "num_steps": "GD steps",
+            "eta_lambda_max": "eta lambda_max",
+            "peak_rss_MiB": "peak resident memory [MiB]",
+            "seconds_per_step": "seconds per GD step, compiling in it",
+        },
+    ),
 }
 
 

@@ -294,6 +294,23 @@ def state_observables(
     return dict(observe or {})
 
 
+def num_examples(name: str, value: Any) -> int:
+    """The length that the leading axes of all leaves have in common, at least 1."""
+    expected = "arrays whose leading axis counts the examples"
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    if not leaves:
+        raise _wrong(name, expected, f"none in {value!r:.80}; was the data not passed?")
+    lengths = {f"{name}{jax.tree_util.keystr(path)}": np.shape(leaf)[:1] for path, leaf in leaves}
+    for place, length in lengths.items():
+        if not length or length[0] == 0:
+            hint = "what belongs to no example is a field of the loss (an equinox.Module)"
+            raise _wrong(place, expected, "no examples" if length else f"a scalar; {hint}")
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{place}: {length}" for place, (length,) in lengths.items())
+        raise _wrong(name, f"{expected}, as many in each", said)
+    return next(iter(lengths.values()))[0]
+
+
 def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
     """Same pytree structure and leaf shapes."""
     if jax.tree.structure(value) != jax.tree.structure(like):

@@ -77,6 +77,7 @@ class Stats:
     - `stride`: the flow passes through every m-th step.
     - `flow`: which flow, with its numbers; empty for a real run.
     - `run`: which run, a checksum of its beginning; 0 if it was not written to checkpoints.
+    - `data`: the fingerprint of data on the host (`eomdl.losses.OnHost`) in a run written to checkpoints, else empty.
     - `diagnostics`: `{name: Diagnostic}` measured along the path.
     """
 
@@ -89,6 +90,7 @@ class Stats:
     stride: int = dataclasses.field(metadata=STATIC, default=1)
     flow: str = dataclasses.field(metadata=STATIC, default="")
     run: Any = 0
+    data: str = dataclasses.field(metadata=STATIC, default="")
     diagnostics: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
 
     def plus(self, counts: Mapping[str, Any]) -> "Stats":

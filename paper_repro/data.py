@@ -49,17 +49,23 @@ def load(folder: str | Path | None, subset: int, seed: int | None = 0) -> tuple[
         images, labels = load_digits(return_X_y=True)
         images = images / 16.0
     else:
-        images = read_idx(_only(folder, _IMAGES), _IMAGES_MAGIC) / 255.0
-        labels = read_idx(_only(folder, _LABELS), _LABELS_MAGIC)
-        images = images.reshape(len(images), -1)
-        if len(images) != len(labels):
-            raise ValueError(f"{folder}: expected as many labels as images, {len(images)}, got {len(labels)}")
+        images, labels = read_folder(folder)
+        images = images / 255.0
     if not 1 <= subset <= len(images):
         raise ValueError(f"subset: expected 1 to {len(images)} images, got {subset}")
     order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
     chosen = order[:subset]
     dtype = jnp.result_type(float)
     return jnp.asarray(images[chosen], dtype), jnp.asarray(labels[chosen].astype(np.int32))
+
+
+def read_folder(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of the training IDX files in `folder`, as bytes: shapes (n, pixels) and (n,)."""
+    images = read_idx(_only(folder, _IMAGES), _IMAGES_MAGIC)
+    labels = read_idx(_only(folder, _LABELS), _LABELS_MAGIC)
+    if len(images) != len(labels):
+        raise ValueError(f"{folder}: expected as many labels as images, {len(images)}, got {len(labels)}")
+    return images.reshape(len(images), -1), labels
 
 
 def _only(folder: str | Path, pattern: str) -> Path:

@@ -214,6 +214,11 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         dict(learning_rates=[0.1, 0.05], errors=[0.2, 0.1]),
     ),
     "losses.GradientPenalty": (eomdl.losses.GradientPenalty, dict(loss=valley_loss, coefficient=0.1)),
+    "losses.MeanOverChunks": (
+        eomdl.losses.MeanOverChunks,
+        dict(loss=examples_loss, chunk_size=10, weights=None),
+    ),
+    "losses.OnHost": (eomdl.losses.OnHost, dict(arrays=CLOUD)),
     "maps.each": (eomdl.maps.each, dict(observable=valley_loss, args_axis=None)),
     "maps.members": (
         eomdl.maps.members,

@@ -47,6 +47,7 @@ ACCEPTED: dict[str, set[str]] = {
     "plotting.plot_predicted_error.measured": {"an array"},  # of two steps
     "errors.observed_order.learning_rates": {"an array"},
     "errors.observed_order.errors": {"an array"},
+    "losses.OnHost.arrays": ARRAYS,
     "geometry.count_regions_on_line.a": {"an array"},
     "geometry.count_regions_on_line.b": {"an array"},
     "geometry.gradient_points.params": {"minus a half", "a wrong shape"},

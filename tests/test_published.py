@@ -35,6 +35,8 @@ def test_costs():
     page = benchmarks.PAGE.read_text()
     assert page == benchmarks.page()
     assert all((publish.ROOT / path).exists() for path in re.findall(r'--8<-- "(.*?)"', page))
+    guide = benchmarks.GUIDE.read_text()
+    assert guide == benchmarks.guide(guide)
 
 
 def test_readme_is_short_and_its_files_are_there():

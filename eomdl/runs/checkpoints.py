@@ -95,7 +95,8 @@ class Checkpoints:
 
     One folder is for one run: a run locks it, for as long as it lasts or its process lives, and its checkpoints
     carry a checksum of what it began with. Damaged files behind the start of a run are moved aside
-    (`.npz.damaged`).
+    (`.npz.damaged`). Data on the host (`eomdl.losses.OnHost`) are read once for their checksum, and a run that goes on
+    with others is refused.
 
     **Raises:** `ValueError` for a wrong argument. A run raises it before its first step, and nothing is
     overwritten, where another run writes to the folder, or the folder holds checkpoints later than its start, of
@@ -264,6 +265,12 @@ class Checkpoints:
                 raise ValueError(
                     f"checkpoints: expected a folder of this run, got {self.folder} with checkpoints of another run (it "
                     "began elsewhere, or with another optimizer or flow); nothing was overwritten"
+                )
+            if last.stats.data != start.stats.data:
+                raise ValueError(
+                    f"checkpoints: expected the data on the host that the run in {self.folder} has seen so far "
+                    f"(fingerprint {last.stats.data!r}), got others ({start.stats.data!r}); nothing was overwritten: give a "
+                    "branch a folder of its own"
                 )
         self._before = {}
         steps = saved_steps("schedule", num_steps, self._schedule)

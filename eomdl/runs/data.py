@@ -12,6 +12,7 @@ import numpy as np
 
 from eomdl._types import Args, Array, Observable, record_type
 from eomdl.flows.stride import StrideData
+from eomdl.losses.host import OnHost
 from eomdl.observe.batch import OnBatch
 
 
@@ -73,6 +74,11 @@ class AbstractData(abc.ABC):
 
         The steps begin at `start`; `count` are asked for, and there may be fewer. A window has room for `length`.
         """
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of data on the host, which may be of files that change between two runs; empty for arrays."""
+        return self.args.fingerprint if isinstance(self.args, OnHost) else ""
 
     def raise_pending(self) -> None:
         """Raise what a source of batches has raised, now that the batches before it are used."""

@@ -118,8 +118,9 @@ class Setup:
 
     def _pieces(self, dynamics: AbstractDynamics, begin: End) -> Iterator[Trajectory]:
         """The run on the host, stretch by stretch."""
-        if self.checkpoints is not None and int(begin.stats.run) == 0:
-            stats = dataclasses.replace(begin.stats, run=_origin(dynamics, begin))
+        if self.checkpoints is not None:
+            run = int(begin.stats.run) or _origin(dynamics, begin)
+            stats = dataclasses.replace(begin.stats, run=run, data=self.data.fingerprint)
             begin = dataclasses.replace(begin, stats=stats)
         with self._writing(begin) as cuts:
             size = max(_tree.size(self.params), 1 if self.data.in_arrays else _tree.size(self.data.example))

@@ -243,7 +243,7 @@ def _valid(run: Trajectory) -> Trajectory:
         raise ValueError(f"per_member: expected names of observables, got {run.per_member}")
     for field in dataclasses.fields(Stats):
         value = getattr(run.stats, field.name)
-        expected = {"flow": str, "diagnostics": dict}.get(field.name, int | float | None)
+        expected = {"flow": str, "data": str, "diagnostics": dict}.get(field.name, int | float | None)
         if not isinstance(value, expected) or isinstance(value, bool):
             raise ValueError(f"stats.{field.name}: expected {expected}, got {value!r}")
     return run

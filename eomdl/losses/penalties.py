@@ -1,4 +1,4 @@
-"""Losses made from losses."""
+"""A loss with a penalty: on the weights, on the gradient."""
 
 from typing import TYPE_CHECKING
 
@@ -8,9 +8,6 @@ from jax.typing import ArrayLike
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Loss, Params
-
-
-__all__ = ["GradientPenalty", "WeightDecay"]
 
 
 class WeightDecay(eqx.Module):

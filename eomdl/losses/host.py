@@ -1,0 +1,117 @@
+"""Data that stay on the host, handed to compiled programs chunk by chunk."""
+
+import functools
+import hashlib
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eomdl import _check
+
+
+@jax.tree_util.register_static
+class OnHost:
+    """Data that stay in the host's memory or in a file, for losses that take them chunk by chunk.
+
+    ```python
+    images = np.load("images.npy", mmap_mode="r")  # may be larger than all memory
+    data = eomdl.losses.OnHost((images, labels))
+    loss = eomdl.losses.MeanOverChunks(mean_loss, 1000)
+    run = eomdl.descend(loss, params, optax.sgd(0.1), 100, args=data)
+    ```
+
+    A compiled program asks for one chunk after the other. While it computes on one, a thread reads the next from the
+    array or the file. The device holds one chunk, the host three: the one handed over, the next, and a copy in
+    the hands of JAX. It is the `args` of `eomdl.losses.MeanOverChunks`, whole, and of functions built on it: other
+    losses and observables cannot index it.
+
+    The arrays are handed over in their own dtype. Bytes (`uint8`) are a quarter of the traffic of `float32`; the loss
+    divides by 255. Without x64, 64 bits become 32.
+
+    **Arguments:** `arrays`, a pytree of NumPy arrays (`np.memmap` is one), whose leading axis counts the examples. They
+    must not change as long as they are used.
+
+    **Cost:** every pass over the data (one for a gradient, one more for each order of derivative, one more where the
+    value is asked for beside the gradient) reads all of them once. Two objects with the same arrays compile twice, and
+    JAX's persistent cache keeps no program that calls back.
+
+    **Devices:** the chunks go to one device. Data for several devices fit in their memories together: `jax.device_put`
+    with a sharding.
+
+    **Raises:** `ValueError` if `arrays` has a leaf that is no array, or whose leading axis is another.
+    """
+
+    def __init__(self, arrays: Any):
+        expected = "a pytree of NumPy arrays whose leading axis counts the examples"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+            name = f"arrays{jax.tree_util.keystr(path)}"
+            _check.kind(name, leaf, np.ndarray | jax.Array, expected)
+            if not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool):
+                raise ValueError(f"{name}: expected numbers, got dtype {leaf.dtype}")
+        self.num_examples = _check.num_examples("arrays", arrays)
+        self._arrays = jax.tree.map(np.asanyarray, arrays)
+        self._reader = ThreadPoolExecutor(1, "eomdl-reader")
+        self._lock = threading.Lock()
+        self._last, self._direction = 0, -1  # as if it had just come back to the first chunk
+        self._ahead: tuple[Any, Future | None] = (None, None)
+
+    def __repr__(self) -> str:
+        said = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(self._arrays)]
+        return f"OnHost({', '.join(said)})"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the data, by which a run that goes on knows them. **Cost:** reads all of them once."""
+        digest = hashlib.blake2b(repr(self).encode(), digest_size=6)
+        rows = max(
+            1, self.num_examples * 2**24 // max(1, sum(x.nbytes for x in jax.tree.leaves(self._arrays)))
+        )
+        for leaf in jax.tree.leaves(self._arrays):
+            for start in range(0, self.num_examples, rows):
+                digest.update(np.ascontiguousarray(leaf[start : start + rows]).tobytes())
+        return digest.hexdigest()
+
+    def chunk(self, i: Any, size: int) -> Any:
+        """The examples i * `size`, ..., (i + 1) * `size` - 1; i may be traced."""
+        return self._handed(i, size, size)
+
+    def rest(self, size: int) -> Any:
+        """The examples behind the last whole chunk."""
+        count, rest = divmod(self.num_examples, size)
+        return self._handed(count, size, rest)
+
+    def _handed(self, i: Any, size: int, length: int) -> Any:
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                (length, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)
+            ),
+            self._arrays,
+        )
+        # NumPy in and out, and a scalar for an argument: JAX calls in a callback can wait for each other for ever.
+        return jax.pure_callback(functools.partial(self._next, size), shapes, i, vmap_method="sequential")
+
+    def _next(self, size: int, i: Any) -> Any:
+        """A chunk, and the one likely to be asked for next is begun."""
+        i, count = int(i), -(-self.num_examples // size)
+        with self._lock:
+            self._direction, self._last = self._turned((i - self._last) % count, count), i
+            place, ahead = self._ahead
+            following = (size, (i + self._direction) % count)
+            waited = ahead if place == (size, i) else None
+            self._ahead = (following, self._reader.submit(self._read, *following))
+        return self._read(size, i) if waited is None else waited.result()
+
+    def _turned(self, ahead: int, count: int) -> int:
+        """Sums run forwards and their derivatives backwards; one after the other asks for the last chunk twice."""
+        return {1: 1, count - 1: -1, 0: -self._direction}.get(ahead, self._direction)
+
+    def _read(self, size: int, i: int) -> Any:
+        def cut(leaf: np.ndarray) -> np.ndarray:
+            dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+            return np.array(leaf[i * size : (i + 1) * size], dtype, copy=True)
+
+        return jax.tree.map(cut, self._arrays)
