@@ -391,6 +391,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.plotting.plot_regions,
         dict(maps={"net": eomdl.geometry.region_map(preactivations, NETWORK, TRIANGLE, resolution=8)}),
     ),
+    "plotting.plot_largest_rate": (
+        eomdl.plotting.plot_largest_rate,
+        dict(rate=eomdl.errors.largest_learning_rate(valley_loss, VALLEY, 0.2, 0.1, points=4)),
+    ),
     "plotting.plot_choice": (
         eomdl.plotting.plot_choice,
         dict(

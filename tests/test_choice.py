@@ -122,7 +122,7 @@ def test_predicted_steps_on_a_parabola(method, atol):
         eomdl.GradientFlow(loss, 1.0), START, 24, rtol=1e-15, atol=atol, solver=method.solver, estimate_error=False
     )  # fmt: skip
     lengths = step_lengths(method, found(24, 18))
-    predicted = lengths.steps(atol, stable_length(method, -rates + 0j), 24)
+    predicted = np.sum(1 / lengths.along(atol, stable_length(method, -rates + 0j), 24))
     assert abs(predicted / int(path.stats.num_steps) - 1) < 0.3
 
 

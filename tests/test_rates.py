@@ -75,3 +75,11 @@ def test_a_start_at_rest_has_no_largest_rate():
 def test_gradient_flow_that_does_not_reach_the_time():
     with pytest.raises(ValueError, match="time: expected gradient flow to reach 10, got to"):
         largest_learning_rate(lambda w, _: -(w**4), START, 10.0, 1e-3)
+
+
+def test_picture_with_and_without_a_largest_rate():
+    rate = largest_learning_rate(parabola, START, 2.0, 1e-3, points=4)
+    labels = [t.get_text() for t in rate.plot().axes[0].get_legend().get_texts()]
+    assert labels == ["for one step from there", "for the whole time", f"reached here, by {rate.limited_by}"]
+    straight = largest_learning_rate(lambda w, _: w, START, 1.0, 1e-3, points=4)
+    assert len(straight.plot().axes[0].lines) == 1

@@ -238,9 +238,14 @@ class Rated(NamedTuple):
         method, root = self.lengths.method, math.sqrt(self.size)
         left = tolerance / safety - self.on_whole
         allowed = left if self.fits(tolerance, safety) else 0.5 * max(self.on_whole, tolerance)
-        atol = max(allowed / (method.growth * root), self.rounding / root)
-        ode_error = method.growth * root * atol
-        steps = self.steps(atol, self.strides) * dearer.get(method.name, 1.0)
+        atol, growth = 0.0, method.growth[0]
+        for _ in range(3):  # the growth depends on the tolerance by way of the steps
+            atol = max(allowed / (growth * root), self.rounding / root)
+            lengths = self.lengths.along(atol, self.stable, self.strides)
+            limited = float(np.mean(lengths == self.stable))
+            growth = (1 - limited) * method.growth[0] + limited * method.growth[1]
+        ode_error = growth * root * atol
+        steps = float(np.sum(1 / lengths)) * dearer.get(method.name, 1.0)
         per_step = method.evaluations * steps / (self.strides * self.model.flow.stride)
         return Candidate(
             kind=self.model.kind,
@@ -261,14 +266,11 @@ class Rated(NamedTuple):
             predicted_cost=self.model.gradients * per_step,
         )
 
-    def steps(self, atol: float, strides: float) -> float:
-        """How many ODE steps the solver is predicted to take over the first so many strides."""
-        return self.lengths.steps(atol, self.stable, strides)
-
     def dearer(self, path: Trajectory) -> float:
         """The ODE steps that a run of this took over those predicted."""
         strides = int(path.steps[-1] - path.steps[0]) / self.model.flow.stride
-        return int(path.stats.num_steps) / self.steps(float(path.stats.atol), strides)
+        lengths = self.lengths.along(float(path.stats.atol), self.stable, strides)
+        return int(path.stats.num_steps) / float(np.sum(1 / lengths))
 
     def fits(self, tolerance: float, safety: float) -> bool:
         """Whether the model leaves a tenth of the tolerance for the solver."""

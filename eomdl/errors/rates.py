@@ -48,6 +48,12 @@ class LargestRate:
     eta_lambda_max: float
     notes: tuple[str, ...]
 
+    def plot(self) -> Any:
+        """The largest rate for one step, and for the whole time, against time, as a matplotlib figure."""
+        from eomdl.plotting import plot_largest_rate
+
+        return plot_largest_rate(self)
+
 
 class ScaledError(AbstractErrorFlow):
     r"""Gradient flow with the error of a flow of n counter terms in units of $\eta^{n+1}$: $E' = -H E + \xi_n$."""

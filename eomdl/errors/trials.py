@@ -1,6 +1,7 @@
 """Candidates tried on a stretch of the real run."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -79,36 +80,72 @@ class Trials(NamedTuple):
 def trials(found: list[Rated], tolerance: float, real: Real, plain: bool) -> Trials:
     """Integrate the cheapest over the stretch, until one is within the tolerance of the real run there.
 
-    Where the optimizer has a memory its modes turn and hardly contract, so errors add up: after the stretch they are
-    taken to grow linearly.
+    All errors are corrected by the factor found. One that is well within the tolerance makes others eligible: these are
+    tried as long as what they would save pays for the trial. Where the optimizer has a memory its modes turn and
+    hardly contract, so errors add up: after the stretch they are taken to grow linearly.
     """
     cost, safety = 0.0, 1.0
-    tried: dict[str, Candidate] = {}
+    tried: list[Candidate] = []
     dearer: dict[str, float] = {}
+    accepted: Candidate | None = None
     for _ in range(TRIES):
-        within = [r for r in found if r.fits(tolerance, safety)]
-        if within:
-            r = min(within, key=lambda r: r.candidate(tolerance, safety, dearer).predicted_cost)
-        elif tried:
+        r = _next(found, tolerance, safety, dearer, first=not tried)
+        if r is None:
             break
-        else:  # the nearest is tried too, with the cheapest of its solvers
-            r = min(found, key=lambda r: (r.on_whole, r.candidate(tolerance, safety, dearer).predicted_cost))
         candidate = r.candidate(tolerance, safety, dearer)
+        if accepted is not None and not _pays(candidate, accepted, real):
+            break
         path, real, spent = _tried(candidate, real)
         cost += spent
         ratio = r.dearer(path)
         change = ratio / dearer.get(r.method.name, 1.0)
         candidate = candidate.with_trial(real.distance(path), real.share, 0.0 if plain else 1.0, change)
-        tried[candidate.name], dearer[r.method.name] = candidate, ratio
-        if candidate.predicted_error <= tolerance:
+        tried.append(candidate)
+        dearer[r.method.name] = ratio
+        part = candidate.predicted_error / tolerance
+        if part <= 1:
+            accepted = candidate
+            safety *= max(1.1 * part, 0.5)
+        elif accepted is not None:
             break
-        if np.isinf(candidate.predicted_error):
+        elif np.isinf(part):
             found = [other for other in found if other is not r]
         else:
-            safety *= max(1.2, candidate.predicted_error / tolerance)
-    others = [r.candidate(tolerance, safety, dearer) for r in found]
-    best_first = sorted(tried.values(), key=lambda c: c.predicted_error)
-    return Trials(best_first, [c for c in others if c.name not in tried], cost + real.length)
+            safety *= max(1.2, part)
+    return _ranked(
+        accepted, tried, [r.candidate(tolerance, safety, dearer) for r in found], cost + real.length
+    )
+
+
+def _next(
+    found: list[Rated], tolerance: float, safety: float, dearer: Mapping[str, float], first: bool
+) -> Rated | None:
+    """The cheapest that is within the tolerance; if none is, first of all the nearest, with the cheapest of its solvers."""
+
+    def cost(r: Rated) -> float:
+        return r.candidate(tolerance, safety, dearer).predicted_cost
+
+    within = [r for r in found if r.fits(tolerance, safety)]
+    if within:
+        return min(within, key=cost)
+    return min(found, key=lambda r: (r.on_whole, cost(r))) if first and found else None
+
+
+def _pays(candidate: Candidate, accepted: Candidate, real: Real) -> bool:
+    """Whether what a candidate would save over the run is more than what its trial costs."""
+    saved = (accepted.predicted_cost - candidate.predicted_cost) * (real.num_steps - real.first)
+    return saved > candidate.predicted_cost * real.length
+
+
+def _ranked(
+    accepted: Candidate | None, tried: list[Candidate], others: list[Candidate], cost: float
+) -> Trials:
+    """The accepted one, or the nearest, first; the same flow and solver only once."""
+    best_first = sorted(tried, key=lambda c: (c is not accepted, c.predicted_error))
+    once = {c.name: c for c in reversed(best_first)}
+    return Trials(
+        [c for c in best_first if once[c.name] is c], [c for c in others if c.name not in once], cost
+    )
 
 
 def _tried(candidate: Candidate, real: Real) -> tuple[Trajectory, Real, float]:

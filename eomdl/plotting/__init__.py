@@ -8,6 +8,7 @@ from eomdl.plotting.choice import plot_choice
 from eomdl.plotting.comparison import plot_comparison
 from eomdl.plotting.development import plot_barriers, plot_development
 from eomdl.plotting.predicted import plot_predicted_error
+from eomdl.plotting.rates import plot_largest_rate
 from eomdl.plotting.restricted_secant import plot_secants
 from eomdl.plotting.shape import plot_dimensions, plot_path_plane, plot_path_shape, plot_regions
 
@@ -19,6 +20,7 @@ __all__ = [
     "plot_conservation",
     "plot_development",
     "plot_dimensions",
+    "plot_largest_rate",
     "plot_path_plane",
     "plot_path_shape",
     "plot_predicted_error",
