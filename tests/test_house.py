@@ -31,6 +31,7 @@ FLOORS = (
     ("errors",),
     ("geometry", "symmetry"),
     ("plotting",),
+    ("reports",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from eomdl.plotting._inline import inked, svg
 from paper_repro import harness, report
 from paper_repro.claims import Claim
-from paper_repro.pictures import errors, inked, panel, svg
+from paper_repro.pictures import errors, panel
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -1,0 +1,1 @@
+"""Pages that say what was found, in plain words."""
