@@ -188,7 +188,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "errors.predict_error": (
         eomdl.errors.predict_error,
-        dict(flow=FLOW, params=VALLEY, num_steps=4, leading=None, check=False),
+        dict(flow=FLOW, params=VALLEY, num_steps=4, leading=None, check=False, diagnose=True),
     ),
     "errors.observed_order": (
         eomdl.errors.observed_order,

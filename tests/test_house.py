@@ -32,6 +32,7 @@ FLOORS = (
     ("geometry", "symmetry"),
     ("plotting",),
     ("reports",),
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

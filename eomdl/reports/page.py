@@ -1,14 +1,21 @@
 """A page of HTML in one file: style and script inside, light and dark, for a phone too; tables sorted by a click."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
 _FOLDER = Path(__file__).parent
+
+
+class Cell(NamedTuple):
+    """What a cell shows, and the value by which it is sorted."""
+
+    text: str
+    value: Any
 
 
 def document(title: str, body: str) -> str:
@@ -24,10 +31,14 @@ def document(title: str, body: str) -> str:
 
 
 def table(
-    name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], said: str, *, opened: bool = True
+    name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], said: str, *, opened: bool = True
 ) -> str:
     """A table that is sorted by a click on a head, under its name and what is `said` of its rows."""
-    heads = "".join(f"<th scope='col'><button>{html.escape(column)}</button></th>" for column in columns)
+    kinds = [_kind(rows[0][i]) if len(rows) else "" for i in range(len(columns))]
+    heads = "".join(
+        f"<th scope='col'{kind}><button>{html.escape(column)}</button></th>"
+        for column, kind in zip(columns, kinds, strict=True)
+    )
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
     label = html.escape(name)
     return (
@@ -37,7 +48,15 @@ def table(
     )
 
 
+def _kind(value: Any) -> str:
+    """The class of cells with words, which stand on the left and may be broken."""
+    return " class='words'" if isinstance(value, Cell) and isinstance(value.value, str) else ""
+
+
 def _cell(value: Any) -> str:
+    if isinstance(value, Cell):
+        sorted_by = f" data-value='{value.value!r}'" if isinstance(value.value, float) else ""
+        return f"<td{_kind(value)}{sorted_by}>{html.escape(value.text)}</td>"
     if isinstance(value, float):
         return f"<td data-value='{value!r}'>{'' if np.isnan(value) else f'{value:.6g}'}</td>"
     return f"<td>{html.escape(str(value))}</td>"
