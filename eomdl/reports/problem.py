@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 
 from eomdl._types import Args, Loss, Params
@@ -82,7 +83,7 @@ def _split(target: str) -> tuple[Path, str]:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         near = difflib.get_close_matches(path.name, _siblings(path), n=1)
-        hint = f"; the nearest is {path.with_name(near[0])}" if near else ""
+        hint = f"; nearest: {path.with_name(near[0])}" if near else ""
         raise WrongFile(f"FILE: expected a Python file, got {what}: {path}{hint}")
     return path, name
 
@@ -103,8 +104,11 @@ def _imported(path: Path) -> tuple[ModuleType, str]:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     printed = io.StringIO()
-    with _of_the_user(path, "it"), contextlib.redirect_stdout(printed):
-        spec.loader.exec_module(module)
+    try:
+        with _of_the_user(path, "importing it"), contextlib.redirect_stdout(printed):
+            spec.loader.exec_module(module)
+    except WrongFile as error:
+        raise WrongFile(f"{error}", printed.getvalue() + error.details) from error.__cause__
     return module, printed.getvalue()
 
 
@@ -124,17 +128,18 @@ def _of_the_user(path: Path, what: str) -> Iterator[None]:
 
 
 def shortened(error: BaseException, path: Path) -> str:
-    """The traceback, of which only the lines in the user's file and in those beside it are kept."""
+    """The traceback, of which only the lines in the user's file and in those beside it are kept, without its last line."""
     folder = path.resolve().parent
+    if isinstance(error, SyntaxError):
+        return "".join(traceback.format_exception_only(error))
     kept = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).resolve().is_relative_to(folder) and "site-packages" not in frame.filename
+        if Path(frame.filename).is_file()
+        and Path(frame.filename).resolve().is_relative_to(folder)
+        and "site-packages" not in frame.filename
     ]
-    if isinstance(error, SyntaxError):
-        return "".join(traceback.format_exception_only(error))
-    lines = traceback.format_list(kept)
-    return "".join(["Traceback, in your files only:\n", *lines, *traceback.format_exception_only(error)[-1:]])
+    return "".join(["Traceback, in your files only:\n", *traceback.format_list(kept)])
 
 
 def _named(module: ModuleType, name: str, path: Path) -> Any:
@@ -142,7 +147,7 @@ def _named(module: ModuleType, name: str, path: Path) -> Any:
     if thing is _MISSING:
         names = [n for n in vars(module) if not n.startswith("_")]
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"; the nearest are {', '.join(near)}" if near else ""
+        hint = f"; nearest: {', '.join(near)}" if near else ""
         raise WrongFile(f"{path}: expected it to define {name!r}, got no such name{hint}")
     if callable(thing) and not isinstance(thing, type):
         with _of_the_user(path, f"`{name}()`"):
@@ -169,11 +174,11 @@ def _instead(places: list[Any], key: str) -> str:
             if not str(n).startswith("_")
         ]
     near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
-    return f"no such name; the nearest are {', '.join(near)}" if near else "no such name"
+    return f"no such name; nearest: {', '.join(near)}" if near else "no such name"
 
 
 def _try(problem: Problem, path: Path) -> None:
-    """The loss on its data, once: what it raises is shown in the user's own lines."""
+    """The loss on its data, once, on shapes only: what it raises is shown in the user's own lines."""
     data = problem.args
     if problem.batches is not None:
         data = _example(problem.batches)
@@ -184,7 +189,7 @@ def _try(problem: Problem, path: Path) -> None:
             f"{path}: expected `params` to be a pytree of real floating-point arrays, got {problem.params!r:.60}"
         )
     with _of_the_user(path, "`loss(params, args)`"):
-        problem.loss(problem.params, data)
+        eqx.filter_eval_shape(problem.loss, problem.params, data)
 
 
 def _is_real(leaf: Any) -> bool:

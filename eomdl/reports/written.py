@@ -1,6 +1,7 @@
 """The report on a learning rate: every question asked of one run, on one page."""
 
 import dataclasses
+import functools
 import html
 import sys
 import time
@@ -66,7 +67,7 @@ class Report:
         """The numbers of every finding, as they were computed."""
         return {name: finding.data for name, finding in self.findings.items()}
 
-    @property
+    @functools.cached_property
     def html(self) -> str:
         """The page."""
         said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.summary)

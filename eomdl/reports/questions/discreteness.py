@@ -128,12 +128,10 @@ def _looked_at(loss: Loss, params: Params, data: Args, eta: Any) -> dict[str, An
 
     def rough(length: Any) -> jax.Array:
         ahead = jax.grad(loss)(_tree.sub(params, _tree.scale(length, gradient)), data)
-        expected = _tree.scale(-length, product)
-        left = _tree.norm(_tree.sub(_tree.sub(ahead, gradient), expected))
+        change = _tree.sub(ahead, gradient)
+        left = _tree.norm(_tree.add(change, _tree.scale(length, product)))
         rounding = ROUNDING * jnp.finfo(left.dtype).eps * _tree.norm(gradient)
-        return jnp.where(
-            left > rounding, left / jnp.maximum(_tree.norm(expected), jnp.finfo(left.dtype).tiny), 0.0
-        )
+        return jnp.where(left > rounding, left / jnp.maximum(_tree.norm(change), rounding), 0.0)
 
     parts = zip(top_level_blocks(product).items(), top_level_blocks(gradient).values(), strict=True)
     return {
