@@ -121,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(error.details)
         sys.stderr.write(f"{parser.prog}: error: {error}\n")
         return USAGE
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"{parser.prog}: error: {error}: the pictures come with pip install 'eomdl[plot]'\n")
+        return USAGE
     except (ValueError, OSError) as error:
         said = " ".join(str(error).split())
         sys.stderr.write(f"{parser.prog}: error: {said}\n")

@@ -235,6 +235,12 @@ def test_the_help_says_what_a_file_defines(capsys):
     assert max(map(len, text.splitlines())) <= 125
 
 
+def test_without_matplotlib_it_says_what_to_install(write, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(write(BARE)) == 2
+    assert capsys.readouterr().err.endswith("the pictures come with pip install 'eomdl[plot]'\n")
+
+
 def test_ctrl_c_leaves_nothing_behind(write, capsys, monkeypatch, tmp_path):
     def interrupted(*args, **options):
         raise KeyboardInterrupt

@@ -8,7 +8,7 @@ import numpy as np
 from eomdl.plotting._lines import legend, panel, positive
 
 
-_RUN = "#c62828"  # seen on light contours, and in the legend on a dark page
+_DARK = "#1a1a1a"  # not the black that becomes the colour of the page's text
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]  # {name: (steps, values)}
 
 
@@ -68,10 +68,12 @@ def with_legend_below(figure: Any) -> Any:
 
 
 def on_contours(figure: Any) -> Any:
-    """A picture of paths on contours for a page: contours stay light on a dark page, where black would be lost."""
+    """A picture of paths on contours for a page: contours stay light on a dark page, and a dark line has a white edge."""
+    from matplotlib.patheffects import withStroke
+
     for line in figure.axes[0].get_lines():
         if line.get_color() == "k":
-            line.set_color(_RUN)
+            line.set(color=_DARK, path_effects=[withStroke(linewidth=4, foreground="white")])
     figure.set_size_inches(6.2, 5)
     return with_legend_below(figure)
 

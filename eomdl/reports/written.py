@@ -138,10 +138,12 @@ def report(
     **Cost:** in gradients for each step, plain gradient descent: 1 for the run, about 25 for its flows (quick: 12), and
     43 for each of 60 (quick: 16) looks at the sharpness.
 
-    **Raises:** `ValueError` for a wrong argument, and for an optimizer that has another learning rate.
+    **Raises:** `ValueError` for a wrong argument, and for an optimizer that has another learning rate; `ModuleNotFoundError`
+    without matplotlib, which comes with `eomdl[plot]`.
 
     Source: Miyagawa 2022 (arXiv 2210.15898); Cohen et al. 2021 (arXiv 2103.00065) for the edge of stability.
     """
+    inked()  # without matplotlib there is no page: said before the work, not after it
     quick, progress = _check.flag("quick", quick), _check.flag("progress", progress)
     study = make_study(
         loss, params, learning_rate, num_steps, optimizer, args, batches, QUICK if quick else FULL

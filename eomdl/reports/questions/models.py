@@ -59,7 +59,7 @@ def ask(study: Study) -> Finding:
     said += "gradients a step."
     short = f"Of the differential equations tried, {the} describes the run best, to {percent(best.share)} of the way come"
     if best.share > POOR:
-        said = f"None does. The nearest is {the}, up to {percent(best.share)} of the way come from the run."
+        said = f"None does to the end. The nearest is {the}, up to {percent(best.share)} of the way come from the run."
         short = f"No differential equation that was tried describes the run: the nearest, {the}, only to {percent(best.share)}"
     flow = next((row for row in whole if row.name == "gradient flow"), best)
     if flow is not best and best.share > 0:

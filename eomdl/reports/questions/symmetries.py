@@ -56,7 +56,7 @@ def ask(study: Study) -> Finding:
         )
         summary = f"The loss has {count}; finite steps let the charge that drifts most change by {percent(drifts[top].share)}."
     law, pictures, notes = _law(study, found[top], kept)
-    columns = ("symmetry", "charge at the start", "change over the run", "change / scale")
+    columns = ("symmetry", "size of the charge at the start", "change over the run", "change / scale")
     rows = tuple((label, *drifts[label]) for label in order[:SHOWN])
     cut = f"the {SHOWN} that drift most, of {len(order)}" if len(order) > SHOWN else ""
     return Finding(
