@@ -43,6 +43,7 @@ class Effort:
     - `rows`: points of a path that are saved and drawn; `looks`: those of which the sharpness is measured.
     - `grid`: points along each side of the plane of the loss.
     - `numbers`: of parameters that may be saved step by step, for the charges.
+    - `ode_steps`: for each step of the run; a flow that needs more of them is given up.
     - `ode_error`: whether every flow is integrated a second time, to know the solver's own error.
     """
 
@@ -51,11 +52,11 @@ class Effort:
     grid: int
     numbers: int
     ode_error: bool
+    ode_steps: int
 
 
-FULL = Effort(rows=120, looks=60, grid=31, numbers=20_000_000, ode_error=True)
-QUICK = Effort(rows=60, looks=16, grid=13, numbers=5_000_000, ode_error=False)
-ODE_STEPS = 4  # for each step of the run; a flow that needs more is given up
+FULL = Effort(rows=120, looks=60, grid=31, numbers=20_000_000, ode_error=True, ode_steps=4)
+QUICK = Effort(rows=60, looks=16, grid=13, numbers=5_000_000, ode_error=False, ode_steps=2)
 WARM = 50  # steps after which the averages of Adam and its kind are filled, so that a flow can begin
 
 
@@ -208,24 +209,26 @@ class Study:
         """The flows that may describe the run."""
         loss, eta, rule = self.loss, self.learning_rate, self.rule
         if rule is not None and rule.momentum == 0:
-            step = optimizer_step(loss, self.optimizer)
-            # Past 1 only every second step follows a smooth path: the bouncing has a period of two.
-            every_second = {
-                "interpolating flow of every second step": Model(InterpolatingFlow(step, eta, 3, stride=2), 6)
-            }
-            return {
+            flows = {
                 "gradient flow": Model(GradientFlow(loss, eta), 1),
                 "equation of motion with 1 term": Model(EquationOfMotion(loss, eta, 1), 2.7, series=True),
-                "equation of motion with 2 terms": Model(EquationOfMotion(loss, eta, 2), 5, series=True),
-                **(every_second if self.batches is None and self.edge >= 1 else {}),
             }
+            if self.edge < 1:
+                second = Model(EquationOfMotion(loss, eta, 2), 5, series=True)
+                return flows | {"equation of motion with 2 terms": second}
+            if self.batches is not None:
+                return flows
+            # The series has no limit there, and the run bounces with a period of two: every second step is smooth.
+            step = optimizer_step(loss, self.optimizer)
+            every_second = Model(InterpolatingFlow(step, eta, 3, stride=2), 6)
+            return flows | {"interpolating flow of every second step": every_second}
         step = optimizer_step(loss, self.optimizer)
         first = 0 if rule is not None else min(WARM, self.reached // 4)
         interpolating = {
             f"interpolating flow of {points} points": Model(
                 InterpolatingFlow(step, self.time_step, points), points, first
             )
-            for points in (2, 4)
+            for points in ((2, 4) if rule is None else (4,))
         }
         if rule is None:
             return interpolating
@@ -263,7 +266,7 @@ class Study:
                 self.reached,
                 estimate_error=self.effort.ode_error,
                 diagnose=not model.series,  # its diagnosis is the sharpness, which is measured along the run
-                max_steps=ODE_STEPS * min(self.reached, 1024) + 100,
+                max_steps=self.effort.ode_steps * min(self.reached, 1024) + 100,
                 **options,
             )
             return _finished(run)

@@ -7,7 +7,7 @@ import numpy as np
 from eomdl._end import RESULTS
 from eomdl.plotting._study import distances_picture, lines_picture
 from eomdl.reports.finding import Finding, Table, Unanswered, number, percent
-from eomdl.reports.study import ODE_STEPS, Study
+from eomdl.reports.study import Study
 from eomdl.runs.trajectory import Trajectory
 
 
@@ -48,7 +48,7 @@ def ask(study: Study) -> Finding:
     """Every model of the run: its distance and its cost."""
     rows = [_row(study, name) for name in study.models]
     runs = {name: run for name, run in study.flows.items() if isinstance(run, Trajectory)}
-    notes = [f"{name}: {note}" for name, run in runs.items() for note in _notes(run)]
+    notes = [f"{name}: {note}" for name, run in runs.items() for note in _notes(run, study.effort.ode_steps)]
     whole = [row for row in rows if row.remark == "" and np.isfinite(row.share)]
     if not whole:
         reasons = [f"{row.name}: {row.remark}." for row in rows]
@@ -67,8 +67,8 @@ def ask(study: Study) -> Finding:
         short += f"; gradient flow to {percent(flow.share)}"
     if study.is_plain and study.edge >= 1:
         notes.append(
-            f"η λ reaches {number(study.edge)}. From 1 on the series in the learning rate has no limit, and more terms of the equation of "
-            "motion may make it worse."
+            f"η λ reaches {number(study.edge)}. From 1 on the series in the learning rate has no limit, so a second term of the equation "
+            "of motion is not tried."
         )
     first = max(model.first for model in study.models.values())
     if first:
@@ -89,10 +89,10 @@ def ask(study: Study) -> Finding:
     )
 
 
-def _notes(run: Trajectory) -> tuple[str, ...]:
+def _notes(run: Trajectory, most: int) -> tuple[str, ...]:
     """A flow's own notes; where it was given up, in other words than those to a programmer."""
     if bool(run.result == RESULTS.max_steps_reached):
-        given_up = f"given up at step {run.steps[-1]}, where it takes more than {ODE_STEPS} steps of the ODE solver for each of the run."
+        given_up = f"given up at step {run.steps[-1]}, where it takes more than {most} steps of the ODE solver for each of the run."
         return (given_up, *run.warnings)
     return run.notes
 
