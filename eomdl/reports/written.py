@@ -135,8 +135,8 @@ def report(
 
     **Returns:** `eomdl.reports.Report`. A run that becomes non-finite is reported up to there.
 
-    **Cost:** in gradients for each step, plain gradient descent: 1 for the run, about 25 for its flows (quick: 12), and
-    43 for each of 60 (quick: 16) looks at the sharpness.
+    **Cost** in gradients, plain gradient descent at $\eta\lambda$ about 0.5: for each step 1 for the run and 30 for its flows (quick: 17),
+    less on a smooth path; 43 for each of up to 60 (quick: 16) looks at the sharpness. On a small problem compiling takes most of the time.
 
     **Raises:** `ValueError` for a wrong argument, and for an optimizer that has another learning rate; `ModuleNotFoundError`
     without matplotlib, which comes with `eomdl[plot]`.
