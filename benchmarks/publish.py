@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import figures
 from benchmarks.tables import TABLES, cell
-from paper_repro.pictures import inked, svg
+from eomdl.plotting._inline import inked, svg
 from paper_repro.publish import ROOT, replaced
 
 

@@ -2,12 +2,13 @@
 
 from importlib.metadata import version as _version
 
-from eomdl import errors, flows, geometry, losses, maps, observe, plotting, runs, series, symmetry
+from eomdl import errors, flows, geometry, losses, maps, observe, plotting, reports, runs, series, symmetry
 from eomdl.errors import Comparison, compare
 from eomdl.flows import AbstractFlow, EquationOfMotion, GradientFlow, InterpolatingFlow, citation
 from eomdl.losses import WeightDecay
 from eomdl.maps import Ensemble, StepMap, optimizer_step
 from eomdl.observe import on_batch, sharpness
+from eomdl.reports import report
 from eomdl.runs import RESULTS, Checkpoints, Trajectory, descend, iterate, solve
 from eomdl.series import counterterms
 
@@ -41,6 +42,8 @@ __all__ = [
     "on_batch",
     "optimizer_step",
     "plotting",
+    "report",
+    "reports",
     "runs",
     "series",
     "sharpness",

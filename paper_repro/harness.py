@@ -26,9 +26,9 @@ from typing import Any
 import jax
 import pandas as pd
 
+from eomdl.plotting._inline import inked, svg
 from paper_repro import data, papers
 from paper_repro.claims import Claim
-from paper_repro.pictures import inked, svg
 
 
 Tables = dict[str, pd.DataFrame]

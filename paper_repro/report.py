@@ -2,18 +2,16 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
+from eomdl.reports.page import document, table
 from paper_repro.claims import Claim
 from paper_repro.harness import Result
 
 
 ROWS = 60  # of a table that are shown
 VERDICTS = {True: ("yes", "holds"), False: ("no", "DOES NOT HOLD"), None: ("na", "not asserted")}
-_FOLDER = Path(__file__).parent
 
 
 def page(results: Sequence[Result], environment: Mapping[str, str]) -> str:
@@ -26,14 +24,7 @@ def page(results: Sequence[Result], environment: Mapping[str, str]) -> str:
         _contents(results),
         *(_section(result) for result in results),
     ]
-    style, script = ((_FOLDER / name).read_text() for name in ("report.css", "report.js"))
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        "<meta name='color-scheme' content='light dark'><link rel='icon' href='data:,'>"
-        f"<title>eomdl: reproductions</title><style>{style}</style></head>"
-        f"<body><main>{''.join(body)}</main><script>{script}</script></body></html>\n"
-    )
+    return document("eomdl: reproductions", "".join(body))
 
 
 def _summary(results: Sequence[Result]) -> str:
@@ -81,22 +72,9 @@ def _claim(claim: Claim) -> str:
     return f"<li><span class='badge {kind}'>{word}</span> {text}</li>"
 
 
-def _table(name: str, table: pd.DataFrame) -> str:
-    cut = f", the first {ROWS} here, all in {name}.csv" if len(table) > ROWS else ""
-    shown = table.head(ROWS)
-    heads = "".join(f"<th scope='col'><button>{html.escape(str(c))}</button></th>" for c in shown)
-    rows = "".join(
-        "<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in shown.to_numpy(object)
-    )
-    count = f"{len(table)} row{'s' * (len(table) != 1)}"
-    return (
-        f"<details{' open' if len(table) <= 12 else ''}><summary>{html.escape(name)} <span class='small'>{count}"
-        f"{cut}</span></summary><div class='scroll' tabindex='0' role='region' aria-label='table {html.escape(name)}'>"
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></details>"
-    )
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"<td data-value='{value!r}'>{'' if pd.isna(value) else f'{value:.6g}'}</td>"
-    return f"<td>{html.escape(str(value))}</td>"
+def _table(name: str, frame: pd.DataFrame) -> str:
+    cut = f", the first {ROWS} here, all in {name}.csv" if len(frame) > ROWS else ""
+    shown = frame.head(ROWS)
+    count = f"{len(frame)} row{'s' * (len(frame) != 1)}{cut}"
+    columns = [str(column) for column in shown]
+    return table(name, columns, shown.to_numpy(object), count, opened=len(frame) <= 12)

@@ -109,6 +109,20 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "counterterms": (eomdl.counterterms, dict(loss=valley_loss, params=VALLEY, order=1, args=None)),
     "on_batch": (eomdl.on_batch, dict(function=valley_loss)),
     "optimizer_step": (eomdl.optimizer_step, dict(loss=valley_loss, optimizer=SGD, extra_args=None)),
+    "report": (
+        eomdl.report,
+        dict(
+            loss=valley_loss,
+            params=VALLEY,
+            learning_rate=0.05,
+            num_steps=12,
+            optimizer=optax.sgd,
+            args=None,
+            batches=None,
+            quick=True,
+            progress=False,
+        ),
+    ),
     "sharpness": (eomdl.sharpness, dict(loss=valley_loss, num_matvecs=4)),
     "EquationOfMotion": (eomdl.EquationOfMotion, dict(loss=valley_loss, learning_rate=0.05, order=1)),
     "GradientFlow": (eomdl.GradientFlow, dict(loss=valley_loss, learning_rate=0.05)),
@@ -207,7 +221,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "errors.predict_error": (
         eomdl.errors.predict_error,
-        dict(flow=FLOW, params=VALLEY, num_steps=4, leading=None, check=False),
+        dict(flow=FLOW, params=VALLEY, num_steps=4, leading=None, check=False, diagnose=True),
     ),
     "errors.observed_order": (
         eomdl.errors.observed_order,

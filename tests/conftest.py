@@ -3,9 +3,11 @@
 import ctypes
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -49,3 +51,18 @@ def _give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, without a page."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with eomdl[dev]")
+    executable = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if executable is None:
+        pytest.skip("needs Chromium, as of `apt install chromium`")
+    with playwright.sync_playwright() as tool:
+        opened = tool.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield opened
+        opened.close()

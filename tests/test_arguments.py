@@ -136,7 +136,18 @@ def test_every_public_function_is_here():
                 assert known <= set(options), f"arguments of {name} left out: {known - set(options)}"
 
 
-SPACES = ("errors", "flows", "geometry", "losses", "maps", "observe", "plotting", "runs", "symmetry")
+SPACES = (
+    "errors",
+    "flows",
+    "geometry",
+    "losses",
+    "maps",
+    "observe",
+    "plotting",
+    "reports",
+    "runs",
+    "symmetry",
+)
 
 
 def is_result(thing: Any) -> bool:

@@ -31,6 +31,8 @@ FLOORS = (
     ("errors",),
     ("geometry", "symmetry"),
     ("plotting",),
+    ("reports",),
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

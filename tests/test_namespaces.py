@@ -19,6 +19,7 @@ NAMESPACES = [
     "maps",
     "observe",
     "plotting",
+    "reports",
     "runs",
     "series",
     "symmetry",
@@ -53,7 +54,7 @@ def test_no_function_has_the_name_of_a_module():
 
 
 TOP = """descend iterate solve compare Trajectory Comparison RESULTS AbstractFlow StepMap optimizer_step GradientFlow
-EquationOfMotion InterpolatingFlow citation counterterms sharpness on_batch WeightDecay Checkpoints Ensemble __version__"""
+EquationOfMotion InterpolatingFlow citation counterterms report sharpness on_batch WeightDecay Checkpoints Ensemble __version__"""
 
 
 def test_the_top_level_is_the_verbs_the_nouns_and_the_namespaces():

@@ -5,20 +5,17 @@
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from browsing import WIDTHS, looked_at
 
+from eomdl.plotting._inline import inked, svg
 from paper_repro import harness, report
 from paper_repro.claims import Claim
-from paper_repro.pictures import errors, inked, panel, svg
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WIDTHS = {"phone": 390, "laptop": 1280}
+from paper_repro.pictures import errors, panel
 
 
 @pytest.fixture(scope="module")
@@ -70,39 +67,10 @@ def test_page_tells_the_verdicts(made):
     assert "open &lt;b&gt;" in text
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with eomdl[dev]")
-    if BROWSER is None:
-        pytest.skip("needs Chromium, as of `apt install chromium`")
-    with playwright.sync_playwright() as tool:
-        opened = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("device", WIDTHS)
 def test_in_a_browser(path, browser, device, scheme):
-    page = browser.new_page(viewport={"width": WIDTHS[device], "height": 900}, color_scheme=scheme)
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith(("file:", "data:")) else said.append(request.url),
-    )
-    page.goto(path.as_uri())
-    assert said == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[device]
-    pictures = page.locator("figure svg")
-    assert pictures.count() > 0
-    for picture in pictures.all():
-        assert len(picture.get_attribute("aria-label")) > 5
-        # Words of a panel are at least 7 pixels high; wide ones scroll inside their frame.
-        box, view = picture.bounding_box(), picture.get_attribute("viewBox").split()
-        assert box["width"] / float(view[2]) > 0.7
-    page.close()
+    looked_at(browser, path, device, scheme)
 
 
 def test_tables_are_sorted_by_a_click(made, browser):

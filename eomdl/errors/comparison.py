@@ -316,6 +316,12 @@ def row_norms(tree: Any) -> Float[np.ndarray, " n"]:
 
 
 def top_level_blocks(params: Params) -> dict[str, Params]:
-    """The children of the pytree's root, by name."""
-    children, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is not params)
-    return {jax.tree_util.keystr(path, simple=True): child for path, child in children}
+    """The parts of the pytree by name: the children of its root, or of the first node below that has several."""
+    found = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is not params)[0]
+    while len(found) == 1:
+        ((path, only),) = found
+        below = jax.tree_util.tree_flatten_with_path(only, is_leaf=lambda x, top=only: x is not top)[0]
+        if not below or below[0][0] == ():  # a leaf
+            break
+        found = [((*path, *more), child) for more, child in below]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): child for path, child in found}

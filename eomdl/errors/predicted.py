@@ -104,6 +104,7 @@ def predict_error(
     *,
     leading: bool | None = None,
     check: bool = True,
+    diagnose: bool = True,
     **options: Unpack[RunOptions],
 ) -> PredictedError:
     r"""The error of a flow against its optimizer, $e_k = \theta^{flow}_k - \theta_k$, without a run of the optimizer.
@@ -127,6 +128,7 @@ def predict_error(
     - `leading`: which form; by default leading for gradient flow and the equation of motion, else linearized.
     - `check`: also predict by the flow with one term (or point) more, an independent route, and say where the two
         differ by more than half.
+    - `diagnose`: as in `eomdl.solve`.
 
     **Returns:** `eomdl.errors.PredictedError`.
 
@@ -140,7 +142,7 @@ def predict_error(
     Source: Miyagawa 2022 (arXiv 2210.15898), discretization error.
     """
     _check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow")
-    check = _check.flag("check", check)
+    check, diagnose = _check.flag("check", check), _check.flag("diagnose", diagnose)
     knows = type(flow) in _KNOWN  # and not a class of the user's made from one, which may be another flow
     leading = knows if leading is None else _check.flag("leading", leading)
     if leading and not knows:
@@ -156,7 +158,15 @@ def predict_error(
         raise ValueError(f"save_params: expected True, got {options['save_params']!r}")
     carried = _leading(flow) if leading else _linearized(flow)
     observed = {"error": carried.observed}
-    path = solve(carried, params, num_steps, observe_state=observed, estimate_error=False, **options)
+    path = solve(
+        carried,
+        params,
+        num_steps,
+        observe_state=observed,
+        estimate_error=False,
+        diagnose=diagnose,
+        **options,
+    )
     other = _with_one_more(flow) if check else None
     better = None
     if other is not None:

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -80,9 +81,9 @@ class ScaledError(AbstractErrorFlow):
         return WithError(velocity, _tree.add(along(state.error), self.left_out(state.params, args)))
 
     def source(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
-        r"""$|\xi_n|$, to be recorded."""
+        r"""$\xi_n$ in one vector, to be recorded."""
         del t
-        return _tree.norm(self.left_out(state.params, args))
+        return ravel_pytree(self.left_out(state.params, args))[0]
 
     def speed(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
         """The norm of the gradient, to be recorded."""
@@ -157,41 +158,45 @@ def largest_learning_rate(
 
 
 def _answer(path: Any, tolerance: float, order: int, relative: bool) -> LargestRate:
-    vectors = recorded_vectors(path, "error")
-    error, source = row_norms(vectors), np.asarray(path.observables["source"], float)
-    travelled = row_norms(jax.tree.map(lambda x: x - x[:1], path.params))
-    speed = np.asarray(path.observables["speed"], float)
-    allowed = RESERVE * tolerance * (travelled if relative else np.ones(len(error)))
-    rates = _rates(allowed, error, order)
-    if relative:  # at the start both vanish, and their ratio is that of the velocities
-        rates[:1] = _rates(RESERVE * tolerance * speed[:1], source[:1], order)
+    vectors, sources = recorded_vectors(path, "error"), recorded_vectors(path, "source")
+    error, source = row_norms(vectors), row_norms(sources)
+    speed, way = np.asarray(path.observables["speed"], float), np.ones(len(error))
+    if relative:  # at the start error and way vanish, and their ratio is that of the velocities
+        way = row_norms(jax.tree.map(lambda x: x - x[:1], path.params))
+        way[0] = speed[0]
+        vectors = jax.tree.map(lambda e, xi: np.concatenate([xi[:1], e[1:]]), vectors, sources)
+    allowed = RESERVE * tolerance * way
+    rates = rates_within(allowed, row_norms(vectors), order)
     at = int(np.argmin(rates))
     blocks = {name: row_norms(block) for name, block in top_level_blocks(vectors).items()}
     one_step = tolerance * (speed if relative else np.ones(len(source)))
-    local = _rates(one_step, source, order if relative else order + 1)
+    local = rates_within(one_step, source, order if relative else order + 1)
     value = float(rates[at])
     edge = value * float(np.max(path.observables["sharpness"]))
     return LargestRate(
         value=value,
         limited_at=float(path.times[at]),
         limited_by=max(blocks, key=lambda name: blocks[name][at]),
-        block_value={name: float(_rates(allowed, block, order).min()) for name, block in blocks.items()},
+        block_value={
+            name: float(rates_within(allowed, block, order).min()) for name, block in blocks.items()
+        },
         times=np.asarray(path.times),
         error=error,
         local=local,
         eta_lambda_max=edge,
-        notes=_notes(value, edge),
+        notes=notes_on(value, edge),
     )
 
 
-def _rates(allowed: np.ndarray, error: np.ndarray, order: int) -> np.ndarray:
+def rates_within(allowed: np.ndarray, error: np.ndarray, order: int) -> np.ndarray:
     """The rates at which the error reaches what is allowed; infinite where there is none."""
     ratio = np.full(len(error), np.inf)
     np.divide(allowed, error, out=ratio, where=error > 0)
     return ratio ** (1 / (order + 1))
 
 
-def _notes(value: float, edge: float) -> tuple[str, ...]:
+def notes_on(value: float, edge: float) -> tuple[str, ...]:
+    """Where a rate is not to be trusted, by its largest `eta*lambda_max`."""
     if not np.isfinite(value):
         return ("No rate is too large: the terms that the flow leaves out are zero on this path.",)
     if edge >= 1:

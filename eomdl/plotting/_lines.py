@@ -1,8 +1,32 @@
 """What the pictures share."""
 
+from typing import Any
+
 import numpy as np
 
 
-def positive(values: np.ndarray) -> np.ndarray:
+def positive(values: Any) -> np.ndarray:
     """The values with NaN where a log axis has no place for them."""
-    return np.where(values > 0, values, np.nan)
+    array = np.asarray(values, float)
+    return np.where(array > 0, array, np.nan)
+
+
+def panel(xlabel: str, ylabel: str, title: str = "", *, width: float = 5.0, **scales: Any) -> tuple[Any, Any]:
+    """An empty panel with a grid, figure and axes; `xscale`, `yscale`, `ylim`, ... as for `Axes.set`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, **scales)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def legend(figure: Any) -> Any:
+    """The legend of a panel, below it."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 1 if max(map(len, labels)) > 30 else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * np.ceil(len(labels) / columns))
+    return figure

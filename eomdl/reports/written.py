@@ -1,0 +1,237 @@
+"""The report on a learning rate: every question asked of one run, on one page."""
+
+import dataclasses
+import functools
+import html
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from tqdm import tqdm
+
+from eomdl import _check, _tree
+from eomdl._types import Args, Loss, Params
+from eomdl.plotting._inline import inked, svg
+from eomdl.reports import page
+from eomdl.reports.finding import Finding, Table, Unanswered, number, shown
+from eomdl.reports.questions import discreteness, distance, edge, models, rates, shape, symmetries
+from eomdl.reports.study import FULL, QUICK, Optimizer, Study, make_study
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question in words, and what answers it. `name`: of its section and of its finding."""
+
+    name: str
+    title: str
+    ask: Callable[[Study], Finding]
+
+
+QUESTIONS = tuple(
+    Question(name, module.TITLE, module.ask)
+    for name, module in {
+        "edge": edge,
+        "distance": distance,
+        "rates": rates,
+        "discreteness": discreteness,
+        "models": models,
+        "symmetries": symmetries,
+        "path": shape,
+    }.items()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the learning rate does to a run: a finding for every question.
+
+    - `findings`: `{name: eomdl.reports.Finding}`, in the order of the page: "edge", "distance", "rates", "discreteness",
+        "models", "symmetries", "path".
+    - `summary`: a few sentences that answer.
+    - `setting`: `{what: value}`, what the report is about.
+    - `html`: the page, one self-contained file; `save` writes it. `text()`: the same without pictures.
+    - `data`: `{name: {what: number or array}}`, the numbers of every finding.
+    """
+
+    findings: Mapping[str, Finding]
+    summary: tuple[str, ...]
+    setting: Mapping[str, str]
+
+    @property
+    def data(self) -> dict[str, Mapping[str, Any]]:
+        """The numbers of every finding, as they were computed."""
+        return {name: finding.data for name, finding in self.findings.items()}
+
+    @functools.cached_property
+    def html(self) -> str:
+        """The page."""
+        said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.summary)
+        setting = "".join(_row(what, value) for what, value in self.setting.items())
+        links = "".join(
+            f"<li><a href='#{q.name}'>{html.escape(q.title)}</a></li>"
+            for q in QUESTIONS
+            if q.name in self.findings
+        )
+        body = [
+            "<header><h1>What the learning rate does</h1>",
+            f"<ul class='lead'>{said}</ul><dl>{setting}</dl></header>",
+            f"<nav aria-label='Contents'><h2>Questions</h2><ol>{links}</ol></nav>",
+            *(_section(q, self.findings[q.name]) for q in QUESTIONS if q.name in self.findings),
+        ]
+        return page.document("eomdl: what the learning rate does", "".join(body))
+
+    def text(self) -> str:
+        """The report without pictures."""
+        parts = ["What the learning rate does", *(f"- {sentence}" for sentence in self.summary), ""]
+        for question in QUESTIONS:
+            if question.name in self.findings:
+                parts += [question.title, self.findings[question.name].text()]
+        return "\n".join(parts)
+
+    def save(self, path: str | Path) -> None:
+        """Write the page. **Raises:** `ValueError` if `path` is none."""
+        _check.path("path", path).write_text(self.html, encoding="utf-8")
+
+
+def report(
+    loss: Loss,
+    params: Params,
+    learning_rate: float,
+    num_steps: int,
+    *,
+    optimizer: Optimizer = optax.sgd,
+    args: Args = None,
+    batches: Any = None,
+    quick: bool = False,
+    progress: bool = False,
+) -> Report:
+    r"""What a learning rate does to a training run, in plain words with the numbers beside them.
+
+    ```python
+    report = eomdl.report(loss, params, 0.1, 500, args=data)
+    print(report.text())
+    report.save("report.html")
+    ```
+
+    It trains, integrates the flows that may describe the run, and answers: is $\eta \lambda$ at the optimizer's edge of
+    stability, and since when; how far is gradient flow, predicted and measured; up to which rate is it a fair picture; what
+    do finite steps add ($\eta |\xi_0| / |g|$); which flow describes the run, at what cost; which symmetries the loss
+    has and how their charges drift; what the path looks like. What cannot be answered says why, and the rest goes on.
+
+    **Arguments:**
+
+    - `loss`, `params`, `num_steps`, `args`, `batches`: as in `eomdl.descend`. Of more batches than steps the first ones are taken.
+        With `batches`, `args` is the whole data, for the questions that need it.
+    - `learning_rate`: $\eta$, a finite number > 0.
+    - `optimizer`: a function `learning_rate -> optax.GradientTransformation`, such as `optax.sgd` or `optax.adam`; or a
+        transformation, whose own learning rate must be the one given.
+    - `quick`: look at fewer points, and do not measure the ODE solver's own error.
+    - `progress`: one line for each question, on stderr.
+
+    **Returns:** `eomdl.reports.Report`. A run that becomes non-finite is reported up to there.
+
+    **Cost** in gradients, plain gradient descent at $\eta\lambda$ about 0.5: for each step 1 for the run and 30 for its flows (quick: 17),
+    less on a smooth path; 43 for each of up to 60 (quick: 16) looks at the sharpness. On a small problem compiling takes most of the time.
+
+    **Raises:** `ValueError` for a wrong argument, and for an optimizer that has another learning rate; `ModuleNotFoundError`
+    without matplotlib, which comes with `eomdl[plot]`.
+
+    Source: Miyagawa 2022 (arXiv 2210.15898); Cohen et al. 2021 (arXiv 2103.00065) for the edge of stability.
+    """
+    inked()  # without matplotlib there is no page: said before the work, not after it
+    quick, progress = _check.flag("quick", quick), _check.flag("progress", progress)
+    study = make_study(
+        loss, params, learning_rate, num_steps, optimizer, args, batches, QUICK if quick else FULL
+    )
+    rule = study.rule
+    start = time.perf_counter()
+    findings = {}
+    bar = tqdm(
+        QUESTIONS,
+        file=sys.stderr,
+        disable=None if progress else True,
+        leave=False,
+        bar_format="{n_fmt}/{total_fmt} {desc}",
+    )
+    for question in bar:
+        bar.set_description_str(f"{question.title} ({time.perf_counter() - start:.0f} s)")
+        findings[question.name] = _asked(question, study)
+        if progress:
+            said = findings[question.name].answer
+            bar.write(f"{question.title} {said}", file=sys.stderr)
+    setting = {
+        "optimizer": "not gradient descent (its updates are rescaled, or change with time)"
+        if rule is None
+        else rule.name,
+        "learning rate": number(study.learning_rate),
+        "steps": f"{study.num_steps}",
+        "parameters": f"{study.size:,}",
+        "data of a step": "all" if batches is None else "a minibatch",
+        "precision": str(_tree.dtype(study.params)),
+        "size of this report": "quick" if quick else "full",
+        "made in": f"{time.perf_counter() - start:.0f} s, {jax.devices()[0].platform}",
+    }
+    return Report(findings, _summary(findings), setting)
+
+
+def _summary(findings: Mapping[str, Finding]) -> tuple[str, ...]:
+    """A sentence for each question that has one, and which have no answer."""
+    open_ones = [q.title for q in QUESTIONS if not findings[q.name].answered]
+    said = [finding.summary for finding in findings.values() if finding.summary]
+    if open_ones:
+        said.append(f"Not answered, with the reason in its section: {' '.join(open_ones)}")
+    return tuple(said)
+
+
+def _asked(question: Question, study: Study) -> Finding:
+    """The finding; what kept it from being made is said in its place, and what was warned of is noted."""
+    with warnings.catch_warnings(record=True) as caught, inked():
+        warnings.simplefilter("always")
+        try:
+            finding = question.ask(study)
+        except Unanswered as reason:
+            finding = Finding(answer=f"Not answered. {reason}", answered=False)
+        except Exception as error:  # one question's failure is not the others'
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            finding = Finding(answer=f"Not answered. {said}", answered=False)
+    ours = [str(w.message) for w in caught if w.category is UserWarning and "eomdl" in w.filename]
+    known = {*finding.notes}
+    new = [text for text in dict.fromkeys(ours) if not any(note.endswith(text) for note in known)]
+    return dataclasses.replace(finding, notes=(*finding.notes, *new))
+
+
+def _section(question: Question, finding: Finding) -> str:
+    """A question with its answer, numbers, pictures and tables."""
+    with inked():
+        drawn = {name: svg(figure, f"{question.name}-{name}") for name, figure in finding.pictures.items()}
+    pictures = "".join(f"<figure>{picture}</figure>" for picture in drawn.values())
+    numbers = "".join(_row(what, value) for what, value in finding.numbers.items())
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in finding.notes)
+    tables = "".join(_table(name, table) for name, table in finding.tables.items())
+    kind = "answer" if finding.answered else "answer na"
+    return (
+        f"<section id='{question.name}'><h2>{html.escape(question.title)}</h2>"
+        f"<p class='{kind}'>{html.escape(finding.answer)}</p>"
+        + (f"<dl>{numbers}</dl>" if numbers else "")
+        + (f"<div class='pictures'>{pictures}</div>" if pictures else "")
+        + tables
+        + (f"<p class='small'>{html.escape(finding.meaning)}</p>" if finding.meaning else "")
+        + (f"<h3>To mind</h3><ul class='small'>{notes}</ul>" if notes else "")
+        + "</section>"
+    )
+
+
+def _row(what: str, value: str) -> str:
+    return f"<div><dt>{html.escape(what)}</dt><dd>{html.escape(value)}</dd></div>"
+
+
+def _table(name: str, table: Table) -> str:
+    rows = [
+        [page.Cell(shown(cell, i in table.shares), cell) for i, cell in enumerate(row)] for row in table.rows
+    ]
+    return page.table(name, table.columns, rows, table.said, opened=len(rows) <= 12)
