@@ -54,6 +54,16 @@ def _spread(x: Any) -> NamedSharding | None:
     return sharding if all(kind == AxisType.Auto for kind in sharding.mesh.axis_types) else None
 
 
+def spread_explicitly(tree: Any) -> list[str]:
+    """The paths of the leaves that are spread over an Explicit mesh."""
+    return [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types
+        and any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
+    ]
+
+
 def laid_out(tree: Any, shardings: tuple[NamedSharding | None, ...]) -> Any:
     """A tree in a compiled program held to a layout, which the compiler else chooses as it likes."""
     if not shardings:

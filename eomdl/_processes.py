@@ -24,19 +24,26 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+class NotTogether(ValueError):
+    """The processes of a run differ, or one of them failed or did not come."""
+
+
 def agree(what: str, *said: Any) -> None:
     """Raise on every process where not all say the same, or one does not come: nobody is left waiting.
 
-    **Raises:** `ValueError` with what this process and the first that differs said; `RuntimeError` after `PATIENCE` seconds.
+    **Raises:** `NotTogether` with the first thing that differs, or after `PATIENCE` seconds.
     """
-    if several():
-        every = _exchanged(what, f"{what}: {', '.join(map(str, said))}")
-        mine = every[jax.process_index()]
-        for number, other in enumerate(every):
-            if other != mine:
-                raise ValueError(
-                    f"{what}: expected the same on all processes, got {mine!r:.1000} here, process "
-                    f"{jax.process_index()}, and {other!r:.1000} on process {number}"
+    if not several():
+        return
+    every = [text.split("\n") for text in _exchanged(what, "\n".join([what, *map(str, said)]))]
+    mine = every[jax.process_index()]
+    for number, other in enumerate(every):
+        for here, there in itertools.zip_longest(mine, other, fillvalue="nothing"):
+            if here != there:
+                hint = "; make one array of the parts with jax.make_array_from_process_local_data" * ("#" in here)
+                raise NotTogether(
+                    f"{what}: expected the same on all processes, got {here!r} on this one, {jax.process_index()}, and "
+                    f"{there!r} on process {number}{hint}"
                 )
 
 
@@ -44,19 +51,19 @@ def agree(what: str, *said: Any) -> None:
 def together(what: str) -> Iterator[None]:
     """What is raised on one process stops them all.
 
-    **Raises:** `RuntimeError` where another process failed, or did not come within `PATIENCE` seconds.
+    **Raises:** `NotTogether` where another process failed, or did not come within `PATIENCE` seconds.
     """
     try:
         yield
     except Exception as error:
         if several():
-            with contextlib.suppress(RuntimeError):  # its own error is the one to show
+            with contextlib.suppress(NotTogether):  # its own error is the one to show
                 _exchanged(what, f"{type(error).__name__}: {error}")
         raise
     if several():
         for number, failure in enumerate(_exchanged(what, "")):
             if failure:
-                raise RuntimeError(f"{what}: process {number} failed with {failure:.1000}")
+                raise NotTogether(f"{what}: process {number} failed with {failure:.1000}")
 
 
 def _exchanged(what: str, text: str) -> list[str]:
@@ -75,16 +82,15 @@ def _exchanged(what: str, text: str) -> list[str]:
         numbers = range(jax.process_count())
         return [client.blocking_key_value_get(f"{place}/{n}", int(1000 * PATIENCE)) for n in numbers]
     except jax.errors.JaxRuntimeError as error:
-        raise RuntimeError(
+        raise NotTogether(
             f"{what}: expected all {jax.process_count()} processes within {PATIENCE:g} s, got {error}"
         ) from error
 
 
-def describe(tree: Any) -> list[str]:
-    """What the processes must have in common of a tree: shapes, dtypes, places; the numbers, of what each has itself."""
-    return [
-        f"{jax.tree_util.keystr(path)} {_said(leaf)}" for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+def describe(name: str, tree: Any) -> list[str]:
+    """What the processes must have in common of a tree: shapes, dtypes, places; of what each has itself, the numbers."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree) if several() else []
+    return [f"{name}{jax.tree_util.keystr(path)}: {_said(leaf)}" for path, leaf in leaves]
 
 
 def _said(leaf: Any) -> str:
@@ -100,7 +106,7 @@ def _said(leaf: Any) -> str:
 
 def explain(error: BaseException) -> None:
     """Say of an error in a run of several processes what it most often means."""
-    if several():
+    if several() and not isinstance(error, NotTogether):
         with contextlib.suppress(AttributeError, TypeError):
             error.add_note(
                 "a run of several processes goes on only together: one may have ended or lost its connection. Start all of "

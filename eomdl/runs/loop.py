@@ -62,7 +62,9 @@ class Loop:
         with _processes.together("batches"):
             window, available = self.data.window(stretch.start, stretch.count, self.plan.num_steps)
         if not self.data.in_arrays:
-            _processes.agree("batches", f"from step {stretch.start}", available, *_processes.describe(window.batches))
+            count = f"{available} from step {stretch.start}"
+            count += f", then {self.data.pending!r}" if self.data.pending else ""
+            _processes.agree("batches", count, *_processes.describe("", window.batches))
         dynamics = dynamics.prepared(begin.state, span_of(self.plan, stretch), window)
         return Leg(
             plan=self.plan,

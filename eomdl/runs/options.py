@@ -189,8 +189,14 @@ def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, strid
     data = open_data(given["args"], given["batches"], num_steps, start, stride)
     steps = saved_steps("save_steps", num_steps, given["save_steps"])
     if not _tree.is_traced(params, data.args, data.example):
-        said = f"{num_steps} steps from step {start}", f"saved {zlib.crc32(steps.tobytes()):08x} {given['save_params']}"
-        _processes.agree(verb, *said, *_processes.describe({"params": params, "args": data.args, "data": data.example}))
+        _processes.agree(
+            verb,
+            f"{num_steps} steps from step {start}",
+            f"save_steps #{zlib.crc32(steps.tobytes()):08x}, save_params {given['save_params']}",
+            *_processes.describe("params", params),
+            *_processes.describe("args", data.args),
+            *_processes.describe("the first of batches", None if data.in_arrays else data.example),
+        )
     last = start - 1 if before is None else max(before.steps, default=-1)
     checkpoints = given["checkpoints"]
     _check.kind("checkpoints", checkpoints, Checkpoints | None, "an eomdl.Checkpoints")
