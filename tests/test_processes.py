@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,12 +19,8 @@ import eomdl
 TIMEOUT = 240  # seconds, on a machine with much else to do
 
 
-def environment(devices=1):
-    return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "NPROC": "16",
-    }
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "larger-than-one-device.md"
 
 
 def free_port():
@@ -32,18 +29,17 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def started(count, script, *arguments, devices=1):
-    """`count` processes at once: (standard output, standard error, exit status) of each."""
-    port = free_port()
+def started(commands):
+    """Processes at once, each given as (arguments, environment): (standard output, standard error, exit status) of each."""
     processes = [
         subprocess.Popen(
-            [sys.executable, script, *map(str, (port, count, number, *arguments))],
-            env=environment(devices),
+            [sys.executable, *map(str, arguments)],
+            env=ENVIRONMENT | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(count)
+        for arguments, environment in commands
     ]
     try:
         outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
@@ -63,7 +59,8 @@ def folder(tmp_path_factory):
 def two(folder):
     """What the two processes printed: (lines of JSON, standard error, exit status) of each."""
     script = Path(__file__).with_name("process_runs.py")
-    results = started(2, script, folder)
+    port = free_port()
+    results = started([((script, port, 2, number, folder), {}) for number in range(2)])
     lines = [[json.loads(x) for x in out.splitlines() if x.startswith("{")] for out, _, _ in results]
     assert all(lines), [error[-3000:] for _, error, _ in results]
     return [(found, error, code) for found, (_, error, code) in zip(lines, results, strict=True)]
@@ -133,3 +130,20 @@ def test_one_killed_while_it_writes(two, folder):
         eomdl.descend(
             process_runs.loss, wrong, process_runs.ADAM, 9, args=process_runs.DATA, resume=store.latest
         )
+
+
+def test_the_script_of_the_guide(tmp_path):
+    """The same number from two processes as from one, printed by the first; the three run at once."""
+    (code,) = re.findall(r'session="processes"\n(.*?)```', GUIDE.read_text(), re.DOTALL)
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    two = {"COUNT": "2", "ADDRESS": f"localhost:{free_port()}"}
+    runs = started([((script,), {}), *(((script,), {**two, "NUMBER": str(n)}) for n in range(2))])
+    alone, first, second = (
+        [line for line in out.splitlines() if line.startswith("distance")] for out, _, _ in runs
+    )
+    assert [code for _, _, code in runs] == [0, 0, 0], [error[-2000:] for _, error, _ in runs]
+    assert len(alone) == 1
+    assert first == alone
+    assert second == []
+    assert [("100.00%" in error) for _, error, _ in runs] == [True, True, False]
