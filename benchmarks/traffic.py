@@ -5,6 +5,7 @@ them, and nothing is run. With 8 devices (the default) an MLP of 2 million param
 parameters (float32). A collective in the body of a loop counts once.
 """
 
+import itertools
 import math
 import os
 import re
@@ -30,7 +31,19 @@ import eomdl  # noqa: E402
 
 WIDTHS, EXAMPLES = ((512, 1024, 1024, 512), 256) if DEVICES < 64 else ((8192,) * 17, 65_536)
 ADAM = optax.adam(1e-3)
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{_KINDS})(-start)?\((?P<rest>.*)")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
@@ -103,7 +116,7 @@ def layouts() -> dict[str, tuple[Any, Any]]:
     line = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))
     side = math.isqrt(DEVICES)
     square = jax.make_mesh((DEVICES // side, side), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
-    pairs = list(zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+    pairs = list(itertools.pairwise(WIDTHS))
 
     def shapes(mesh: Any, weights: Callable[[int], tuple], data: tuple) -> tuple[Any, Any]:
         def shape(lengths: tuple, spec: tuple) -> jax.ShapeDtypeStruct:
@@ -137,7 +150,10 @@ def programs(params: Any, args: Any) -> dict[str, Any]:
         flow = eomdl.EquationOfMotion(loss, 1e-2, n)
         field = jax.jit(lambda p, a, flow=flow: flow(0.0, p, a), out_shardings=places)
         run = jax.jit(lambda p, a, flow=flow: _solved(flow, p, a), out_shardings=places)
-        found |= {f"field, order {n}": field.lower(params, args), f"solve, order {n}": run.lower(params, args)}
+        found |= {
+            f"field, order {n}": field.lower(params, args),
+            f"solve, order {n}": run.lower(params, args),
+        }
     return {name: program.compile() for name, program in found.items()}
 
 
@@ -147,14 +163,20 @@ def _solved(flow: eomdl.AbstractFlow, params: Any, args: Any) -> Any:
 
 def table() -> pd.DataFrame:
     """One row per layout and program, in copies of the parameters."""
-    copy = sum(4 * a * b for a, b in zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+    copy = sum(4 * a * b for a, b in itertools.pairwise(WIDTHS))
     rows = []
     for layout, (params, args) in layouts().items():
         for name, program in programs(params, args).items():
             found = counted(program)
             sent, memory = found.sent / copy, found.memory / copy
             rows.append(
-                {"layout": layout, "program": name, "sent": sent, "collectives": found.collectives, "memory": memory}
+                {
+                    "layout": layout,
+                    "program": name,
+                    "sent": sent,
+                    "collectives": found.collectives,
+                    "memory": memory,
+                }
             )
     return pd.DataFrame(rows)
 

@@ -54,14 +54,16 @@ def _spread(x: Any) -> NamedSharding | None:
     return sharding if all(kind == AxisType.Auto for kind in sharding.mesh.axis_types) else None
 
 
-def spread_explicitly(tree: Any) -> list[str]:
-    """The paths of the leaves that are spread over an Explicit mesh."""
-    return [
-        jax.tree_util.keystr(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types
-        and any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
-    ]
+def require_auto(name: str, tree: Any) -> None:
+    """Raise `ValueError` for a leaf that is spread over an Explicit mesh: the ODE solver's buffers have no sharding."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        sharding = jax.typeof(leaf).sharding
+        if AxisType.Explicit in sharding.mesh.axis_types and any(axis is not None for axis in sharding.spec):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)}: expected an array on a mesh with AxisType.Auto, got one spread over "
+                f"Explicit axes, {sharding.spec}: jax.make_mesh(..., axis_types=(AxisType.Auto,)) makes an Auto one, which "
+                "needs no `out_sharding=` in the loss"
+            )
 
 
 def laid_out(tree: Any, shardings: tuple[NamedSharding | None, ...]) -> Any:

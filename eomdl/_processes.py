@@ -40,7 +40,9 @@ def agree(what: str, *said: Any) -> None:
     for number, other in enumerate(every):
         for here, there in itertools.zip_longest(mine, other, fillvalue="nothing"):
             if here != there:
-                hint = "; make one array of the parts with jax.make_array_from_process_local_data" * ("#" in here)
+                hint = "; make one array of the parts with jax.make_array_from_process_local_data" * (
+                    "#" in here
+                )
                 raise NotTogether(
                     f"{what}: expected the same on all processes, got {here!r} on this one, {jax.process_index()}, and "
                     f"{there!r} on process {number}{hint}"
@@ -96,10 +98,10 @@ def describe(name: str, tree: Any) -> list[str]:
 def _said(leaf: Any) -> str:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return f"{leaf.dtype}{list(leaf.shape)} {getattr(leaf.sharding, 'spec', leaf.sharding)}"
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        content = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8))
+        content = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data)
         return f"{leaf.dtype}{list(leaf.shape)} #{content:08x}"
     return f"{leaf!r:.80}"
 

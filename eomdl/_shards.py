@@ -61,4 +61,3 @@ def orbax() -> Any:
             "a sharded checkpoint needs orbax-checkpoint: python -m pip install 'eomdl[distributed]'"
         ) from error
     return ocp
-

@@ -74,7 +74,9 @@ def runs(params, args, rest):
                 eomdl.GradientFlow(loss, 0.1), params, 4, **{**options, "batches": batches}
             ),
             "momentum flow": eomdl.solve(eomdl.flows.MomentumFlow(loss, 0.1, 0.5), params, STEPS, **options),
-            "interpolating flow": eomdl.solve(eomdl.InterpolatingFlow(step, 0.1, 2), params, STEPS, **options),
+            "interpolating flow": eomdl.solve(
+                eomdl.InterpolatingFlow(step, 0.1, 2), params, STEPS, **options
+            ),
             "only observables": eomdl.descend(
                 loss, params, ADAM, STEPS, args=args, observe=observe, save_params=False
             ),
@@ -111,7 +113,10 @@ def ensemble(place):
 
 def ensembles():
     """Members split over devices, beside all on one."""
-    one, split = ensemble(jax.devices()[0]), ensemble(places(AxisType.Auto)[1].update(spec=PartitionSpec("d")))
+    one, split = (
+        ensemble(jax.devices()[0]),
+        ensemble(places(AxisType.Auto)[1].update(spec=PartitionSpec("d"))),
+    )
     return {"apart": apart(one, split), "spread": [spread_over(x) for x in jax.tree.leaves(split.end.state)]}
 
 
@@ -128,7 +133,9 @@ def from_another_topology():
             found[f"{here} to {there}"] = {
                 "apart": apart(run.rows(slice(4, None)), resumed),
                 "kept": kept(resumed.end.state, params),
-                "read": float(np.asarray(store.at(4).end.params["first"])[2, 3] - run.params["first"][4, 2, 3]),
+                "read": float(
+                    np.asarray(store.at(4).end.params["first"])[2, 3] - run.params["first"][4, 2, 3]
+                ),
             }
     return found
 
@@ -139,7 +146,9 @@ def bytes_on_a_device():
     flow = eomdl.EquationOfMotion(loss, 0.1, 1)
     for n in (1, 2, 4, 8):
         mesh = jax.make_mesh((n,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
-        columns, rows, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((None, "d"), ("d", None), ()))
+        columns, rows, whole = (
+            NamedSharding(mesh, PartitionSpec(*s)) for s in ((None, "d"), ("d", None), ())
+        )
         params = jax.device_put(
             {"first": jnp.ones((64, 512)), "second": jnp.ones((512, 64))}, {"first": columns, "second": rows}
         )

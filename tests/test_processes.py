@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import process_runs
 import pytest
+from process_runs import ADAM
 
 import eomdl
 
@@ -69,7 +70,7 @@ def two(folder):
 def on_one(**options):
     params = jax.tree.map(jax.numpy.asarray, process_runs.WEIGHTS)
     options = {"args": process_runs.DATA, "observe": {"loss": process_runs.loss}, **options}
-    return eomdl.descend(process_runs.loss, params, process_runs.ADAM, process_runs.STEPS, **options)
+    return eomdl.descend(process_runs.loss, params, ADAM, process_runs.STEPS, **options)
 
 
 def numbers(run):
@@ -125,11 +126,10 @@ def test_one_killed_while_it_writes(two, folder):
     run = on_one(resume=store.latest, checkpoints=store)
     np.testing.assert_allclose(numbers(run), numbers(on_one().rows(slice(2, None))), rtol=0, atol=1e-12)
     assert list(store.steps) == [0, 2, 4, 6]
-    with pytest.raises(ValueError, match=r"resume\.end\.params\['first'\]: expected shape \(6, 15\), got \(6, 16\)"):
-        wrong = {"first": jax.numpy.ones((6, 15)), "second": jax.numpy.ones((15, 8))}
-        eomdl.descend(
-            process_runs.loss, wrong, process_runs.ADAM, 9, args=process_runs.DATA, resume=store.latest
-        )
+    other = {"first": jax.numpy.ones((6, 15)), "second": jax.numpy.ones((15, 8))}
+    shapes = r"resume\.end\.params\['first'\]: expected shape \(6, 15\), got \(6, 16\)"
+    with pytest.raises(ValueError, match=shapes):
+        eomdl.descend(process_runs.loss, other, ADAM, 9, args=process_runs.DATA, resume=store.latest)
 
 
 def test_the_script_of_the_guide(tmp_path):

@@ -102,8 +102,8 @@ class Checkpoints:
     carry a checksum of what it began with. Damaged files behind the start of a run are moved aside
     (`.npz.damaged`).
 
-    **Raises:** `ValueError` for a wrong argument; `ImportError` where `sharded` has no orbax. A run raises it before its first step, and nothing is
-    overwritten, where another run writes to the folder, or the folder holds checkpoints later than its start, of
+    **Raises:** `ValueError` for a wrong argument; `ImportError` for `sharded` without orbax. A run raises `ValueError`
+    before its first step, and nothing is overwritten, where another run writes to the folder, or the folder holds checkpoints later than its start, of
     another run, or of other parameters.
     """
 

@@ -110,13 +110,7 @@ def solve(
     example = setup.data.example
     flow.validate(setup.params, example)
     state = flow.init(setup.starting_params, example)
-    explicit = _devices.spread_explicitly(setup.params)
-    if explicit:
-        raise ValueError(
-            f"params{explicit[0]}: expected an array on a mesh with AxisType.Auto, got one spread over Explicit axes, which "
-            "the ODE solver does not keep in its buffers: jax.make_mesh(..., axis_types=(AxisType.Auto,)), without "
-            "`out_sharding=` in the loss"
-        )
+    _devices.require_auto("params", setup.params)
     _check.wide_enough("params", setup.params)
     _check.wide_enough("the state of flow", state)
     observe_state = _check.state_observables(observe_state, state, example)

@@ -71,7 +71,9 @@ class Leg:
             return self.begin
         span = span_of(self.plan, self.stretch.until(step))
         out = self.dynamics.advance(self.begin.state, span, self.window)
-        return self._end(step, out.state, _devices.on_host(out.counts)) if bool(is_finite(out.state)) else None
+        return (
+            self._end(step, out.state, _devices.on_host(out.counts)) if bool(is_finite(out.state)) else None
+        )
 
     def _end(self, step: int, state: Any, counts: dict[str, Any]) -> End:
         params = self.dynamics.params(state, step, self.window)

@@ -74,9 +74,8 @@ class Loop:
             window=window,
             observe=self.record.observe,
             per_member=self.record.per_member,
-            keep_params=self.record.save_params or (
-                self.checkpoints is not None and self.checkpoints.storage.gathers
-            ),
+            keep_params=self.record.save_params
+            or (self.checkpoints is not None and self.checkpoints.storage.gathers),
             is_whole=available >= stretch.count,
         )
 
