@@ -101,14 +101,8 @@ def loss(params: list[jax.Array], args: tuple[jax.Array, jax.Array]) -> jax.Arra
     """Mean squares of an MLP."""
     x, y = args
     for w in params[:-1]:
-        x = _layer(x, w)
+        x = jnp.tanh(x @ w)
     return jnp.mean((x @ params[-1] - y) ** 2)
-
-
-@jax.checkpoint
-def _layer(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Computed again in the backward pass, as one does in a large model: what was gathered for it is not kept."""
-    return jnp.tanh(x @ w)
 
 
 def layouts() -> dict[str, tuple[Any, Any]]:

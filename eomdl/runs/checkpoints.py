@@ -103,8 +103,8 @@ class Checkpoints:
     (`.npz.damaged`).
 
     **Raises:** `ValueError` for a wrong argument; `ImportError` for `sharded` without orbax. A run raises `ValueError`
-    before its first step, and nothing is overwritten, where another run writes to the folder, or the folder holds checkpoints later than its start, of
-    another run, or of other parameters.
+    before its first step, and nothing is overwritten, where another run writes to the folder, or the folder holds
+    checkpoints later than its start, of another run, or of other parameters.
     """
 
     def __init__(
