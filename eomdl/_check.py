@@ -204,6 +204,8 @@ def _tried(
     except Exception as error:
         said = [f"{n} = {eqx.tree_pformat(x, width=1000):.120}" for n, x in zip(names, inputs, strict=True)]
         hint = "; was the data not passed?" if "args = None" in said else ""
+        if "harding" in f"{type(error).__name__}: {error}":
+            hint += "; on a mesh with AxisType.Explicit name the sharding of every product (`out_sharding=`), or use AxisType.Auto"
         got = f"a function that raised {type(error).__name__}: {error} ({', '.join(said)}{hint})"
         raise _wrong(name, expected, got) from error
 

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eomdl import _devices
+from eomdl._shards import Elsewhere
+
 
 LEAF = "*"
 _PLAIN: dict[type, str] = {dict: "dict", list: "list", tuple: "tuple"}
@@ -148,12 +151,17 @@ def restore(name: str, saved: Any, like: Any, hint: str = "") -> Any:
 
     **Raises:** `ValueError` naming the first place where structure or shape differ, with the hint.
     """
+    require(name, saved, like, hint)
+    leaves = zip(jax.tree.leaves(saved), jax.tree.leaves(like), strict=True)
+    return jax.tree.structure(like).unflatten([_placed(old, new) for old, new in leaves])
+
+
+def require(name: str, saved: Any, like: Any, hint: str = "") -> None:
+    """Raise as `restore` does; nothing is read or moved."""
     hint = f"; {hint}" if hint else ""
     found = difference(describe(saved), describe(like))
     if found:
         raise ValueError(f"{name}: expected the structure of this run's, got {found}{hint}")
-    structure = jax.tree.structure(like)
-    leaves = []
     for (path, new), old in zip(
         jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(saved), strict=True
     ):
@@ -163,8 +171,6 @@ def restore(name: str, saved: Any, like: Any, hint: str = "") -> Any:
         if _is_key(old) != _is_key(new):
             where = jax.tree_util.keystr(path)
             raise ValueError(f"{name}{where}: expected dtype {new.dtype}, got {jnp.result_type(old)}{hint}")
-        leaves.append(_placed(old, new))
-    return structure.unflatten(leaves)
 
 
 def _is_key(x: Any) -> bool:
@@ -175,7 +181,11 @@ def _placed(saved: Any, like: Any) -> jax.Array:
     """An array in the dtype of another, and where that one is if it was put there."""
     if _is_key(like):
         return saved
-    array = jnp.asarray(saved, jnp.result_type(like))
+    dtype = jnp.result_type(like)
     from_disk = not isinstance(saved, jax.Array)
     put = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer) and like.committed
-    return jax.device_put(array, like.sharding) if from_disk and put else array
+    if not (from_disk and put):
+        return jnp.asarray(np.asarray(saved) if isinstance(saved, Elsewhere) else saved, dtype)
+    if isinstance(saved, Elsewhere):
+        return saved.read(like.sharding).astype(dtype)
+    return _devices.put(np.asarray(saved, dtype), like.sharding)

@@ -132,7 +132,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "WeightDecay": (eomdl.WeightDecay, dict(loss=valley_loss, weight_decay=0.1)),
     "Ensemble": (eomdl.Ensemble, dict(step_map=STEP, args_axis=None)),
-    "Checkpoints": (eomdl.Checkpoints, dict(folder="nowhere", schedule=5, events=None, like=None)),
+    "Checkpoints": (
+        eomdl.Checkpoints,
+        dict(folder="nowhere", schedule=5, events=None, like=None, sharded=False),
+    ),
     "flows.AdamFlow": (
         eomdl.flows.AdamFlow,
         dict(loss=valley_loss, learning_rate=0.05, b1=0.9, b2=0.99, eps=1e-8, eps_root=0.0, order=1),

@@ -19,7 +19,18 @@ MODULES = {
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
-GROUND = ("_types", "_tree", "_autodiff", "_check", "_blocks", "_end", "_structure")
+GROUND = (
+    "_types",
+    "_tree",
+    "_autodiff",
+    "_check",
+    "_blocks",
+    "_devices",
+    "_end",
+    "_processes",
+    "_shards",
+    "_structure",
+)
 FLOORS = (
     GROUND,
     ("losses",),

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from eomdl import _check, _tree
+from eomdl import _check, _devices, _tree
 from eomdl._end import RESULTS, Stats
 from eomdl._types import Args, Observable, Params, State
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map
@@ -77,8 +77,8 @@ class Ensemble(StepMap):
         """The state of S members, all alive, that start at the rows of `params`."""
         params = _check.params("params", params)
         size = stacked_size("params", params)
-        if not _tree.is_traced(params) and not np.all(_finite(params)):
-            (bad,) = np.nonzero(~np.asarray(_finite(params)))
+        if not _tree.is_traced(params) and not np.all(finite := _devices.on_host(_finite(params))):
+            (bad,) = np.nonzero(~finite)
             raise ValueError(f"params: expected finite numbers, got others in members {bad.tolist()}")
         real = jnp.result_type(float)
         return EnsembleState(
@@ -194,7 +194,8 @@ def members(trajectory: Any) -> list[Any]:
     **Raises:** `ValueError` if the trajectory is not a run of an ensemble.
     """
     state = ensemble_state(trajectory)
-    alive, reached = np.asarray(state.alive) > 0.5, np.asarray(state.reached)
+    alive, reached = (np.asarray(column) for column in _devices.on_host((state.alive > 0.5, state.reached)))
+    final_params = _devices.on_host(trajectory.final_params)
 
     def member(s: int) -> Any:
         rows = trajectory.rows(np.asarray(trajectory.steps) <= reached[s] + 0.5)
@@ -202,7 +203,7 @@ def members(trajectory: Any) -> list[Any]:
             trajectory.end,
             step=round(float(reached[s])),
             state=jax.tree.map(lambda x: x[s], state.members),
-            params=jax.tree.map(lambda x: np.asarray(x)[s], trajectory.final_params),
+            params=jax.tree.map(lambda x: np.asarray(x)[s], final_params),
             stats=Stats(),
         )
         return dataclasses.replace(

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from eomdl import _check, _structure
+from eomdl import _check, _devices, _processes, _structure
 from eomdl._end import End
 from eomdl._types import Args, Observable, Params
 from eomdl.runs.files import DamagedFile
 from eomdl.runs.plan import saved_steps
+from eomdl.runs.storage import OneFile, Sharded
 from eomdl.runs.trajectory import Trajectory, concatenated, summary
 
 
@@ -89,6 +90,10 @@ class Checkpoints:
         `eomdl.runs.logarithmic_steps(num_steps)`.
     - `events`: `{name: eomdl.runs.Crossing}`, looked for at the recorded steps.
     - `like`: parameters of the structure to read, where it is not of dicts, lists and tuples.
+    - `sharded`: what is spread over devices goes into a folder beside the checkpoint's file, each process writing its
+        part (orbax, `eomdl[distributed]`): no memory has the whole state. It is read when a run goes on from it, onto the
+        devices that the run's parameters are on, whatever their number; `numpy.asarray` reads a leaf of `end` whole. Else
+        the first process gathers the whole state in host memory, into one file.
 
     **Cost:** of a checkpoint, writing the state; of an event, at most one more stretch of the run (up to 256 saved
     steps), which is repeated to have the state there.
@@ -98,9 +103,9 @@ class Checkpoints:
     (`.npz.damaged`). Data on the host (`eomdl.losses.OnHost`) are read once for their checksum, and a run that goes on
     with others is refused.
 
-    **Raises:** `ValueError` for a wrong argument. A run raises it before its first step, and nothing is
-    overwritten, where another run writes to the folder, or the folder holds checkpoints later than its start, of
-    another run, or of other parameters.
+    **Raises:** `ValueError` for a wrong argument; `ImportError` for `sharded` without orbax. A run raises `ValueError`
+    before its first step, and nothing is overwritten, where another run writes to the folder, or the folder holds
+    checkpoints later than its start, of another run, or of other parameters.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class Checkpoints:
         *,
         events: Mapping[str, Crossing] | None = None,
         like: Params | None = None,
+        sharded: bool = False,
     ):
         self.folder = _check.path("folder", folder)
         if np.ndim(schedule) == 0:
@@ -124,6 +130,7 @@ class Checkpoints:
             raise ValueError(f"events: expected a dict {{name: eomdl.runs.Crossing}}, got {events!r}")
         self._schedule, self._events, self._like = schedule, dict(events or {}), like
         self._before: dict[str, float] = {}  # the last value of each event's observable
+        self.storage = Sharded() if _check.flag("sharded", sharded) else OneFile()
 
     @property
     def steps(self) -> np.ndarray:
@@ -189,15 +196,23 @@ class Checkpoints:
         steps = self.steps
         if len(steps) == 0:
             raise ValueError(f"folder: expected checkpoints, got none in {self.folder}")
-        first = self.at(steps[0])
-        functions = _check.observables(observe, first.at(steps[0]), lambda f: args)
+        functions = _check.observables(observe, self._params(self.at(steps[0])), lambda f: args)
         rows = []
         for step in tqdm(steps, desc="checkpoints", disable=not progress):
             row = self.at(step)
-            values = jax.device_get(_observed(functions, row.at(step), args))
+            values = _devices.on_host(_observed(functions, self._params(row), args))
             observables = {name: np.asarray(value)[None] for name, value in values.items()}
             rows.append(dataclasses.replace(row, params=None, observables=observables, ode_error=None))
         return concatenated(rows)
+
+    def _params(self, checkpoint: Trajectory) -> Params:
+        """The parameters of a checkpoint, where those of `like` are."""
+        if checkpoint.params is not None:
+            return checkpoint.at(int(checkpoint.end.step))
+        saved = checkpoint.end.params
+        if self._like is None:
+            return jax.tree.map(np.asarray, saved)
+        return _structure.restore("like", saved, self._like)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:010d}.npz"
@@ -210,15 +225,17 @@ class Checkpoints:
         # Imported here: it brings asyncio along.
         from filelock import FileLock, Timeout
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"checkpoints: expected a folder that no other run is writing to, got {self.folder}, which is locked; "
-                "give each run a folder of its own"
-            ) from None
+        with _processes.together("checkpoints"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                if _processes.is_first():
+                    lock.acquire()
+            except Timeout:
+                raise ValueError(
+                    f"checkpoints: expected a folder that no other run is writing to, got {self.folder}, which is "
+                    "locked; give each run a folder of its own"
+                ) from None
         try:
             yield
         finally:
@@ -246,7 +263,20 @@ class Checkpoints:
                     f"events[{name!r}]: expected a scalar observable, got {event.observable!r} of shape "
                     f"{shapes[event.observable]}"
                 )
-        self._set_damaged_aside(int(start.step))
+        with _processes.together("checkpoints"):
+            if _processes.is_first():
+                self._set_damaged_aside(int(start.step))
+                self._refuse_others(start)
+        # All processes see the same files: none writes before all have come here.
+        with _processes.together("checkpoints"):
+            self._there = set(self.steps.tolist())
+        self._before = {}
+        steps = saved_steps("schedule", num_steps, self._schedule)
+        self._fixed = steps[(steps >= start.step) & ~np.isin(steps, list(self._there))]
+        return self._fixed
+
+    def _refuse_others(self, start: End) -> None:
+        """Raise where the folder holds what a run from `start` would overwrite, or is not of that run."""
         old = self.steps
         if len(old) and old[-1] > start.step:
             raise ValueError(
@@ -260,7 +290,7 @@ class Checkpoints:
                 "nothing was overwritten"
             )
             last = self.at(int(old[-1])).end
-            _structure.restore("checkpoints", last.state, start.state, hint)
+            _structure.require("checkpoints", last.state, start.state, hint)
             if int(last.stats.run) != int(start.stats.run):
                 raise ValueError(
                     f"checkpoints: expected a folder of this run, got {self.folder} with checkpoints of another run (it "
@@ -272,10 +302,6 @@ class Checkpoints:
                     f"(fingerprint {last.stats.data!r}), got others ({start.stats.data!r}); nothing was overwritten: give a "
                     "branch a folder of its own"
                 )
-        self._before = {}
-        steps = saved_steps("schedule", num_steps, self._schedule)
-        self._fixed = steps[(steps >= start.step) & ~np.isin(steps, old)]
-        return self._fixed
 
     def due(
         self, steps: np.ndarray, observables: Mapping[str, np.ndarray], good: np.ndarray
@@ -292,9 +318,10 @@ class Checkpoints:
 
     def write(self, checkpoint: Trajectory, events: list[str]) -> None:
         """Write one row, unless it is there."""
-        path = self._path(int(checkpoint.end.step))
-        if not path.exists():
-            checkpoint.save(path, events)
+        step = int(checkpoint.end.step)
+        if step not in self._there:
+            self.storage.write(self._path(step), checkpoint, events)
+            self._there.add(step)
 
 
 def _filled(values: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from eomdl import _check, _structure, _tree
+from eomdl import _check, _devices, _structure, _tree
 from eomdl._end import Diagnostic, End, Stats
 from eomdl._types import STATIC, Params, State, StateObservable, record_type
 from eomdl.flows.base import AbstractFlow
@@ -110,6 +110,7 @@ def solve(
     example = setup.data.example
     flow.validate(setup.params, example)
     state = flow.init(setup.starting_params, example)
+    _devices.require_auto("params", setup.params)
     _check.wide_enough("params", setup.params)
     _check.wide_enough("the state of flow", state)
     observe_state = _check.state_observables(observe_state, state, example)
@@ -125,6 +126,7 @@ def solve(
             max_steps,
             _check.positive_scalar("dt0", dt0),
             flat=not traced and all(len(x.devices()) == 1 for x in jax.tree.leaves(state)),
+            layout=_devices.layout(state),
         ),
         controller=stepsize_controller,
         rtol=None if rtol is None else _check.positive_scalar("rtol", rtol),

@@ -66,7 +66,7 @@ class AbstractData(abc.ABC):
     args: Args
     example: Args  # what the loss sees first
     source: ClassVar[str] = "the first of `batches`, for one step"
-    _error: BaseException | None = None
+    pending: BaseException | None = None  # what a source of batches has raised
 
     @abc.abstractmethod
     def window(self, start: int, count: int, length: int) -> tuple[Window, int]:
@@ -82,8 +82,8 @@ class AbstractData(abc.ABC):
 
     def raise_pending(self) -> None:
         """Raise what a source of batches has raised, now that the batches before it are used."""
-        if self._error is not None:
-            raise self._error
+        if self.pending is not None:
+            raise self.pending
 
     @property
     @abc.abstractmethod
@@ -157,7 +157,7 @@ class Streamed(AbstractData):
             for batch in itertools.islice(self._iterator, count):
                 taken.append(batch)
         except BaseException as error:
-            self._error = error
+            self.pending = error
             if not taken:
                 raise
         # Padding is never stepped on; at the very end of the batches it is all there is.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from eomdl import _check, _structure
+from eomdl import _check, _devices, _structure
 from eomdl._end import RESULTS
 from eomdl._types import STATIC, Args, Loss, Params, State, record_type
 from eomdl.maps.optimizer import ExtraArgs, gradient_update
@@ -137,7 +137,8 @@ class _Discrete(AbstractDynamics):
         return identity(self.step_map)
 
     def advance(self, state: State, span: Span, window: Window) -> Advanced:
-        state, rows, steps = _iterate(self.step_map, self.gradients, state, span, window)
+        layout = _devices.layout(state)
+        state, rows, steps = _iterate(self.step_map, self.gradients, layout, state, span, window)
         counts = {"gradient_evaluations": steps}
         return Advanced(state, rows, {}, None, RESULTS.successful, counts)
 
@@ -156,12 +157,13 @@ def _run(step_map: StepMap, setup: Setup, step_size: ArrayLike | None, gradients
 
 @eqx.filter_jit
 def _iterate(
-    step_map: StepMap, gradients: int, state: State, span: Span, window: Window
+    step_map: StepMap, gradients: int, layout: Any, state: State, span: Span, window: Window
 ) -> tuple[State, Params, jax.Array]:
     """The state at the end, the parameters of every row, the number of gradients."""
 
     def step(k: jax.Array, state: State) -> State:
-        return step_map(state, window.at(k), k.astype(jnp.result_type(float)))
+        new = step_map(state, window.at(k), k.astype(jnp.result_type(float)))
+        return _devices.laid_out(new, layout)
 
     state, rows = scan_rows(step, state, lambda k, state: step_map.params(state), span)
     return state, rows, gradients * jnp.sum(span.gaps)

@@ -123,8 +123,8 @@ def scan_rows(
 
     gaps = jnp.asarray(span.gaps)
     k = jnp.asarray(span.start, gaps.dtype)
-    shapes = jax.eval_shape(read, k, state)
-    rows = jax.tree.map(lambda x: jnp.zeros((len(gaps), *x.shape), x.dtype), shapes)
+    # By `vmap`, so that rows are spread over devices as what is read is.
+    rows = jax.vmap(lambda _: jax.tree.map(jnp.zeros_like, read(k, state)))(gaps)
     count = jnp.sum(gaps > 0)
     k, state, rows = jax.lax.fori_loop(0, count, row, (k, state, rows))
     return state, kept(rows, count, read(k, state))

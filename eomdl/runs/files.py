@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eomdl import _structure
+from eomdl import _devices, _processes, _structure
+from eomdl._shards import Elsewhere
 
 
 class DamagedFile(ValueError):
@@ -22,9 +23,17 @@ class DamagedFile(ValueError):
 def write_npz(path: str | Path, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
     """Written aside and moved into place. A full or read-only disk leaves nothing behind.
 
+    All processes must call it; the first one writes.
+
     **Raises:** `OSError` naming the file.
     """
-    path = Path(path)
+    with _processes.together(f"writing {path}"):
+        arrays = {name: _at_hand(value) for name, value in arrays.items()}
+        if _processes.is_first():
+            _write(Path(path), arrays, meta)
+
+
+def _write(path: Path, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
     aside = path.with_name(path.name + ".part")
     members: dict[str, Any] = {}
     listed: dict[str, Any] = {}
@@ -58,7 +67,7 @@ def read_npz(path: str | Path, format: str) -> tuple[dict[str, Any], dict[str, A
             array = file[member]
             if _checksum(array.tobytes()) != checksum:
                 raise ValueError(f"checksum of {name!r}")
-            arrays[name] = _restored(array, kind)
+            arrays[name] = _restored(array, kind, Path(path))
         return arrays, meta
 
 
@@ -109,8 +118,17 @@ def _checksum(data: bytes) -> str:
     return _digest(data).hex()
 
 
+def _at_hand(leaf: Any) -> Any:
+    """A leaf that no other process is needed for."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return _devices.on_host(leaf)
+    return leaf
+
+
 def _plain(leaf: Any) -> tuple[np.ndarray, str]:
     """A leaf as an array of NumPy's own dtypes, and what it was, where that is another."""
+    if isinstance(leaf, Elsewhere):
+        return np.asarray(leaf.shape, int), f"elsewhere {leaf.folder.name} {leaf.name} {leaf.dtype}"
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return np.asarray(jax.random.key_data(leaf)), f"key {jax.random.key_impl(leaf)}"
     array = np.asarray(leaf)
@@ -119,7 +137,10 @@ def _plain(leaf: Any) -> tuple[np.ndarray, str]:
     return array, ""
 
 
-def _restored(array: np.ndarray, kind: str) -> Any:
+def _restored(array: np.ndarray, kind: str, path: Path) -> Any:
+    if kind.startswith("elsewhere "):
+        _, folder, name, dtype = kind.split()
+        return Elsewhere(path.with_name(folder), name, tuple(array.tolist()), jnp.dtype(dtype))
     if kind.startswith("key "):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=kind.removeprefix("key "))
     return array.view(jnp.dtype(kind)) if kind else array

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eomdl import _devices
+
 
 _DEPTH = 12  # of closures within closures
 
@@ -27,7 +29,7 @@ def _say(x: Any, depth: int) -> str:
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if eqx.is_array_like(x):
-        array = np.asarray(x)
+        array = np.asarray(_devices.on_host(x))
         return str(array.tolist()) if array.size <= 8 else f"{array.shape}#{_digest(array.tobytes())}"
     if isinstance(x, types.FunctionType):
         return _function(x, depth)

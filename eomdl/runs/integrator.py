@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from eomdl import _tree
+from eomdl import _devices, _tree
 from eomdl._end import RESULTS, result_where
 from eomdl._types import Args, Params, State, StateObservable
 from eomdl.flows.base import AbstractFlow
@@ -29,6 +29,7 @@ class Integrator(eqx.Module):
         steps, those of a run with twice the number are longer. None to leave all that to the controller.
     - `flat`: as one vector, which compiles twice as fast where a state has hundreds of leaves, but gathers
         what is sharded.
+    - `layout`: of the state, as `_devices.layout` gives it.
     """
 
     solver: diffrax.AbstractSolver
@@ -37,13 +38,14 @@ class Integrator(eqx.Module):
     dt0: jax.Array
     widen: jax.Array | None = None
     flat: bool = eqx.field(static=True, default=False)
+    layout: tuple = ()
 
 
 class _Problem(eqx.Module):
     """The ODE of a flow as the solver sees it.
 
     On the clock of steps from `base` on, in units in which the solver weighs its state, all of it in the widest of
-    its dtypes; `unravel` takes the state out of one vector, each leaf in its own dtype.
+    its dtypes; `unravel` takes the state out of one vector, each leaf in its own dtype (None where it is not flat).
     """
 
     flow: AbstractFlow
@@ -51,23 +53,24 @@ class _Problem(eqx.Module):
     controller: diffrax.AbstractStepSizeController
     units: State
     base: jax.Array
-    unravel: Callable[[jax.Array], State] = eqx.field(static=True)
+    unravel: Callable[[jax.Array], State] | None = eqx.field(static=True)
     dtypes: State = eqx.field(static=True)
 
     def field(self, s: Any, y: State, args: Args) -> State:
         h = self.flow.step_size
         velocity = self.flow((self.base + s) * h, self.from_solver(y), args)
+        velocity = _devices.laid_out(velocity, self.integrator.layout)
         return _tree.scale(h, self.to_solver(velocity))
 
     def to_solver(self, x: State) -> State:
         y = x if self.units is None else jax.tree.map(jnp.multiply, self.units, x)
-        if self.integrator.flat:
+        if self.unravel is not None:
             return ravel_pytree(y)[0]
         widest = jnp.result_type(*jax.tree.leaves(y))
         return jax.tree.map(lambda leaf: leaf.astype(widest), y)
 
     def from_solver(self, y: State) -> State:
-        if self.integrator.flat:
+        if self.unravel is not None:
             x = self.unravel(y)
         else:
             x = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), y, self.dtypes)
@@ -135,7 +138,8 @@ def integrate(
     """
     base = span.start - span.start % flow.stride
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, state)
-    problem = _Problem(flow, integrator, controller, units, base, ravel_pytree(state)[1], dtypes)
+    unravel = ravel_pytree(state)[1] if integrator.flat else None
+    problem = _Problem(flow, integrator, controller, units, base, unravel, dtypes)
     if window.batches is None and not flow.refreshes:
         return _at_once(problem, observe_state, state, span, window)
     return _stride_by_stride(problem, observe_state, state, span, window)

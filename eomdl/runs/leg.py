@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
+from eomdl import _devices
 from eomdl._end import RESULTS, End, is_finite, succeeded
 from eomdl._types import Observable
 from eomdl.runs.data import Window
@@ -48,11 +48,12 @@ class Leg:
         wanted = np.arange(self.plan.num_rows) < len(rows)
         observed, finite, ok = recorded(self.observe, out.params, steps, wanted, self.window, out.state)
         # Rows go to the host, the state stays where it is.
-        columns = (out.params if self.keep_params else None, observed, out.observables, out.ode_error)
-        columns, finite, ok, counts = jax.device_get((columns, finite, ok, out.counts))
-        params, observed, of_state, error = jax.tree.map(lambda column: column[: len(rows)], columns)
+        columns = (out.params if self.keep_params else None, observed, out.observables, out.ode_error, finite)
+        columns = _devices.rows_on_host(columns, len(rows))
+        params, observed, of_state, error, finite = columns
+        ok, counts = _devices.on_host((ok, out.counts))
         reached = rows <= self.stretch.end
-        good = np.cumprod(finite[: len(rows)] & reached).astype(bool)
+        good = np.cumprod(finite & reached).astype(bool)
         end, result = self.begin, RESULTS.nonfinite if succeeded(out.result) else out.result
         if succeeded(out.result) and ok and np.all(good | ~reached):
             end = self._diagnosed(self._end(self.stretch.end, out.state, counts))
@@ -70,7 +71,9 @@ class Leg:
             return self.begin
         span = span_of(self.plan, self.stretch.until(step))
         out = self.dynamics.advance(self.begin.state, span, self.window)
-        return self._end(step, out.state, jax.device_get(out.counts)) if bool(is_finite(out.state)) else None
+        return (
+            self._end(step, out.state, _devices.on_host(out.counts)) if bool(is_finite(out.state)) else None
+        )
 
     def _end(self, step: int, state: Any, counts: dict[str, Any]) -> End:
         params = self.dynamics.params(state, step, self.window)

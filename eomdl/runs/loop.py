@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eomdl import _processes
 from eomdl._end import RESULTS, End, result_where, succeeded
 from eomdl.runs.checkpoints import Checkpoints
 from eomdl.runs.data import AbstractData
@@ -58,7 +59,12 @@ class Loop:
     def _leg(self, i: int, dynamics: AbstractDynamics, begin: End) -> Leg:
         """The i-th stretch with its data, as far as there are any."""
         stretch = self.plan.stretches[i]
-        window, available = self.data.window(stretch.start, stretch.count, self.plan.num_steps)
+        with _processes.together("batches"):
+            window, available = self.data.window(stretch.start, stretch.count, self.plan.num_steps)
+        if not self.data.in_arrays:
+            count = f"{available} from step {stretch.start}"
+            count += f", then {self.data.pending!r}" if self.data.pending else ""
+            _processes.agree("batches", count, *_processes.describe("", window.batches))
         dynamics = dynamics.prepared(begin.state, span_of(self.plan, stretch), window)
         return Leg(
             plan=self.plan,
@@ -68,7 +74,8 @@ class Loop:
             window=window,
             observe=self.record.observe,
             per_member=self.record.per_member,
-            keep_params=self.record.save_params or self.checkpoints is not None,
+            keep_params=self.record.save_params
+            or (self.checkpoints is not None and self.checkpoints.storage.gathers),
             is_whole=available >= stretch.count,
         )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -9,7 +10,7 @@ import diffrax
 import jax
 import numpy as np
 
-from eomdl import _check, _structure, _tree
+from eomdl import _check, _devices, _processes, _structure, _tree
 from eomdl._end import End, real_part
 from eomdl._types import Args, Observable, Params, State
 from eomdl.runs.checkpoints import Checkpoints
@@ -111,6 +112,7 @@ class Setup:
             if isinstance(error, KeyboardInterrupt) and pieces:
                 return interrupted(self._joined(pieces))
             carry(error, self._joined(pieces) if pieces else self._nothing_yet(dynamics, begin))
+            _processes.explain(error)
             raise
 
     def _nothing_yet(self, dynamics: AbstractDynamics, begin: End) -> Trajectory:
@@ -187,6 +189,15 @@ def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, strid
     start = 0 if begin is None else begin.step
     data = open_data(given["args"], given["batches"], num_steps, start, stride)
     steps = saved_steps("save_steps", num_steps, given["save_steps"])
+    if not _tree.is_traced(params, data.args, data.example):
+        _processes.agree(
+            verb,
+            f"{num_steps} steps from step {start}",
+            f"save_steps #{zlib.crc32(steps.tobytes()):08x}, save_params {given['save_params']}",
+            *_processes.describe("params", params),
+            *_processes.describe("args", data.args),
+            *_processes.describe("the first of batches", None if data.in_arrays else data.example),
+        )
     last = start - 1 if before is None else max(before.steps, default=-1)
     checkpoints = given["checkpoints"]
     _check.kind("checkpoints", checkpoints, Checkpoints | None, "an eomdl.Checkpoints")
@@ -225,15 +236,17 @@ def _resumed(resume: Any, num_steps: int) -> tuple[End | None, Trajectory | None
 
 def _origin(dynamics: AbstractDynamics, begin: End) -> int:
     """A run in a number, made of where it began and how it goes on."""
-    arrays = [np.asarray(real).tobytes() for real in jax.tree.leaves(real_part(begin.state))]
+    leaves = jax.tree.leaves(real_part(begin.state))
+    arrays = (np.asarray(_devices.on_host(leaf)).tobytes() for leaf in leaves)
     return checksum(dynamics.identity.encode(), str(begin.step).encode(), *arrays)
 
 
 def _meter(progress: bool | diffrax.AbstractProgressMeter) -> diffrax.AbstractProgressMeter:
     if isinstance(progress, diffrax.AbstractProgressMeter):
-        return progress
+        return progress if _processes.is_first() else diffrax.NoProgressMeter()
     if not isinstance(progress, bool | np.bool_):
         raise ValueError(
             f"progress: expected True, False or a diffrax.AbstractProgressMeter, got {progress!r:.80}"
         )
-    return diffrax.TqdmProgressMeter(refresh_steps=1) if progress else diffrax.NoProgressMeter()
+    shown = progress and _processes.is_first()
+    return diffrax.TqdmProgressMeter(refresh_steps=1) if shown else diffrax.NoProgressMeter()

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from eomdl import _processes
 from eomdl._end import RESULTS, End
 from eomdl.runs.data import AbstractData
 from eomdl.runs.record import Record, column_shapes
@@ -33,7 +34,8 @@ def interrupted(trajectory: Trajectory) -> Trajectory:
 def nothing_yet(begin: End, step_size: float, record: Record, data: AbstractData) -> Trajectory:
     """A run before its first stretch: the row of its start, or no row where its observables raise."""
     observables: dict[str, np.ndarray] = {}
-    rows = int(begin.step in record.steps)
+    # Of several processes none can count on the others now.
+    rows = 0 if _processes.several() else int(begin.step in record.steps)
     try:
         # Not compiled: nobody wants to wait for that now.
         for name, f in record.observe.items():
@@ -43,7 +45,8 @@ def nothing_yet(begin: End, step_size: float, record: Record, data: AbstractData
         shapes = column_shapes(record.observe, begin.params, data.seen_by)
         observables = {name: np.zeros((0, *shape)) for name, shape in shapes.items()}
     steps = np.full(rows, begin.step)
-    params = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], rows, axis=0), begin.params)
+    row = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype) if rows == 0 else np.asarray(x), begin.params)
+    params = jax.tree.map(lambda x: np.repeat(x[None], rows, axis=0), row)
     times = steps * np.asarray(step_size)
     kept = params if record.save_params else None
     return Trajectory(steps, times, kept, observables, None, RESULTS.interrupted, begin, record.per_member)

@@ -1,0 +1,63 @@
+"""Arrays that are spread over devices, on disk: each process writes its part, each reads what it is to hold."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_spread(x: Any) -> bool:
+    """Whether no device has the whole array."""
+    is_plain = isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return is_plain and not x.is_fully_replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """An array in a folder of its own, not read yet.
+
+    A leaf of a pytree; `numpy.asarray` reads it whole, `read` onto the devices of a sharding.
+    """
+
+    folder: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def read(self, sharding: Any) -> jax.Array:
+        """The array on these devices, each reading its part; all their processes must call it."""
+        return self._restored(orbax().ArrayRestoreArgs(sharding=sharding, dtype=self.dtype))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy
+        return np.asarray(self._restored(orbax().RestoreArgs(restore_type=np.ndarray)), dtype)
+
+    def _restored(self, how: Any) -> Any:
+        ocp = orbax()
+        wanted = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        arguments = ocp.args.PyTreeRestore({self.name: wanted}, {self.name: how}, partial_restore=True)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(self.folder.absolute(), arguments)[self.name]
+
+
+def write(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
+    """Write arrays into a folder, which is there when it is whole. All their processes must call it."""
+    ocp = orbax()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(dict(arrays)), force=True)
+
+
+def orbax() -> Any:
+    """The library, or an error that names the extra."""
+    # Imported here: an extra, and long to import.
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError(
+            "a sharded checkpoint needs orbax-checkpoint: python -m pip install 'eomdl[distributed]'"
+        ) from error
+    return ocp
