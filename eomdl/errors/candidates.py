@@ -35,10 +35,10 @@ MAX_POINTS = {jnp.dtype("float64"): 14, jnp.dtype("float32"): 6}  # rounding of 
 LOOK = 32  # steps of which the differences are taken: the fastest ones
 _BEYOND = 4  # differences after the last point
 _DEPTH = 16  # of the Krylov space for the multipliers
+_ORDERS = (1, 2)  # of equations of motion
 _PRODUCT = 2.7  # gradients of a Jacobian-vector product
 _FAR = 0.7  # departure of the map from the identity from which stride 2 is looked at
 _MARGIN = 1.2  # of the bound of minimax weights over that departure
-_FIELD = {1: 2.65, 2: 6.29}  # gradients of an equation of motion's field by its order (benchmarks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Candidate:
 
     - `kind`, `model`, `method`: which kind of flow, which flow, and which solver, in words; `name`: the last two.
     - `flow`; `solve_options`: `rtol`, `atol`, `solver`, `estimate_error=False`.
-    - `gradients`: of one evaluation of the field; `evaluations`: in one ODE step.
+    - `evaluations`: of the field in one ODE step.
     - `model_error`, `ode_error`: what is predicted of the largest distance, of the flow itself and of the ODE solver.
     - `predicted_error`: of both; corrected by the trial, if there was one.
     - `predicted_cost`: gradients a step of the optimizer.
@@ -60,7 +60,6 @@ class Candidate:
     method: str
     flow: AbstractFlow
     solve_options: dict[str, Any]
-    gradients: float
     evaluations: int
     model_error: float
     ode_error: float
@@ -77,21 +76,20 @@ class Candidate:
 
     def gradients_of(self, path: Trajectory) -> float:
         """What a run of this candidate has cost."""
-        return self.gradients * (self.evaluations * int(path.stats.num_steps) + 1)
+        return self.flow.gradients * (self.evaluations * int(path.stats.num_steps) + 1)
 
-    def with_trial(self, distance: np.ndarray, share: float, least: float, dearer: float) -> "Candidate":
+    def with_trial(self, distance: np.ndarray, share: float, linear: bool, dearer: float) -> "Candidate":
         """With the distances measured at each step of a stretch, which is this share of the run and was so much dearer.
 
-        After it the error is taken to grow on as a power of the step, as in the second half of the stretch: at most
-        linearly, and at least with the power given.
+        After it the error is taken to grow linearly, or by as much in each doubling of the steps as in the last one.
         """
         largest = np.maximum.accumulate(distance)
-        half = largest[len(largest) // 2]
-        power = np.clip(np.log2(largest[-1] / half), least, 1) if half > 0 else 1.0
+        last, half = float(largest[-1]), float(largest[len(largest) // 2])
+        doubled = last + (last - half) * math.log2(1 / share) if np.isfinite(last) else math.inf
         return dataclasses.replace(
             self,
-            tried=float(largest[-1]),
-            predicted_error=float(largest[-1] * share**-power),
+            tried=last,
+            predicted_error=last / share if linear else doubled,
             predicted_cost=self.predicted_cost * dearer,
         )
 
@@ -102,13 +100,12 @@ class Candidate:
 
 
 class Model(NamedTuple):
-    """A flow, its coefficients over the differences of its strides, and the gradients of one evaluation."""
+    """A flow, and its coefficients over the differences of its strides."""
 
     kind: str
     name: str
     flow: AbstractFlow
     coefficients: np.ndarray
-    gradients: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +182,11 @@ def models(loss: Loss, stretch: Stretch) -> Iterator[Model]:
     """All flows considered."""
     h, step_map = stretch.step_size, stretch.step_map
     if stretch.plain:
-        yield Model("gradient flow", "gradient flow", GradientFlow(loss, h), log_coefficients(1), 1.0)
-        for order, gradients in _FIELD.items():
+        yield Model("gradient flow", "gradient flow", GradientFlow(loss, h), log_coefficients(1))
+        for order in _ORDERS:
             flow = EquationOfMotion(loss, h, order)
             kind = "equation of motion"
-            yield Model(kind, f"{kind}, order {order}", flow, log_coefficients(order + 1), gradients)
+            yield Model(kind, f"{kind}, order {order}", flow, log_coefficients(order + 1))
     for m, found in stretch.found.items():
         bound = _MARGIN * float(np.abs(stretch.multipliers**m - 1).max())
         for points in range(2, found.order - _BEYOND + 1):
@@ -201,13 +198,8 @@ def models(loss: Loss, stretch: Stretch) -> Iterator[Model]:
             for kind, c in weights.items():
                 b = None if kind == "Taylor" else weights_of_differences(c)
                 kind += "" if m == 1 else f", stride {m}"
-                yield Model(
-                    kind,
-                    f"{points} points, {kind}",
-                    InterpolatingFlow(step_map, h, points, m, b),
-                    c,
-                    float(points * m),
-                )
+                interpolating = InterpolatingFlow(step_map, h, points, m, b)
+                yield Model(kind, f"{points} points, {kind}", interpolating, c)
 
 
 class Rated(NamedTuple):
@@ -239,11 +231,11 @@ class Rated(NamedTuple):
         left = tolerance / safety - self.on_whole
         allowed = left if self.fits(tolerance, safety) else 0.5 * max(self.on_whole, tolerance)
         atol, growth = 0.0, method.growth[0]
-        for _ in range(3):  # the growth depends on the tolerance by way of the steps
+        for _ in range(6):  # the growth depends on the tolerance by way of the steps
             atol = max(allowed / (growth * root), self.rounding / root)
             lengths = self.lengths.along(atol, self.stable, self.strides)
             limited = float(np.mean(lengths == self.stable))
-            growth = (1 - limited) * method.growth[0] + limited * method.growth[1]
+            growth = 0.5 * (growth + (1 - limited) * method.growth[0] + limited * method.growth[1])
         ode_error = growth * root * atol
         steps = float(np.sum(1 / lengths)) * dearer.get(method.name, 1.0)
         per_step = method.evaluations * steps / (self.strides * self.model.flow.stride)
@@ -258,12 +250,11 @@ class Rated(NamedTuple):
                 "solver": method.solver,
                 "estimate_error": False,
             },
-            gradients=self.model.gradients,
             evaluations=method.evaluations,
             model_error=self.on_whole,
             ode_error=ode_error,
             predicted_error=safety * (self.on_whole + ode_error),
-            predicted_cost=self.model.gradients * per_step,
+            predicted_cost=self.model.flow.gradients * per_step,
         )
 
     def dearer(self, path: Trajectory) -> float:

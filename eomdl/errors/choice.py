@@ -156,9 +156,9 @@ def choose_flow(
     telescopes: it is complete when the differences have died away, so the first, fastest steps decide. The same differences are
     the derivatives of the path, which say how long the steps of each solver may be at a tolerance; the multipliers (16
     products with the map's derivative, at the end of the stretch) say what is stable. The cheapest candidate is then
-    tried: it is integrated over a stretch of the run and compared with the real run there. After the stretch its error
-    is taken to grow on as in the stretch's second half (linearly for an optimizer with a memory). If that is more than the
-    tolerance all errors are corrected by the factor found, and the next is tried, up to five.
+    tried: it is integrated over a stretch of the run and compared with the real run there. After the stretch its error is
+    taken to grow by as much in each doubling of the steps as in the last one (linearly for an optimizer with a memory). If
+    that is more than the tolerance all errors are corrected by the factor found, and the next is tried, up to five.
 
     **Arguments:**
 

@@ -99,7 +99,7 @@ def trials(found: list[Rated], tolerance: float, real: Real, plain: bool) -> Tri
         cost += spent
         ratio = r.dearer(path)
         change = ratio / dearer.get(r.method.name, 1.0)
-        candidate = candidate.with_trial(real.distance(path), real.share, 0.0 if plain else 1.0, change)
+        candidate = candidate.with_trial(real.distance(path), real.share, not plain, change)
         tried.append(candidate)
         dearer[r.method.name] = ratio
         part = candidate.predicted_error / tolerance

@@ -1,6 +1,7 @@
 """What a continuous-time model of an optimizer is."""
 
 import abc
+import math
 from typing import ClassVar
 
 import equinox as eqx
@@ -46,6 +47,11 @@ class AbstractFlow(eqx.Module):
     def refreshes(self) -> bool:
         """Whether `refresh` does something: `solve` then integrates stride by stride."""
         return False
+
+    @property
+    def gradients(self) -> float:
+        """What one evaluation costs, in gradients of the loss; NaN where that is not known."""
+        return math.nan
 
     @abc.abstractmethod
     def __call__(self, t: ArrayLike, state: State, args: Args) -> State:

@@ -40,6 +40,11 @@ class GradientFlow(AbstractDescentFlow):
 
         def __init__(self, loss: Loss, learning_rate: ArrayLike) -> None: ...
 
+    @property
+    def gradients(self) -> float:
+        """One."""
+        return 1.0
+
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         r"""$-\nabla L$."""
         del t

@@ -94,6 +94,11 @@ class InterpolatingFlow(AbstractFlow):
                 f"weights: expected shape ({self.points},), one for each point, got {np.shape(self.weights)}"
             )
 
+    @property
+    def gradients(self) -> float:
+        """One for each step of the map that it takes."""
+        return float(self.points * self.stride)
+
     def init(self, params: Params, args: Args) -> State:
         """The state of the step map that starts at `params`."""
         del args

@@ -52,6 +52,11 @@ class MomentumFlow(AbstractFlow):
         r"""$h = \eta / (1 - \beta)$: the step that a constant gradient makes, over that gradient."""
         return self.learning_rate / (1 - self.momentum)
 
+    @property
+    def gradients(self) -> float:
+        """A gradient, and one Hessian-vector product."""
+        return 2.7
+
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         r"""$-\nabla$ of the loss with its penalty on the gradient."""
         del t

@@ -64,12 +64,11 @@ WARM = 50  # steps after which the averages of Adam and its kind are filled, so 
 class Model:
     """A flow that may describe the run.
 
-    `cost`: gradients in one evaluation. `first`: the step at which it begins. `series`: whether it is a series in the
+    `first`: the step at which it begins. `series`: whether it is a series in the
     learning rate times the curvature, which has a limit below 1 only.
     """
 
     flow: AbstractFlow
-    cost: float
     first: int = 0
     series: bool = False
 
@@ -210,31 +209,31 @@ class Study:
         loss, eta, rule = self.loss, self.learning_rate, self.rule
         if rule is not None and rule.momentum == 0:
             flows = {
-                "gradient flow": Model(GradientFlow(loss, eta), 1),
-                "equation of motion with 1 term": Model(EquationOfMotion(loss, eta, 1), 2.7, series=True),
+                "gradient flow": Model(GradientFlow(loss, eta)),
+                "equation of motion with 1 term": Model(EquationOfMotion(loss, eta, 1), series=True),
             }
             if self.edge < 1:
-                second = Model(EquationOfMotion(loss, eta, 2), 5, series=True)
+                second = Model(EquationOfMotion(loss, eta, 2), series=True)
                 return flows | {"equation of motion with 2 terms": second}
             if self.batches is not None:
                 return flows
             # The series has no limit there, and the run bounces with a period of two: every second step is smooth.
             step = optimizer_step(loss, self.optimizer)
-            every_second = Model(InterpolatingFlow(step, eta, 3, stride=2), 6)
+            every_second = Model(InterpolatingFlow(step, eta, 3, stride=2))
             return flows | {"interpolating flow of every second step": every_second}
         step = optimizer_step(loss, self.optimizer)
         first = 0 if rule is not None else min(WARM, self.reached // 4)
         interpolating = {
             f"interpolating flow of {points} points": Model(
-                InterpolatingFlow(step, self.time_step, points), points, first
+                InterpolatingFlow(step, self.time_step, points), first
             )
             for points in ((2, 4) if rule is None else (4,))
         }
         if rule is None:
             return interpolating
         return {
-            "gradient flow": Model(GradientFlow(loss, rule.time_step), 1),
-            "momentum flow": Model(MomentumFlow(loss, eta, rule.momentum, rule.nesterov), 2.7),
+            "gradient flow": Model(GradientFlow(loss, rule.time_step)),
+            "momentum flow": Model(MomentumFlow(loss, eta, rule.momentum, rule.nesterov)),
             **interpolating,
         }
 
@@ -253,7 +252,7 @@ class Study:
         return {name: compare(self.path, {name: run}) for name, run in runs.items()}
 
     def _run(self, name: str, model: Model) -> Trajectory | str:
-        if self.is_plain and model.cost == 1 and not self.effort.ode_error:
+        if self.is_plain and isinstance(model.flow, GradientFlow) and not self.effort.ode_error:
             return self.prediction.path  # gradient flow carried its error along: no second run
         options = self._options(self.reached)
         try:

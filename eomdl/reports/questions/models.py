@@ -109,7 +109,7 @@ def _row(study: Study, name: str) -> Row:
         float(distance[-1]),
         float(distance.max() / way) if way > 0 else 0.0,
         float(compared.ode_error[name].max()) if name in compared.ode_error else np.nan,
-        EVALUATIONS * model.cost * float(run.stats.num_steps) / steps,
+        EVALUATIONS * model.flow.gradients * float(run.stats.num_steps) / steps,
         "" if int(compared.steps[-1]) == study.reached else f"stopped at step {compared.steps[-1]}",
     )
 
