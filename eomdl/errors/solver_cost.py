@@ -54,7 +54,7 @@ class Method(NamedTuple):
 
 METHODS = (
     Method("Bosh3", diffrax.Bosh3(), 3, 3, 1.0, (2.2, 2.2)),
-    Method("Tsit5", diffrax.Tsit5(), 6, 5, 1.2, (0.5, 1.5)),
+    Method("Tsit5", diffrax.Tsit5(), 6, 5, 1.2, (0.55, 1.2)),
     Method("Dopri8", diffrax.Dopri8(), 13, 8, 1.3, (0.7, 0.7)),
 )
 

@@ -111,7 +111,7 @@ def trials(found: list[Rated], tolerance: float, real: Real, plain: bool) -> Tri
         elif np.isinf(part):
             found = [other for other in found if other is not r]
         else:
-            safety *= max(1.2, part)
+            safety *= 1.05 * part
     return _ranked(
         accepted, tried, [r.candidate(tolerance, safety, dearer) for r in found], cost + real.length
     )
