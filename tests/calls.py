@@ -109,7 +109,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "counterterms": (eomdl.counterterms, dict(loss=valley_loss, params=VALLEY, order=1, args=None)),
     "on_batch": (eomdl.on_batch, dict(function=valley_loss)),
     "optimizer_step": (eomdl.optimizer_step, dict(loss=valley_loss, optimizer=SGD, extra_args=None)),
-    "sharpness": (eomdl.sharpness, dict(loss=valley_loss, num_matvecs=4)),
+    "sharpness": (eomdl.sharpness, dict(loss=valley_loss, num_matvecs=4, rtol=0.1)),
     "EquationOfMotion": (eomdl.EquationOfMotion, dict(loss=valley_loss, learning_rate=0.05, order=1)),
     "GradientFlow": (eomdl.GradientFlow, dict(loss=valley_loss, learning_rate=0.05)),
     "InterpolatingFlow": (

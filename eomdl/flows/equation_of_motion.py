@@ -16,6 +16,9 @@ from eomdl.observe.curvature import sharpness
 from eomdl.series.euler import MAX_ORDER, modified_field
 
 
+_RTOL = 0.05  # of a look at the sharpness: to tell eta*lambda_max from 1
+
+
 class EquationOfMotion(AbstractDescentFlow):
     r"""The equation of motion $\dot\theta = -\nabla L - \eta \sum_{a<n} \eta^a \xi_a(\theta)$.
 
@@ -75,7 +78,7 @@ class EquationOfMotion(AbstractDescentFlow):
             return {}
         return {
             "eta*lambda_max": Diagnostic(
-                self.learning_rate * sharpness(self.loss)(state, args),
+                self.learning_rate * sharpness(self.loss, rtol=_RTOL)(state, args),
                 limit=1.0,
                 meaning="From 1 on the series in the learning rate has no limit, and more counter terms make it "
                 "worse: lower the learning rate, or take InterpolatingFlow(..., stride=2).",
