@@ -66,6 +66,7 @@ class Tally:
         self.count = 0
 
     def __call__(self) -> None:
+        """Count one."""
         self.count += 1
 
 
@@ -76,6 +77,7 @@ class Counted(eqx.Module):
     tally: Tally = eqx.field(static=True)
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
+        """The loss, counted."""
         jax.debug.callback(self.tally)
         return self.loss(params, args)
 

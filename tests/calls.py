@@ -118,6 +118,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "WeightDecay": (eomdl.WeightDecay, dict(loss=valley_loss, weight_decay=0.1)),
     "Ensemble": (eomdl.Ensemble, dict(step_map=STEP, args_axis=None)),
+    "runs.RowsOnDisk": (eomdl.runs.RowsOnDisk, dict(folder="nowhere")),
     "Checkpoints": (eomdl.Checkpoints, dict(folder="nowhere", schedule=5, events=None, like=None)),
     "flows.AdamFlow": (
         eomdl.flows.AdamFlow,
