@@ -76,6 +76,17 @@ def test_rows_on_disk_are_those_in_memory(tmp_path, monkeypatch):
     assert_identical(eomdl.Trajectory.load(tmp_path / "run.npz").params, whole.params)
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_stretches_without_a_saved_row(tmp_path, monkeypatch, on_disk):
+    monkeypatch.setattr("eomdl.runs.plan.MAX_SCALARS", 1)
+    monkeypatch.setattr("eomdl.runs.plan.MAX_STEPS", 3)
+    kept = eomdl.runs.RowsOnDisk(tmp_path) if on_disk else True
+    run = descended(20, save_steps=[7, 20], save_params=kept)
+    np.testing.assert_array_equal(run.steps, [7, 20])
+    assert_identical(run.params, descended(20).rows([7, 20]).params)
+    assert run.end.step == 20
+
+
 def test_a_resumed_run_takes_its_rows_along(tmp_path):
     whole = descended(20)
     first = descended(8, save_params=eomdl.runs.RowsOnDisk(tmp_path / "a"))
