@@ -26,7 +26,9 @@ SUITES = {
 }
 # Tables that a guide shows: its comments `<!-- table -->`, from the results of that suite.
 GUIDE = ROOT / "docs" / "guides" / "larger-than-one-device.md"
-GUIDE_TABLES = {"chunk memory": "scale", "chunk time": "scale", "chunk runs": "scale"}
+GUIDE_TABLES = dict.fromkeys(
+    ("chunk memory", "chunk time", "chunk runs", "large cost", "large runs"), "scale"
+)
 INTRODUCTION = """# Cost
 
 Costs are ratios measured in one run: gradients are flops of the compiled program over those of one gradient of the loss, and the error

@@ -224,6 +224,32 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "seconds_per_step": "seconds per GD step, compiling in it",
         },
     ),
+    "large cost": (
+        "Where the gradients of one solve go (order 1, eta lambda 0.3, MLP, float32, error estimated): per step of gradient descent",
+        {
+            "num_params": "parameters",
+            "num_steps": "GD steps",
+            "ode_steps": "ODE steps",
+            "part": "part",
+            "gradients_per_step": "gradients per GD step",
+            "share": "share",
+        },
+    ),
+    "large runs": (
+        "Ten million parameters: a few steps at eta lambda 0.3, float32, without an error estimate",
+        {
+            "network": "network",
+            "num_params": "parameters",
+            "what": "run",
+            "solver": "solver",
+            "num_steps": "GD steps",
+            "ode_steps": "ODE steps",
+            "steps_per_step": "time per step / step of a hand-written scan",
+            "look_steps": "a look at the sharpness / such a step",
+            "copies": "largest program / parameters",
+            "rss_copies": "growth of resident memory / parameters",
+        },
+    ),
 }
 
 

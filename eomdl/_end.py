@@ -47,7 +47,7 @@ def result_where(condition: Any, this: Any, other: Any) -> Any:
 class Diagnostic:
     """A number that tells whether a model is valid: it is while `value` stays below `limit`.
 
-    - `value`: a scalar; in `Stats`, shape (m,), at the start and at the end of every stretch of the run.
+    - `value`: a scalar; in `Stats`, shape (m,), at the start of the run, every 64 to 1024 steps, and at its end.
     - `limit`: where validity ends.
     - `meaning`: what it means to reach the limit, and what to do then.
     """

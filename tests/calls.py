@@ -123,7 +123,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             progress=False,
         ),
     ),
-    "sharpness": (eomdl.sharpness, dict(loss=valley_loss, num_matvecs=4)),
+    "sharpness": (eomdl.sharpness, dict(loss=valley_loss, num_matvecs=4, rtol=0.1)),
     "EquationOfMotion": (eomdl.EquationOfMotion, dict(loss=valley_loss, learning_rate=0.05, order=1)),
     "GradientFlow": (eomdl.GradientFlow, dict(loss=valley_loss, learning_rate=0.05)),
     "InterpolatingFlow": (
@@ -132,6 +132,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "WeightDecay": (eomdl.WeightDecay, dict(loss=valley_loss, weight_decay=0.1)),
     "Ensemble": (eomdl.Ensemble, dict(step_map=STEP, args_axis=None)),
+    "runs.RowsOnDisk": (eomdl.runs.RowsOnDisk, dict(folder="nowhere")),
     "Checkpoints": (
         eomdl.Checkpoints,
         dict(folder="nowhere", schedule=5, events=None, like=None, sharded=False),

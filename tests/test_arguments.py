@@ -27,6 +27,7 @@ OPTIONAL = {
     "errors.choose_flow.stretch",
     "errors.convergence_study.time",
     "flows.fitted_weights.order",
+    "sharpness.rtol",
     "geometry.dimension_along.steps",
 }
 OPTIONAL |= {f"{verb}.observe" for verb in ("descend", "iterate", "solve")}
@@ -35,6 +36,7 @@ ACCEPTED: dict[str, set[str]] = {
     "Ensemble.args_axis": {"minus one"},
     "maps.each.args_axis": {"minus one"},
     "Checkpoints.folder": {"a string"},
+    "runs.RowsOnDisk.folder": {"a string"},
     "Checkpoints.like": {"minus a half", "NaN", "infinity", *ARRAYS},  # pytrees of one array
     "flows.step_data.n": {"minus one", "huge"},  # counted round
     "observe.angle_per_step.block": ARRAYS,

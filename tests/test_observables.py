@@ -65,6 +65,26 @@ def test_sharpness_is_the_largest_and_not_the_largest_in_modulus():
     np.testing.assert_allclose(sharpness, 2.0, rtol=1e-10)
 
 
+@pytest.mark.parametrize("rtol", [0.2, 0.05])
+def test_sharpness_stops_at_a_residual(rtol):
+    hessian = jnp.diag(jnp.array([10.0, 4.0, 1.0, 0.5, -2.0, 0.1]))
+    start = (jnp.ones(6), (hessian, jnp.zeros(6)))
+    stopped = float(eomdl.sharpness(quadratic_loss, rtol=rtol)(*start))
+    values = [float(eomdl.sharpness(quadratic_loss, depth)(*start)) for depth in range(1, 7)]
+    (depth,) = np.flatnonzero(np.isclose(values, stopped, rtol=1e-12))
+    assert depth < 5
+    assert abs(stopped - 10.0) <= rtol * stopped
+    assert abs(values[0] - 10.0) > rtol * 10.0
+
+
+def test_sharpness_has_a_derivative_in_both_modes():
+    start, direction = net_params(0), net_params(1)
+    value = eomdl.sharpness(net_loss, rtol=1e-3)
+    backward = jax.jit(jax.grad(value))(start, NET_ARGS)
+    forward = jax.jit(lambda p, v: jax.jvp(lambda p: value(p, NET_ARGS), (p,), (v,))[1])(start, direction)
+    np.testing.assert_allclose(flat(backward) @ flat(direction), forward, rtol=1e-8)
+
+
 # ----------------------------------------------------------------------- norms
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from eomdl import _check
 from eomdl._types import Params
 from eomdl.runs.files import read_npz, write_npz
+from eomdl.runs.rows_on_disk import block_length
 from eomdl.runs.trajectory import Trajectory, summary
 
 
@@ -233,25 +234,27 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
             "trajectories: expected a saved step in common, got "
             + ", ".join(f"{name}: {summary(run.steps)}" for name, run in runs.items())
         )
-    real, *others = (_at_steps(run, steps) for run in runs.values())
+    # Without parameters, whose rows may be on disk: those are taken a few at a time.
+    real, *others = (_at_steps(dataclasses.replace(run, params=None), steps) for run in runs.values())
     models = dict(zip(trajectories, others, strict=True))
+    whole, *wholes = runs.values()
     apart = {
-        name: jax.tree.map(np.subtract, run.params, real.params)
-        for name, run in models.items()
-        if run.params is not None and real.params is not None
+        name: _squares(run, whole, steps, steps)
+        for name, run in zip(trajectories, wholes, strict=True)
+        if run.params is not None and whole.params is not None
     }
     known_times = [run.times for run in (real, *others) if not np.all(np.isnan(run.times))]
-    start = jax.tree.map(lambda x: np.asarray(x)[:1], runs["reference"].params)
     travelled = np.zeros(len(steps))
-    if real.params is not None:
-        travelled = row_norms(jax.tree.map(np.subtract, real.params, start))
+    if whole.params is not None:
+        travelled = _root(_squares(whole, whole, steps, np.full(len(steps), whole.steps[0])))
     return Comparison(
         steps=steps,
         times=np.asarray(known_times[0] if known_times else real.times),
         travelled=travelled,
-        distance={name: row_norms(d) for name, d in apart.items()},
+        distance={name: _root(squares) for name, squares in apart.items()},
         block_distance={
-            name: {b: row_norms(d) for b, d in top_level_blocks(tree).items()} for name, tree in apart.items()
+            name: {block: _root(part) for block, part in top_level_blocks(squares).items()}
+            for name, squares in apart.items()
         },
         ode_error={
             name: np.asarray(run.ode_error) for name, run in models.items() if run.ode_error is not None
@@ -259,6 +262,29 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
         differences={name: _differences(name, run, real) for name, run in models.items()},
         notes=_notes(reference, trajectories),
     )
+
+
+def _squares(run: Trajectory, other: Trajectory, steps: np.ndarray, other_steps: np.ndarray) -> Params:
+    """Squared distance of two runs in every leaf, shape (n,), a few rows in memory at a time; NaN where a run has no rows."""
+    if not len(run.steps):
+        return jax.tree.map(lambda _: np.full(len(steps), np.nan), run.params)
+    here = np.searchsorted(np.asarray(run.steps), steps)
+    there = np.searchsorted(np.asarray(other.steps), other_steps)
+
+    def of(a: Any, b: Any) -> np.ndarray:
+        a, b, step = np.asarray(a), np.asarray(b), block_length(a)
+        squares = []
+        for i in range(0, len(steps), step):
+            apart = a[here[i : i + step]] - b[there[i : i + step]]
+            squares.append(np.sum(np.square(apart.reshape(len(apart), -1)), axis=1))
+        return np.concatenate(squares)
+
+    return jax.tree.map(of, run.params, other.params)
+
+
+def _root(squares: Params) -> Float[np.ndarray, " n"]:
+    """Distances over all leaves."""
+    return np.sqrt(np.sum(jax.tree.leaves(squares), axis=0))
 
 
 def _at_steps(run: Trajectory, steps: np.ndarray) -> Trajectory:

@@ -25,6 +25,7 @@ GRADIENTS = (
     53.0,
     144.0,
 )  # one evaluation at order 0, 1, ... in flops of a gradient
+_RTOL = 0.05  # of a look at the sharpness: to tell eta*lambda_max from 1
 
 
 class EquationOfMotion(AbstractDescentFlow):
@@ -91,7 +92,7 @@ class EquationOfMotion(AbstractDescentFlow):
             return {}
         return {
             "eta*lambda_max": Diagnostic(
-                self.learning_rate * sharpness(self.loss)(state, args),
+                self.learning_rate * sharpness(self.loss, rtol=_RTOL)(state, args),
                 limit=1.0,
                 meaning="From 1 on the series in the learning rate has no limit, and more counter terms make it "
                 "worse: lower the learning rate, or take InterpolatingFlow(..., stride=2).",

@@ -5,6 +5,7 @@ from eomdl.runs.checkpoints import Checkpoints, Crossing, logarithmic_steps
 from eomdl.runs.continuous import solve
 from eomdl.runs.discrete import descend, iterate
 from eomdl.runs.options import RunOptions
+from eomdl.runs.rows_on_disk import RowsOnDisk
 from eomdl.runs.trajectory import Trajectory
 
 
@@ -13,6 +14,7 @@ __all__ = [
     "Checkpoints",
     "Crossing",
     "End",
+    "RowsOnDisk",
     "RunOptions",
     "Stats",
     "Trajectory",

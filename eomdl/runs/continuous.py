@@ -23,6 +23,7 @@ from eomdl.runs.tolerances import default_tolerances, distances, measured_tolera
 from eomdl.runs.trajectory import Trajectory
 
 
+_FLAT = 2**20  # numbers in a state up to which it is integrated as one vector
 _LOOSER = 16.0  # times the tolerances for the second run: about twice as long steps of a solver of order 5
 
 
@@ -78,7 +79,8 @@ def solve(
         of the two runs is `Trajectory.ode_error`. It is the error of the looser run: an upper estimate, about ten
         times the error of the run returned or more, but for single steps at which the difference changes its sign.
         Costs about 75 % more.
-    - `diagnose`: measure the flow's diagnostics at the start and at the end of every stretch.
+    - `diagnose`: measure the flow's diagnostics at the start, every 64 to 1024 steps, and at the end. Of
+        `eomdl.EquationOfMotion` a look takes 5 to 8 Hessian-vector products, and `eta*lambda_max` is within 1 % to 10 %.
 
     **Returns:** `eomdl.Trajectory`; `stats` holds the ODE steps taken and rejected by both
     runs together, the tolerances, and the flow's diagnostics along the path (such as
@@ -125,7 +127,7 @@ def solve(
             adjoint,
             max_steps,
             _check.positive_scalar("dt0", dt0),
-            flat=not traced and all(len(x.devices()) == 1 for x in jax.tree.leaves(state)),
+            flat=not traced and _is_small(state),
             layout=_devices.layout(state),
         ),
         controller=stepsize_controller,
@@ -137,6 +139,11 @@ def solve(
     return setup.run(
         dynamics.ready(setup.params) if traced else dynamics.known(setup.begin), start, observe_state
     )
+
+
+def _is_small(state: State) -> bool:
+    """Whether it is on one device, and copies of it count for little."""
+    return _tree.size(state) <= _FLAT and all(len(x.devices()) == 1 for x in jax.tree.leaves(state))
 
 
 class FlowState(NamedTuple):
@@ -274,7 +281,8 @@ class FlowDynamics(AbstractDynamics):
 
     def _one_step(self, rtol: float, atol: float, x: State, span: Span, window: Window) -> State:
         """The state after the gaps of a span, with these tolerances."""
-        return self._with(default_controller(rtol, atol, _tree.dtype(x)), 1.0, x, span, window)[0]
+        # Twice as wide: the whole span in one ODE step, where the tolerances allow it.
+        return self._with(default_controller(rtol, atol, _tree.dtype(x)), 2.0, x, span, window)[0]
 
     def _with(self, controller: Any, widen: float | None, x: State, span: Span, window: Window) -> tuple:
         # An array, since a number would be a constant of the program: one compilation for each.

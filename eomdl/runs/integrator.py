@@ -27,8 +27,8 @@ class Integrator(eqx.Module):
     - `dt0`: the first ODE step tried, in steps.
     - `widen`: times this. No step is longer than this times half of the way there is: so where nothing else limits
         steps, those of a run with twice the number are longer. None to leave all that to the controller.
-    - `flat`: as one vector, which compiles twice as fast where a state has hundreds of leaves, but gathers
-        what is sharded.
+    - `flat`: as one vector, which compiles twice as fast where a state has hundreds of leaves, but takes two
+        copies of it more, and gathers what is sharded.
     - `layout`: of the state, as `_devices.layout` gives it.
     """
 
@@ -159,12 +159,19 @@ def _at_once(
 
     steps = span.steps
     ts = (steps - steps % m - problem.base).astype(time)
-    subs = (diffrax.SubSaveAt(ts=ts, fn=save), diffrax.SubSaveAt(t1=True))
+    first = save(None, problem.to_solver(state), args)
     end = span.end - span.end % m - problem.base
+    subs = [diffrax.SubSaveAt(t1=True)]
+    if len(ts) > 1:  # a row by itself is the start: nothing is interpolated, which would keep all stages
+        subs.append(diffrax.SubSaveAt(ts=ts, fn=save))
     solution = problem.solve(state, 0, end, args, diffrax.SaveAt(subs=subs))
-    rows, last = cast(tuple, solution.ys)
+    last, *saved = cast(list, solution.ys)
     # The solver saves the start when it has taken a step, and then as the step rounds it.
-    rows = jax.tree.map(lambda row, x: row.at[0].set(x), rows, save(None, problem.to_solver(state), args))
+    rows = (
+        jax.tree.map(lambda row, x: row.at[0].set(x), saved[0], first)
+        if saved
+        else jax.tree.map(lambda x: x[None], first)
+    )
     records: Any = (rows, {})
     if not plain:
         records = jax.lax.map(

@@ -15,6 +15,11 @@ from eomdl.runs.record import recorded
 from eomdl.runs.trajectory import Trajectory
 
 
+LOOK_EVERY = (
+    64  # steps: a look at the diagnostics costs many gradients, and stretches of large networks are short
+)
+
+
 def span_of(plan: Plan, stretch: Stretch) -> Span:
     """A stretch as compiled programs see it, with room for all rows of the plan."""
     # NumPy arrays, since a Python number would be a constant of the program: one compilation for each.
@@ -80,8 +85,11 @@ class Leg:
         return End(step, state, params, self.begin.stats.plus(counts))
 
     def _diagnosed(self, end: End) -> End:
-        """With the diagnostics at the end of the stretch, and at the start of the run."""
-        ends = [self.begin] * (self.stretch.start == 0) + [end] * (end is not self.begin)
+        """With the diagnostics at the start of the run, every so many steps, and where it ends."""
+        moved = int(end.step) > self.stretch.start
+        is_last = end.step == self.plan.stretches[-1].end or end.step < self.stretch.end
+        is_due = is_last or end.step // LOOK_EVERY > self.stretch.start // LOOK_EVERY
+        ends = [self.begin] * (self.stretch.start == 0) + [end] * (moved and is_due)
         stats = end.stats
         for there in ends:
             stats = stats.diagnosed(self.dynamics.diagnose(there.state, int(there.step), self.window))

@@ -21,7 +21,7 @@ from eomdl.runs.checkpoints import Checkpoints
 from eomdl.runs.data import AbstractData
 from eomdl.runs.dynamics import AbstractDynamics, Span
 from eomdl.runs.leg import Leg, span_of
-from eomdl.runs.plan import Plan
+from eomdl.runs.plan import Plan, Stretch
 from eomdl.runs.record import Record, recorded
 from eomdl.runs.trajectory import Trajectory
 
@@ -74,14 +74,23 @@ class Loop:
             window=window,
             observe=self.record.observe,
             per_member=self.record.per_member,
-            keep_params=self.record.save_params
+            keep_params=self._rows_wanted(stretch)
             or (self.checkpoints is not None and self.checkpoints.storage.gathers),
             is_whole=available >= stretch.count,
         )
 
+    def _rows_wanted(self, stretch: Stretch) -> bool:
+        """Whether parameters of its rows were asked for."""
+        return self.record.save_params and bool(stretch.saved.any())
+
     def _kept(self, table: Trajectory, rows: np.ndarray) -> Trajectory:
         """The rows that were asked for."""
-        return (table if self.record.save_params else dataclasses.replace(table, params=None)).rows(rows)
+        if not self.record.save_params:
+            table = dataclasses.replace(table, params=None)
+        elif table.params is None:  # none of them is kept
+            shapes = jax.tree.map(lambda x: np.empty((len(rows), *x.shape), x.dtype), table.end.params)
+            table = dataclasses.replace(table, params=shapes)
+        return table.rows(rows)
 
     def _write(self, leg: Leg, table: Trajectory, good: np.ndarray) -> None:
         """The checkpoints that are due in a stretch."""

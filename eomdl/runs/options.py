@@ -20,6 +20,7 @@ from eomdl.runs.identity import checksum
 from eomdl.runs.loop import Loop, run_traced
 from eomdl.runs.plan import plan, plan_at_once, saved_steps
 from eomdl.runs.record import Record, column_shapes
+from eomdl.runs.rows_on_disk import OpenRows, RowsOnDisk
 from eomdl.runs.salvage import carry, interrupted, nothing_yet
 from eomdl.runs.trajectory import Trajectory, concatenated, joined
 
@@ -34,7 +35,7 @@ class RunOptions(TypedDict, total=False):
         With `batches` the observables still see `args`, the full data set, say; those made by
         `eomdl.on_batch` see the step's own batch.
     - `save_params`: False keeps only the observables; memory is then flat in `num_steps` but
-        for them.
+        for them. An `eomdl.runs.RowsOnDisk` sends the parameters to files as they are computed.
     - `save_steps`: an integer n saves steps 0, n, 2n, ... and the last; a sequence saves
         these step numbers. (Reverse-mode `jax.grad` through the run needs n = 1.)
     - `progress`: True for a tqdm bar, or a diffrax progress meter.
@@ -55,7 +56,7 @@ class RunOptions(TypedDict, total=False):
     args: Args
     batches: Any | Iterable[Any]
     observe: Mapping[str, Observable] | None
-    save_params: bool
+    save_params: bool | RowsOnDisk
     save_steps: int | Sequence[int]
     progress: bool | diffrax.AbstractProgressMeter
     resume: Trajectory | End | None
@@ -69,6 +70,7 @@ class Setup:
 
     - `begin`: where it goes on, or None for a new run.
     - `before`: the rows that come first, or None.
+    - `disk`: where the rows of the parameters go, or None for memory.
     """
 
     params: Params
@@ -80,6 +82,7 @@ class Setup:
     checkpoints: Checkpoints | None
     meter: diffrax.AbstractProgressMeter
     throw: bool
+    disk: RowsOnDisk | None
 
     @property
     def start(self) -> int:
@@ -99,27 +102,39 @@ class Setup:
         begin = dataclasses.replace(begin, step=self.start, state=state, params=self.starting_params)
         self._check_joinable({*self.record.observe, *state_columns})
         if _tree.is_traced(dynamics, state, self.data.args, self.data.example):
-            if self.checkpoints is not None:
-                raise ValueError("checkpoints: expected a run outside jit, vmap and grad, got traced values")
+            for name, given in (("checkpoints", self.checkpoints), ("save_params", self.disk)):
+                if given is not None:
+                    raise ValueError(f"{name}: expected a run outside jit, vmap and grad, got traced values")
             planned = plan_at_once(self.start, self.num_steps, self.record.steps)
-            return self._whole([run_traced(dynamics, begin, planned, self.record, self.data)])
+            return self._whole(run_traced(dynamics, begin, planned, self.record, self.data))
+        disk = self._rows_on_disk()
         pieces: list[Trajectory] = []
         try:
             # What `extend` has taken stays in the list, whatever is raised in the run.
-            pieces.extend(self._pieces(dynamics, begin))
-            return self._whole(pieces)
+            pieces.extend(self._pieces(dynamics, begin, disk))
+            return self._whole(self._joined(pieces, disk))
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and pieces:
-                return interrupted(self._joined(pieces))
-            carry(error, self._joined(pieces) if pieces else self._nothing_yet(dynamics, begin))
+                return interrupted(self._joined(pieces, disk))
+            carry(error, self._joined(pieces, disk) if pieces else self._nothing_yet(dynamics, begin))
             _processes.explain(error)
             raise
+
+    def _rows_on_disk(self) -> OpenRows | None:
+        """Files for all rows, those of an earlier run already in them."""
+        if self.disk is None:
+            return None
+        before = 0 if self.before is None else len(self.before.steps)
+        rows = self.disk.open(self.params, before + len(self.record.steps))
+        if self.before is not None:
+            rows.append(self.before.params)
+        return rows
 
     def _nothing_yet(self, dynamics: AbstractDynamics, begin: End) -> Trajectory:
         return self.before or nothing_yet(begin, dynamics.step_size, self.record, self.data)
 
-    def _pieces(self, dynamics: AbstractDynamics, begin: End) -> Iterator[Trajectory]:
-        """The run on the host, stretch by stretch."""
+    def _pieces(self, dynamics: AbstractDynamics, begin: End, disk: OpenRows | None) -> Iterator[Trajectory]:
+        """The run on the host, stretch by stretch; without the parameters, where they went to disk."""
         if self.checkpoints is not None:
             run = int(begin.stats.run) or _origin(dynamics, begin)
             stats = dataclasses.replace(begin.stats, run=run, data=self.data.fingerprint)
@@ -127,17 +142,21 @@ class Setup:
         with self._writing(begin) as cuts:
             size = max(_tree.size(self.params), 1 if self.data.in_arrays else _tree.size(self.data.example))
             planned = plan(self.start, self.num_steps, self.record.steps, cuts, size, dynamics.max_rows)
-            yield from Loop(planned, self.record, self.data, self.checkpoints, self.meter).pieces(
-                dynamics, begin
-            )
+            loop = Loop(planned, self.record, self.data, self.checkpoints, self.meter)
+            for piece in loop.pieces(dynamics, begin):
+                if disk is not None:
+                    disk.append(piece.params)
+                yield piece if disk is None else dataclasses.replace(piece, params=None)
 
-    def _joined(self, pieces: list[Trajectory]) -> Trajectory:
-        whole = concatenated(pieces)
-        return whole if self.before is None else joined(self.before, whole)
+    def _joined(self, pieces: list[Trajectory], disk: OpenRows | None) -> Trajectory:
+        before, whole = self.before, concatenated(pieces)
+        if before is not None and disk is not None:
+            before = dataclasses.replace(before, params=None)
+        whole = whole if before is None else joined(before, whole)
+        return whole if disk is None else dataclasses.replace(whole, params=disk.rows(len(whole.steps)))
 
-    def _whole(self, pieces: list[Trajectory]) -> Trajectory:
+    def _whole(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory, or the error that it is asked to be."""
-        trajectory = self._joined(pieces)
         if self.throw and not _tree.is_traced(trajectory.result._value) and trajectory.message:
             raise RuntimeError(trajectory.message)
         return trajectory
@@ -201,6 +220,8 @@ def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, strid
     last = start - 1 if before is None else max(before.steps, default=-1)
     checkpoints = given["checkpoints"]
     _check.kind("checkpoints", checkpoints, Checkpoints | None, "an eomdl.Checkpoints")
+    save_params = given["save_params"]
+    disk = save_params if isinstance(save_params, RowsOnDisk) else None
     return Setup(
         params=params,
         num_steps=num_steps,
@@ -208,13 +229,14 @@ def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, strid
         record=Record(
             _check.observables(given["observe"], params, data.seen_by),
             steps[steps > last],
-            _check.flag("save_params", given["save_params"]),
+            disk is not None or _check.flag("save_params", save_params),
         ),
         begin=begin,
         before=before,
         checkpoints=checkpoints,
         meter=_meter(given["progress"]),
         throw=_check.flag("throw", given["throw"]),
+        disk=disk,
     )
 
 

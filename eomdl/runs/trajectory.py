@@ -265,14 +265,15 @@ def joined(first: Trajectory, second: Trajectory) -> Trajectory:
 
 def concatenated(runs: list[Trajectory]) -> Trajectory:
     """The rows of all, one after the other; the rest is that of the last."""
+    last, runs = runs[-1], [run for run in runs if len(run.steps)] or runs[-1:]
     if len(runs) == 1:
-        return runs[0]
+        return dataclasses.replace(last, **{name: getattr(runs[0], name) for name in _COLUMNS})
     xp = jax.numpy if _tree.is_traced(runs) else np
     columns = {
         name: jax.tree.map(lambda *parts: xp.concatenate(parts), *(getattr(run, name) for run in runs))
         for name in _COLUMNS
     }
-    return dataclasses.replace(runs[-1], **columns)
+    return dataclasses.replace(last, **columns)
 
 
 def summary(steps: Any) -> str:
