@@ -133,6 +133,6 @@ def test_where_the_gradients_go(record: Record, size: Size) -> None:
     sizes, examples, steps = ((32,), 64, 50) if size.smoke else ((700, 600), 256, 50)
     rows = record("large cost", _gradients, sizes, examples, steps)
     by = {row["part"]: row for row in rows}
-    assert by["everything"]["gradients_per_step"] <= GRADIENTS_LIMIT
+    assert size.smoke or by["everything"]["gradients_per_step"] <= GRADIENTS_LIMIT
     before = by["tolerances, measured before"]["share"] + by["the look at the sharpness before"]["share"]
     assert size.smoke or before <= BEFORE_LIMIT
