@@ -84,7 +84,8 @@ def test_diagnostics_measure_eta_lambda_max():
             assert diagnostics == {}
         else:
             (diagnostic,) = diagnostics.values()
-            np.testing.assert_allclose(diagnostic.value, eta * largest, rtol=1e-10)
+            # From below, to the residual at which the look stops.
+            assert 0.95 * eta * largest < diagnostic.value <= eta * largest * (1 + 1e-10)
             assert not diagnostic.exceeded
             assert diagnostic.limit == 1
 
