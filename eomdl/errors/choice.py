@@ -173,7 +173,7 @@ def choose_flow(
     **Returns:** `eomdl.errors.Choice`. If no candidate is within the tolerance, the nearest, and a note.
 
     **Cost:** a real run over the stretch, 50 steps more, 43 gradients for the multipliers, and the trials; counted in
-    `Choice.cost`: on the digits network, 200 steps, 340 gradients for 1e-4 and 770 for 1e-6, where the run itself takes 740 and
+    `Choice.cost`: on the digits network, 200 steps, 510 gradients for 1e-4 and 770 for 1e-6, where the run itself takes 740 and
     2,360. **Memory:** 54 copies of the parameters (float32: 30).
 
     **Raises:** `ValueError` for a wrong argument, an optimizer that has no flow, a run that does not stay finite.
