@@ -134,7 +134,7 @@ def ran(choice, real, num_steps, **options):
 def test_the_choice_stays_within_the_tolerance_at_about_the_predicted_cost():
     real = eomdl.iterate(STEP, NET, 60, args=NET_ARGS, step_size=0.1)
     costs = []
-    for tolerance in (1e-2, 1e-4, 1e-6):
+    for tolerance in (1e-2, 1e-5):
         choice = choose_flow(net_loss, NET, optax.sgd(0.1), 60, tolerance, learning_rate=0.1, args=NET_ARGS)
         assert choice.notes == ()
         assert choice.predicted_error <= tolerance
@@ -142,7 +142,7 @@ def test_the_choice_stays_within_the_tolerance_at_about_the_predicted_cost():
         assert done.measured_error <= 1.1 * tolerance
         assert 0.5 < done.measured_cost / choice.predicted_cost < 2
         costs.append(done.measured_cost)
-    assert np.all(np.diff(costs) > 0)
+    assert costs[1] > 2 * costs[0]
     table = choice.table(rows=3)
     assert choice.chosen.model in table
     assert f"{choice.cost:.0f} gradients" in table
@@ -151,9 +151,11 @@ def test_the_choice_stays_within_the_tolerance_at_about_the_predicted_cost():
 
 
 def test_a_tolerance_that_gradient_flow_meets():
-    choice = choose_flow(net_loss, NET, optax.sgd(0.1), 40, 1.0, learning_rate=0.1, args=NET_ARGS)
+    choice = choose_flow(valley_loss, VALLEY, optax.sgd(0.01), 40, 1.0, learning_rate=0.01)
     assert isinstance(choice.flow, eomdl.GradientFlow)
     assert choice.notes == ()
+    with pytest.raises(ValueError, match="paths: expected names of candidates"):
+        choice.measured(choice.candidates, {"other": choice})
 
 
 def test_a_tolerance_that_no_flow_meets_is_said():
@@ -208,9 +210,6 @@ def test_wrong_arguments():
         choose_flow(**{**call, "num_steps": 2, "start": end})
     with pytest.raises(ValueError, match="optimizer: expected a run that stays finite"):
         choose_flow(**{**call, "optimizer": optax.sgd(1e200)})
-    choice = choose_flow(**call)
-    with pytest.raises(ValueError, match="paths: expected names of candidates"):
-        choice.measured(end, {"other": end})
 
 
 def test_solvers_are_diffrax_ones():
