@@ -5,31 +5,23 @@ them, and nothing is run. With 8 devices (the default) an MLP of 2 million param
 parameters (float32). A collective in the body of a loop counts once.
 """
 
+import argparse
 import itertools
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import optax
+import pandas as pd
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-DEVICES = int(sys.argv[1]) if __name__ == "__main__" and len(sys.argv) > 1 else 8
-# Before JAX starts. More threads than devices, or two programs may wait for each other.
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("NPROC", str(4 * DEVICES))
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-import pandas as pd  # noqa: E402
-from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
-
-import eomdl  # noqa: E402
+import eomdl
 
 
-WIDTHS, EXAMPLES = ((512, 1024, 1024, 512), 256) if DEVICES < 64 else ((8192,) * 17, 65_536)
 ADAM = optax.adam(1e-3)
 _BYTES = {
     "pred": 1,
@@ -48,6 +40,21 @@ _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{_KINDS})(-start)?\((?P<rest>.*)")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+class Problem(NamedTuple):
+    """An MLP, its data, and how many devices they are spread over."""
+
+    devices: int
+    widths: tuple[int, ...]
+    examples: int
+
+
+def problem(devices: int) -> Problem:
+    """Of 2 million parameters, and from 64 devices on of 10^9."""
+    if devices < 64:
+        return Problem(devices, (512, 1024, 1024, 512), 256)
+    return Problem(devices, (8192,) * 17, 65_536)
 
 
 class Counted(NamedTuple):
@@ -73,20 +80,20 @@ def size(shapes: str) -> int:
     )
 
 
-def counted(compiled: Any) -> Counted:
-    """The collectives in the text of a compiled program, and its memory."""
+def counted(compiled: Any, devices: int) -> Counted:
+    """The collectives in the text of a compiled program for so many devices, and its memory."""
     found = [m.groupdict() for m in _COLLECTIVE.finditer(compiled.as_text())]
-    sent = sum(_share(m["kind"], _group(m["rest"])) * size(m["shapes"]) for m in found)
+    sent = sum(_share(m["kind"], _group(m["rest"], devices)) * size(m["shapes"]) for m in found)
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return Counted(sent, len(found), used)
 
 
-def _group(rest: str) -> int:
-    """How many devices a collective is among."""
+def _group(rest: str, devices: int) -> int:
+    """How many devices a collective is among: all where its text names none."""
     found = _GROUPS.search(rest)
     if found is None:
-        return DEVICES
+        return devices
     return int(found[1]) if found[1] else len(found[2].split(","))
 
 
@@ -105,12 +112,13 @@ def loss(params: list[jax.Array], args: tuple[jax.Array, jax.Array]) -> jax.Arra
     return jnp.mean((x @ params[-1] - y) ** 2)
 
 
-def layouts() -> dict[str, tuple[Any, Any]]:
+def layouts(problem: Problem) -> dict[str, tuple[Any, Any]]:
     """`{name: (params, args)}`, shapes and shardings only."""
-    line = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))
-    side = math.isqrt(DEVICES)
-    square = jax.make_mesh((DEVICES // side, side), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
-    pairs = list(itertools.pairwise(WIDTHS))
+    devices, widths, examples = problem
+    line = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+    side = math.isqrt(devices)
+    square = jax.make_mesh((devices // side, side), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
+    pairs = list(itertools.pairwise(widths))
 
     def shapes(mesh: Any, weights: Callable[[int], tuple], data: tuple) -> tuple[Any, Any]:
         def shape(lengths: tuple, spec: tuple) -> jax.ShapeDtypeStruct:
@@ -118,7 +126,7 @@ def layouts() -> dict[str, tuple[Any, Any]]:
             return jax.ShapeDtypeStruct(lengths, jnp.float32, sharding=place)
 
         params = [shape(pair, weights(i)) for i, pair in enumerate(pairs)]
-        return params, tuple(shape((EXAMPLES, n), data) for n in (WIDTHS[0], WIDTHS[-1]))
+        return params, tuple(shape((examples, n), data) for n in (widths[0], widths[-1]))
 
     return {
         "data": shapes(line, lambda i: (), ("d",)),
@@ -155,13 +163,13 @@ def _solved(flow: eomdl.AbstractFlow, params: Any, args: Any) -> Any:
     return eomdl.solve(flow, params, 8, args=args, save_params=False, save_steps=[8]).final_params
 
 
-def table() -> pd.DataFrame:
+def table(problem: Problem) -> pd.DataFrame:
     """One row per layout and program, in copies of the parameters."""
-    copy = sum(4 * a * b for a, b in itertools.pairwise(WIDTHS))
+    copy = sum(4 * a * b for a, b in itertools.pairwise(problem.widths))
     rows = []
-    for layout, (params, args) in layouts().items():
+    for layout, (params, args) in layouts(problem).items():
         for name, program in programs(params, args).items():
-            found = counted(program)
+            found = counted(program, problem.devices)
             sent, memory = found.sent / copy, found.memory / copy
             rows.append(
                 {
@@ -175,5 +183,17 @@ def table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def main() -> None:
+    """Play the devices and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("devices", nargs="?", type=int, default=8)
+    devices = parser.parse_args().devices
+    # More threads than devices, or two programs may wait for each other; read when the devices are made.
+    os.environ.setdefault("NPROC", str(4 * devices))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    print(table(problem(devices)).to_string(index=False, float_format="{:.2f}".format))
+
+
 if __name__ == "__main__":
-    print(table().to_string(index=False, float_format="{:.2f}".format))
+    main()
