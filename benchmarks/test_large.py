@@ -24,8 +24,8 @@ from eomdl._types import Args, Loss, Params
 SIZES = {"MLP": (2048, 2048, 2048), "transformer": (384, 6)}
 SMOKE_SIZES = {"MLP": (32,), "transformer": (24, 1)}
 EXAMPLES = {"MLP": 128, "transformer": 8}
-DESCEND_LIMIT = 1.1  # of a hand-written scan; to reach 1.05, measured 1.02 to 1.052 on a busy machine
-COPIES_LIMITS = {"Bosh3": 13, "Ralston": 12, "Heun": 12}  # of the parameters, by solvers of few stages
+DESCEND_LIMIT = 1.05  # of a hand-written scan
+COPIES_LIMIT = 12  # of the parameters, for the state of `solve`
 GRADIENTS_LIMIT = 7.0  # a step, of order 1, everything counted
 BEFORE_LIMIT = 0.1  # of all, for what is measured before the run
 
@@ -50,17 +50,15 @@ def test_large_runs(record: Record, size: Size, network: str, what: str) -> None
     if size.smoke and (network, what) != ("transformer", "EquationOfMotion, order 1"):
         pytest.skip("not in the smoke size")
     row = record("large runs", _run, _case(size, network, what))
-    if (
-        what == "descend" and not size.smoke and jax.default_backend() == "cpu"
-    ):  # a GPU waits for the host in a run
+    if what == "descend":
         assert row["steps_per_step"] <= DESCEND_LIMIT
 
 
-@pytest.mark.parametrize("solver", COPIES_LIMITS)
+@pytest.mark.parametrize("solver", ["Bosh3", "Ralston", "Heun"])
 def test_solvers_of_few_stages(record: Record, size: Size, full: None, solver: str) -> None:
-    """The state of `solve` is at most 12 copies of the parameters with two stages, and one more with four."""
+    """The state of `solve` is at most 12 copies of the parameters."""
     row = record("large runs", _run, _case(size, "MLP", "EquationOfMotion, order 1", solver))
-    assert row["copies"] <= COPIES_LIMITS[solver]
+    assert row["copies"] <= COPIES_LIMIT
 
 
 class Tally:

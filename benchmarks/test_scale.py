@@ -113,7 +113,8 @@ def test_memory_of_means_over_chunks(record: Record, chunks: Chunks, derivative:
     first, last = rows[0], rows[-1]
     assert last["chunked_MiB"] <= 1.01 * first["chunked_MiB"]
     # A GPU has some work space whatever the number of examples.
-    assert last["plain_MiB"] >= 5 * first["plain_MiB"]
+    most = 0.8 * counts[-1] / counts[0] if jax.default_backend() == "cpu" else 5
+    assert last["plain_MiB"] >= most * first["plain_MiB"]
     assert last["chunked_MiB"] < last["plain_MiB"]
 
 
@@ -148,8 +149,7 @@ def test_time_of_means_over_chunks(
     """A gradient over chunks takes at most 1.3 times as long as the plain one, where that fits."""
     rounds = 3 if size.smoke else 8
     row = record("chunk time", _time_row, chunks, derivative, chunks.num_examples[-1] // 4, rounds, tmp_path)
-    # A chunk of this size does not keep a GPU busy.
-    if derivative == "gradient" and not size.smoke and jax.default_backend() == "cpu":
+    if derivative == "gradient" and not size.smoke:
         assert row["time_ratio"] <= TIME_LIMIT
         assert row["host_time_ratio"] <= TIME_LIMIT
 

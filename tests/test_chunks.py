@@ -149,9 +149,11 @@ def test_memory_does_not_grow_with_the_data(derivative):
     few, many = (temporaries(chunked, NET, args) for args in (one, four))
     assert many < 1.01 * few + 1000  # the sums of the chunks are 8 bytes each
     plain = [temporaries(derivative(net_loss), NET, args) for args in (one, four)]
-    assert plain[1] - plain[0] > 6000 * 3 * 8  # a number for each example and input at least
-    if jax.default_backend() == "cpu":  # a GPU has 30 MiB of work space for anything
+    if jax.default_backend() == "cpu":
+        assert plain[1] > 3.5 * plain[0]
         assert plain[1] > 8 * many
+    else:  # a GPU has 30 MiB of work space for anything
+        assert plain[1] - plain[0] > 6000 * 3 * 8  # a number for each example and input at least
     uneven = temporaries(chunked, NET, jax.tree.map(lambda x: x[:-1], four))
     assert uneven < 2 * many  # one chunk more, of another size
 

@@ -84,8 +84,8 @@ def test_diagnostics_measure_eta_lambda_max():
             assert diagnostics == {}
         else:
             (diagnostic,) = diagnostics.values()
-            # From below, to the residual at which the look stops.
-            assert 0.95 * eta * largest < diagnostic.value <= eta * largest * (1 + 1e-10)
+            # From below: the look stops at a residual of 1 %, whose square is the error.
+            assert (1 - 1e-4) * eta * largest < diagnostic.value <= eta * largest * (1 + 1e-10)
             assert not diagnostic.exceeded
             assert diagnostic.limit == 1
 

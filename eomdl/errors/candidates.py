@@ -112,10 +112,11 @@ class Model(NamedTuple):
 class Stretch:
     """What a short stretch of the real run says.
 
-    - `step_map`, `step_size`: whose run it is; `args`: its data.
+    - `step_map`, `step_size`: whose run it is.
     - `first`, `length`, `num_steps`: where it begins, how long it is, and where the whole run ends, in steps.
     - `found`: the differences, by stride; `multipliers`: those of one step at its end.
     - `plain`: whether it is gradient descent with the step size as learning rate.
+    - `rounding`: the norm of the parameters times the precision; `rtol`: as small as it makes sense; `cost`: of the look, in gradients.
     """
 
     step_map: OptimizerStep
@@ -127,6 +128,7 @@ class Stretch:
     multipliers: np.ndarray
     plain: bool
     rounding: float
+    rtol: float
     cost: float
 
     @property
@@ -154,7 +156,7 @@ def look(
     state, first = starting_state(step_map, params, start)
     reached, last = starting_state(step_map, params, end)
     dtype = jnp.dtype(_tree.dtype(params))
-    order = MAX_POINTS.get(dtype, 5) + _BEYOND
+    order = MAX_POINTS[dtype] + _BEYOND
     values = multipliers(step_map, reached, last, args, 1, min(_DEPTH, _tree.size(reached)))
     strides = (1, 2) if np.abs(values - 1).max() > _FAR else (1,)
     length = last - first
@@ -162,10 +164,13 @@ def look(
         m: differences(step_map, state, first, args, m, max(min(length, LOOK) // m, 1), order)
         for m in strides
     }
-    size = float(_tree.norm(params)) * float(jnp.finfo(dtype).eps)
+    eps = float(jnp.finfo(dtype).eps)
+    rounding = float(_tree.norm(params)) * eps
     cost = sum(min(length, LOOK) + m * order for m in strides) + _DEPTH * _PRODUCT + 4
     plain = all(_is_plain(step_map, x, step_size, args, k) for x, k in ((state, first), (reached, last)))
-    return Stretch(step_map, step_size, first, length, num_steps, found, values, plain, size, cost)
+    return Stretch(
+        step_map, step_size, first, length, num_steps, found, values, plain, rounding, 4 * eps, cost
+    )
 
 
 def _is_plain(step_map: OptimizerStep, state: State, step_size: jax.Array, args: Args, k: int) -> bool:
@@ -203,15 +208,18 @@ def models(loss: Loss, stretch: Stretch) -> Iterator[Model]:
 
 
 class Rated(NamedTuple):
-    """A model with a solver: what it leaves out over the stretch and over the whole, and how it can be integrated."""
+    """A model with a solver: the error that it makes, and how it can be integrated.
+
+    `model_error`: of the flow over the whole run; `stable`: the longest ODE step, and `strides`: how many there are.
+    """
 
     model: Model
-    on_stretch: float
-    on_whole: float
+    model_error: float
     lengths: StepLengths
     stable: float
     size: int
     rounding: float
+    rtol: float
     strides: float
 
     @property
@@ -228,14 +236,15 @@ class Rated(NamedTuple):
         method took more steps than predicted.
         """
         method, root = self.lengths.method, math.sqrt(self.size)
-        left = tolerance / safety - self.on_whole
-        allowed = left if self.fits(tolerance, safety) else 0.5 * max(self.on_whole, tolerance)
-        atol, growth = 0.0, method.growth[0]
+        left = tolerance / safety - self.model_error
+        allowed = left if self.fits(tolerance, safety) else 0.5 * max(self.model_error, tolerance)
+        growth = next_growth = method.growth[0]
         for _ in range(6):  # the growth depends on the tolerance by way of the steps
+            growth = next_growth
             atol = max(allowed / (growth * root), self.rounding / root)
             lengths = self.lengths.along(atol, self.stable, self.strides)
             limited = float(np.mean(lengths == self.stable))
-            growth = 0.5 * (growth + (1 - limited) * method.growth[0] + limited * method.growth[1])
+            next_growth = 0.5 * (growth + (1 - limited) * method.growth[0] + limited * method.growth[1])
         ode_error = growth * root * atol
         steps = float(np.sum(1 / lengths)) * dearer.get(method.name, 1.0)
         per_step = method.evaluations * steps / (self.strides * self.model.flow.stride)
@@ -245,15 +254,15 @@ class Rated(NamedTuple):
             method=method.name,
             flow=self.model.flow,
             solve_options={
-                "rtol": self.rounding / root,
+                "rtol": self.rtol,
                 "atol": atol,
                 "solver": method.solver,
                 "estimate_error": False,
             },
             evaluations=method.evaluations,
-            model_error=self.on_whole,
+            model_error=self.model_error,
             ode_error=ode_error,
-            predicted_error=safety * (self.on_whole + ode_error),
+            predicted_error=safety * (self.model_error + ode_error),
             predicted_cost=self.model.flow.gradients * per_step,
         )
 
@@ -265,7 +274,7 @@ class Rated(NamedTuple):
 
     def fits(self, tolerance: float, safety: float) -> bool:
         """Whether the model leaves a tenth of the tolerance for the solver."""
-        return safety * self.on_whole <= 0.9 * tolerance
+        return safety * self.model_error <= 0.9 * tolerance
 
 
 def rated(loss: Loss, stretch: Stretch) -> list[Rated]:
@@ -282,17 +291,17 @@ def rated(loss: Loss, stretch: Stretch) -> list[Rated]:
         if np.any((rates.real > 0) & (np.abs(1 + z) < 1)):
             continue
         left_out = np.pad(c, (0, found.order - len(c))) - log_coefficients(found.order)
-        on_stretch, limit = found.summed(left_out), found.limit(left_out)
+        error = max(found.summed(left_out), found.limit(left_out))
         for method in METHODS:
             out.append(
                 Rated(
                     model=model,
-                    on_stretch=on_stretch,
-                    on_whole=max(on_stretch, limit),
+                    model_error=error,
                     lengths=lengths[m, method],
                     stable=stable_length(method, rates),
                     size=found.size,
                     rounding=stretch.rounding,
+                    rtol=stretch.rtol,
                     strides=(stretch.num_steps - stretch.first) / m,
                 )
             )

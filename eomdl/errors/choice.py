@@ -183,6 +183,7 @@ def choose_flow(
     """
     _check.function("loss", loss)
     params = _check.params("params", params)
+    _check.wide_enough("params", params)
     num_steps = _check.integer("num_steps", num_steps, 1)
     tolerance = float(_check.positive_scalar("tolerance", tolerance))
     step_size = _check.positive_scalar("learning_rate", learning_rate)

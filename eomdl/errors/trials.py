@@ -128,7 +128,7 @@ def _next(
     within = [r for r in found if r.fits(tolerance, safety)]
     if within:
         return min(within, key=cost)
-    return min(found, key=lambda r: (r.on_whole, cost(r))) if first and found else None
+    return min(found, key=lambda r: (r.model_error, cost(r))) if first and found else None
 
 
 def _pays(candidate: Candidate, accepted: Candidate, real: Real) -> bool:
