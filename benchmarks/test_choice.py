@@ -16,7 +16,7 @@ from benchmarks.test_interpolating import ETA, INITS, STEPS, _descent
 
 TOLERANCES = (1e-3, 1e-4, 1e-6)
 LIMITS = {1e-4: 5.5, 1e-6: 12.0}  # gradients a step for a distance, on the first initialization
-_NEAR = 1.4  # flows up to this times the predicted cost of the chosen one are run, each with its best solver: the others are dearer still
+_NEAR = 1.4  # candidates up to this times the predicted cost of the chosen one are run: the others are dearer still
 
 
 def _run(init: str, real: eomdl.Trajectory, candidate: eomdl.errors.Candidate) -> eomdl.errors.Candidate:
@@ -37,7 +37,7 @@ def test_choice(record: Record, full: None, init: str, tolerance: float) -> None
         choice = eomdl.errors.choose_flow(
             LOSS, INITS[init](), optax.sgd(ETA), STEPS, tolerance, learning_rate=ETA, args=digits(1000)
         )
-        near = [c for c in choice.by_flow() if c.predicted_cost <= _NEAR * choice.predicted_cost]
+        near = [c for c in choice.candidates if c.predicted_cost <= _NEAR * choice.predicted_cost]
         ran = [_run(init, real, c) for c in near]
         good = [c for c in ran if c.measured_error <= tolerance]
         best = min(good, key=lambda c: c.measured_cost)

@@ -88,9 +88,9 @@ def sharpness(loss: Loss, num_matvecs: int = 16, rtol: ArrayLike | None = None) 
     which would keep all vectors, and which the largest eigenvalue does not need (Paige 1976).
 
     **Arguments:** `num_matvecs`: how many Hessian-vector products at most. `rtol`: none after the one at which the
-    residual is below this part of the value. On the digits networks of the benchmarks, along training, 0.05 took 4
-    to 9 of them and was up to 9 % too low (eigenvalues near the largest may not have shown yet), 0.01 took 5 to 11 and was
-        at most 0.04 % too low.
+    residual is below this part of the value. On the digits networks of the benchmarks, along training, 0.05 took 4 to 9
+    of them and was up to 9 % too low (eigenvalues near the largest may not have shown yet), 0.01 took 5 to 11 and was
+    at most 0.04 % too low.
 
     **Cost:** at most `num_matvecs` Hessian-vector products, about 2.7 gradients each; memory for 4
     copies of the parameters beside those of a product.
