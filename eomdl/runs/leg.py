@@ -15,9 +15,8 @@ from eomdl.runs.record import recorded
 from eomdl.runs.trajectory import Trajectory
 
 
-LOOK_EVERY = (
-    64  # steps: a look at the diagnostics costs many gradients, and stretches of large networks are short
-)
+# Steps: a look at the diagnostics costs many gradients, and stretches of large networks are short.
+LOOK_EVERY = 64
 
 
 def span_of(plan: Plan, stretch: Stretch) -> Span:
