@@ -3,6 +3,7 @@
 import tracemalloc
 import warnings
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +55,39 @@ def test_tolerances_are_measured_in_one_ode_step(monkeypatch):
     eomdl.solve(flow, VALLEY, 20, estimate_error=False, save_steps=[20])
     assert counts[0] == 1
     assert len(counts) == 2
+
+
+class Compiled(Exception):
+    """Raised with a program's memory analysis in the place of running it."""
+
+
+@pytest.mark.parametrize(("solver", "most"), [(diffrax.Bosh3(), 11.5), (diffrax.Heun(), 7.5)])
+def test_the_state_of_solve_is_a_few_copies_of_the_parameters(monkeypatch, solver, most):
+    """Of the program that carries a large state: arguments, results and temporaries."""
+    from eomdl.runs import continuous
+
+    def compiled(*arguments):
+        raise Compiled(continuous_integrate.lower(*arguments).compile().compiled.memory_analysis())
+
+    continuous_integrate = continuous.integrate
+    monkeypatch.setattr(continuous, "integrate", compiled)
+    monkeypatch.setattr(continuous, "_FLAT", 0)
+    monkeypatch.setattr("eomdl.runs.plan.MAX_SCALARS", 1)
+    params = {name: jnp.zeros((256, 256)) for name in ("first", "second", "third")}
+    data = jnp.zeros((2, 256)), jnp.zeros((2, 256))
+    flow = eomdl.EquationOfMotion(three_layers, 0.1, order=1)
+    options = {"rtol": 1e-6, "atol": 1e-8, "estimate_error": False, "solver": solver}
+    with pytest.raises(Compiled) as raised:
+        eomdl.solve(flow, params, 4, args=data, save_steps=[4], **options)
+    (memory,) = raised.value.args
+    parts = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert parts / sum(x.nbytes for x in params.values()) <= most
+
+
+def three_layers(params, args):
+    x, y = args
+    hidden = jnp.tanh(jnp.tanh(x @ params["first"]) @ params["second"])
+    return jnp.mean((hidden @ params["third"] - y) ** 2)
 
 
 # ------------------------------------------------------------------ rows on disk

@@ -15,7 +15,7 @@ from eomdl._end import Diagnostic, End, Stats
 from eomdl._types import STATIC, Params, State, StateObservable, record_type
 from eomdl.flows.base import AbstractFlow
 from eomdl.runs.data import Window
-from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span
+from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span, as_row
 from eomdl.runs.identity import identity
 from eomdl.runs.integrator import Integrator, default_controller, diagnostics_at, integrate, params_at
 from eomdl.runs.options import RunOptions, Setup, set_up
@@ -287,4 +287,8 @@ class FlowDynamics(AbstractDynamics):
     def _with(self, controller: Any, widen: float | None, x: State, span: Span, window: Window) -> tuple:
         # An array, since a number would be a constant of the program: one compilation for each.
         integrator = dataclasses.replace(self.integrator, widen=None if widen is None else jnp.asarray(widen))
-        return integrate(self.flow, integrator, controller, self.units, self.observe_state, x, span, window)
+        final, (rows, observed), result, counts = integrate(
+            self.flow, integrator, controller, self.units, self.observe_state, x, span, window
+        )
+        rows = as_row(self.flow.params(x)) if rows is None else rows
+        return final, (rows, observed), result, counts

@@ -15,7 +15,7 @@ from eomdl._types import STATIC, Args, Loss, Params, State, record_type
 from eomdl.maps.optimizer import ExtraArgs, gradient_update
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.runs.data import Window
-from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span, scan_rows
+from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span, as_row, scan_rows
 from eomdl.runs.identity import identity
 from eomdl.runs.options import RunOptions, Setup, set_up
 from eomdl.runs.trajectory import Trajectory
@@ -137,8 +137,9 @@ class _Discrete(AbstractDynamics):
         return identity(self.step_map)
 
     def advance(self, state: State, span: Span, window: Window) -> Advanced:
-        layout = _devices.layout(state)
+        start, layout = state, _devices.layout(state)
         state, rows, steps = _iterate(self.step_map, self.gradients, layout, state, span, window)
+        rows = as_row(self.step_map.params(start)) if rows is None else rows
         counts = {"gradient_evaluations": steps}
         return Advanced(state, rows, {}, None, RESULTS.successful, counts)
 
@@ -158,12 +159,15 @@ def _run(step_map: StepMap, setup: Setup, step_size: ArrayLike | None, gradients
 @eqx.filter_jit
 def _iterate(
     step_map: StepMap, gradients: int, layout: Any, state: State, span: Span, window: Window
-) -> tuple[State, Params, jax.Array]:
-    """The state at the end, the parameters of every row, the number of gradients."""
+) -> tuple[State, Params | None, jax.Array]:
+    """The state at the end, the parameters of every row (None for the start only), the number of gradients."""
 
     def step(k: jax.Array, state: State) -> State:
         new = step_map(state, window.at(k), k.astype(jnp.result_type(float)))
         return _devices.laid_out(new, layout)
 
-    state, rows = scan_rows(step, state, lambda k, state: step_map.params(state), span)
+    def read(k: jax.Array, state: State) -> Params | None:
+        return None if span.is_one_row else step_map.params(state)
+
+    state, rows = scan_rows(step, state, read, span)
     return state, rows, gradients * jnp.sum(span.gaps)

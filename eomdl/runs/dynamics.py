@@ -29,6 +29,11 @@ class Span:
     reversible: bool = dataclasses.field(default=False, metadata=STATIC)
 
     @property
+    def is_one_row(self) -> bool:
+        """Whether its only row is the start: a program then gives none, since it would be a copy of what it was given."""
+        return len(self.gaps) == 1
+
+    @property
     def steps(self) -> jax.Array:
         """The step number of every row."""
         return self.start + jnp.cumsum(self.gaps) - self.gaps
@@ -96,6 +101,11 @@ class AbstractDynamics(abc.ABC):
     def stats(self, stats: Stats) -> Stats:
         """The numbers of the run so far, with those of the dynamics in their place."""
         return stats
+
+
+def as_row(params: Params) -> Params:
+    """The only row of a stretch."""
+    return jax.tree.map(lambda x: x[None], params)
 
 
 def scan_rows(

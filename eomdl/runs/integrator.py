@@ -18,7 +18,7 @@ from eomdl._types import Args, Params, State, StateObservable
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.stride import step_data
 from eomdl.runs.data import Window
-from eomdl.runs.dynamics import Span, scan_rows
+from eomdl.runs.dynamics import Span, as_row, scan_rows
 
 
 class Integrator(eqx.Module):
@@ -133,6 +133,7 @@ def integrate(
 ) -> tuple[State, tuple, Any, dict[str, jax.Array]]:
     """Record, then integrate over the gap, for every gap: final state, R records, result, counts.
 
+    Of a span of one row and a flow of stride 1 the record has no parameters: they are those of `state`.
     A flow of stride m is carried from one multiple of m to the next: `state` is that at
     the last multiple of m up to the start.
     """
@@ -159,26 +160,26 @@ def _at_once(
 
     steps = span.steps
     ts = (steps - steps % m - problem.base).astype(time)
-    first = save(None, problem.to_solver(state), args)
     end = span.end - span.end % m - problem.base
     subs = [diffrax.SubSaveAt(t1=True)]
-    if len(ts) > 1:  # a row by itself is the start: nothing is interpolated, which would keep all stages
+    if not span.is_one_row:  # else nothing is interpolated, which would keep all stages
         subs.append(diffrax.SubSaveAt(ts=ts, fn=save))
     solution = problem.solve(state, 0, end, args, diffrax.SaveAt(subs=subs))
     last, *saved = cast(list, solution.ys)
+    final = problem.from_solver(jax.tree.map(lambda x: x[0], last))
+    records: Any
+    if span.is_one_row:
+        records = as_row(_read(flow, observe_state, steps[0], state, window, span))
+        return final, records, _result(solution), _counts(solution)
     # The solver saves the start when it has taken a step, and then as the step rounds it.
-    rows = (
-        jax.tree.map(lambda row, x: row.at[0].set(x), saved[0], first)
-        if saved
-        else jax.tree.map(lambda x: x[None], first)
-    )
-    records: Any = (rows, {})
+    first = save(None, problem.to_solver(state), args)
+    rows = jax.tree.map(lambda row, x: row.at[0].set(x), saved[0], first)
+    records = (rows, {})
     if not plain:
         records = jax.lax.map(
             lambda row: record(flow, observe_state, row[0], problem.from_solver(row[1]), window),
             (steps, rows),
         )
-    final = problem.from_solver(jax.tree.map(lambda x: x[0], last))
     return final, records, _result(solution), _counts(solution)
 
 
@@ -210,9 +211,22 @@ def _stride_by_stride(
     zero = jnp.zeros((), jnp.asarray(0).dtype)
     carry = (state, jax.tree.map(jnp.asarray, RESULTS.successful), dict.fromkeys(_COUNTS, zero))
     (state, result, counts), records = scan_rows(
-        stride, carry, lambda k, c: record(flow, observe_state, k, c[0], window), span
+        stride, carry, lambda k, c: _read(flow, observe_state, k, c[0], window, span), span
     )
     return state, records, result, counts
+
+
+def _read(
+    flow: AbstractFlow,
+    observe_state: dict[str, StateObservable],
+    k: Any,
+    x: State,
+    window: Window,
+    span: Span,
+) -> tuple[Params | None, dict[str, jax.Array]]:
+    """The record of a row, without parameters where they are those of the state that the program was given."""
+    params, observed = record(flow, observe_state, k, x, window)
+    return None if span.is_one_row and flow.stride == 1 else params, observed
 
 
 def record(
