@@ -17,8 +17,9 @@ from benchmarks import large
 from benchmarks.conftest import Record, Size
 from benchmarks.large import Case
 from benchmarks.measure import compiled
-from eomdl._autodiff import hessian_vector_product
 from eomdl._types import Args, Loss, Params
+from eomdl.flows.equation_of_motion import RTOL
+from eomdl.observe.curvature import Sharpness
 
 
 SIZES = {"MLP": (2048, 2048, 2048), "transformer": (384, 6)}
@@ -84,6 +85,16 @@ class Counted(eqx.Module):
         return self.loss(params, args)
 
 
+def _look(loss: Loss, params: Params, args: Args) -> float:
+    """Flops of a look at the sharpness: what its products share, and each of them."""
+    _, _, count = jax.jit(Sharpness(loss, 16, RTOL).lanczos)(params, args)
+    grad = jax.grad(loss)
+    _, shared = compiled(lambda p, args: jax.linearize(lambda q: grad(q, args), p)[1], params, args)
+    product = jax.jit(lambda p, args: jax.linearize(lambda q: grad(q, args), p)[1])(params, args)
+    _, each = compiled(lambda product, vector: product(vector), product, params)
+    return shared["flops"] + int(count) * each["flops"]
+
+
 def _gradients(sizes: Sequence[int], num_examples: int, num_steps: int) -> list[dict[str, Any]]:
     """Where the gradients of `solve` with its defaults go, per step of gradient descent."""
     loss, params, args = large.mlp(sizes, num_examples)
@@ -97,21 +108,17 @@ def _gradients(sizes: Sequence[int], num_examples: int, num_steps: int) -> list[
         jax.effects_barrier()
         return tally.count, run
 
-    everything, run = counted()
-    unseen, _ = counted(diagnose=False)
+    unseen, run = counted(diagnose=False)
     given, _ = counted(diagnose=False, rtol=run.stats.rtol, atol=run.stats.atol)
     _, one = compiled(jax.grad(loss), params, args)
     plain = eomdl.EquationOfMotion(loss, flow.learning_rate, order=1)
     _, field = compiled(lambda p, args: plain(0.0, p, args), params, args)
-    _, product = compiled(lambda p, args: hessian_vector_product(loss, p, args, p), params, args)
-    per_field, per_product = field["flops"] / one["flops"], product["flops"] / one["flops"]
-    per_field /= flow.order + 1
-    looks = (everything - unseen) * per_product
+    per_field = field["flops"] / one["flops"] / (flow.order + 1)
     parts = {
         "ODE steps": given * per_field,
         "tolerances, measured before": (unseen - given) * per_field,
-        "the look at the sharpness before": looks / 2,
-        "the look at the sharpness at the end": looks / 2,
+        "the look at the sharpness before": _look(loss, params, args) / one["flops"],
+        "the look at the sharpness at the end": _look(loss, run.final_params, args) / one["flops"],
     }
     parts["everything"] = sum(parts.values())
     num_params = sum(x.size for x in jax.tree.leaves(params))

@@ -142,7 +142,10 @@ def xi(n):
     return term
 
 
-@pytest.mark.parametrize("derivative", [jax.grad, xi(0), xi(1)], ids=["gradient", "xi_0", "xi_1"])
+DERIVATIVES = {"gradient": jax.grad, "xi_0": xi(0), "xi_1": xi(1), "sharpness": eomdl.sharpness}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
 def test_memory_does_not_grow_with_the_data(derivative):
     one, four = ((normal(7, n, 3), normal(8, n, 2)) for n in (2000, 8000))
     chunked = derivative(MeanOverChunks(net_loss, 500))

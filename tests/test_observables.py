@@ -77,6 +77,18 @@ def test_sharpness_stops_at_a_residual(rtol):
     assert abs(values[0] - 10.0) > rtol * 10.0
 
 
+def test_sharpness_evaluates_the_loss_once():
+    evaluations = []
+
+    def counted(params, args):
+        jax.debug.callback(lambda: evaluations.append(1))
+        return quadratic_loss(params, args)
+
+    eomdl.sharpness(counted)(QUADRATIC.params, QUADRATIC.args)
+    jax.effects_barrier()
+    assert len(evaluations) == 1
+
+
 def test_sharpness_has_a_derivative_in_both_modes():
     start, direction = net_params(0), net_params(1)
     value = eomdl.sharpness(net_loss, rtol=1e-3)
