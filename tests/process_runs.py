@@ -21,7 +21,6 @@ from eomdl import _processes, _shards
 
 
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_disable_most_optimizations", True)
 
 STEPS = 6
 ADAM = optax.adam(0.02)

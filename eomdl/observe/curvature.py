@@ -21,6 +21,7 @@ class Sharpness(AbstractObservable):
     rtol: ArrayLike | None
 
     def __call__(self, params: Params, args: Args) -> Float[jax.Array, ""]:
+        """The largest eigenvalue of the Lanczos vectors' matrix."""
         return jnp.max(jnp.linalg.eigvalsh(_tridiagonal(*self.lanczos(params, args))))
 
     def lanczos(self, params: Params, args: Args) -> tuple[jax.Array, jax.Array, jax.Array]:
