@@ -205,6 +205,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         {
             "derivative": "derivative",
             "num_examples": "examples",
+            "chunk_size": "chunk",
             "flops_ratio": "MeanOverChunks: flops",
             "time_ratio": "MeanOverChunks: seconds",
             "host_time_ratio": "the same from a file: seconds",

@@ -39,8 +39,9 @@ def _run(case: Case) -> dict[str, Any]:
 
 def _case(size: Size, network: str, what: str, solver: str = "Tsit5") -> Case:
     sizes: Sequence[int] = (SMOKE_SIZES if size.smoke else SIZES)[network]
-    # `descend` long enough that what a run takes beside its steps (rows, looks at them) counts for little.
-    steps = 2 if size.smoke else 60 if what == "descend" else 4
+    # `descend` long enough that what a run takes beside its steps (rows, looks at them: some 30 ms) counts for little.
+    long = 60 if jax.default_backend() == "cpu" else 4_000
+    steps = 2 if size.smoke else long if what == "descend" else 4
     return Case(network, what, sizes, EXAMPLES[network], steps, solver)
 
 
