@@ -166,6 +166,7 @@ def claims(tables: Tables) -> list[made.Claim]:
                 "travelled.",
                 f"{error[BEFORE]:.1e} at {cost:.1f} gradients a step; 4 points: {error['stride 2, 4 points']:.1e}.",
                 bool(error[BEFORE] <= 5e-4) if first["asserted"] else None,
+                full_only=True,  # a short run ends in the spike
             )
         )
     return found
