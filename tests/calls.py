@@ -128,7 +128,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "GradientFlow": (eomdl.GradientFlow, dict(loss=valley_loss, learning_rate=0.05)),
     "InterpolatingFlow": (
         eomdl.InterpolatingFlow,
-        dict(step_map=STEP, step_size=0.05, points=2, stride=1, weights=None),
+        dict(step_map=STEP, step_size=0.05, points=2, stride=1, weights=None, backward=1),
     ),
     "WeightDecay": (eomdl.WeightDecay, dict(loss=valley_loss, weight_decay=0.1)),
     "Ensemble": (eomdl.Ensemble, dict(step_map=STEP, args_axis=None)),

@@ -102,9 +102,13 @@ adam_outside = steps(lambda rate: optax.adam(rate, 0.4, 0.5, 0.1))
 rmsprop = steps(lambda rate: optax.rmsprop(rate, 0.5, 0.05))
 
 
-def interpolating(real: Callable, points: int, stride: int = 1, weights: Any = None) -> Callable:
+def interpolating(
+    real: Callable, points: int, stride: int = 1, weights: Any = None, backward: int = 0
+) -> Callable:
     """(loss, learning rate) -> the flow of a map, on a clock that counts the learning rate."""
-    return lambda loss, rate: eomdl.InterpolatingFlow(real(loss, rate), rate, points, stride, weights)
+    return lambda loss, rate: eomdl.InterpolatingFlow(
+        real(loss, rate), rate, points, stride, weights, backward
+    )
 
 
 def equation_of_motion(terms: int) -> Flow:
@@ -137,6 +141,14 @@ FLOWS = [
     *up_to(2),
     Flow("gradient descent, 3 points", interpolating(sgd, 3), sgd, 3),
     Flow("gradient descent, stride 2", interpolating(sgd, 3, 2), sgd, 3),
+    Flow(
+        "gradient descent, stride 2, one back",
+        interpolating(sgd, 2, 2, backward=1),
+        sgd,
+        2,
+        (0.004, 0.002, 0.001),
+        variant=True,
+    ),
     Flow(
         "gradient descent, minimax",
         interpolating(sgd, 4, 1, minimax_weights(4, 0.9)),
@@ -180,7 +192,7 @@ FLOWS = [
     ),
     Flow("rmsprop_flow", lambda loss, rate: rmsprop_flow(loss, rate, 0.5, 0.05), rmsprop, 2, SLOW, 0.24),
     Flow("ModifiedFlow", lambda loss, rate: ModifiedFlow(descent_of(loss), rate, 1), sgd, 2),
-    Flow("ReshufflingFlow", ReshufflingFlow, MeanEpoch, 2, (0.01, 0.005, 0.0025), args=PULLS),
+    Flow("ReshufflingFlow", ReshufflingFlow, MeanEpoch, 2, (0.004, 0.002, 0.001), args=PULLS),
 ]
 
 

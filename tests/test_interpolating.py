@@ -300,3 +300,66 @@ def test_a_function_of_the_parameters_goes_on_from_a_real_run():
     np.testing.assert_array_equal(path.steps, np.arange(7))
     new = eomdl.solve(flow, start.final_params, 3, rtol=path.stats.rtol, atol=path.stats.atol)
     np.testing.assert_allclose(path.final_params, new.final_params, rtol=1e-12)
+
+
+# ------------------------------------------------------------- the iterate before
+
+
+def _multiplied(z):
+    """The map x -> z x: its logarithm is log z."""
+    return lambda x, args, k: z * x
+
+
+def _velocity(z, points, backward):
+    return float(
+        eomdl.InterpolatingFlow(_multiplied(z), 1.0, points, backward=backward)(0.0, jnp.ones(()), None)
+    )
+
+
+@pytest.mark.parametrize("points", [1, 2, 3, 5])
+@pytest.mark.parametrize("z", [0.3, 0.9, 2.25])
+def test_the_iterate_before_enters_as_the_relaxations_say(z, points):
+    y = sum((1 - z) ** j for j in range(points + 1))
+    for _ in range(3):
+        y += 0.7 * (1 - z * y)
+    j = np.arange(2, points + 2)
+    # The differences of y, x, Psi(x), ... with y found only approximately.
+    iterates = np.append(y, z ** np.arange(points + 1.0))
+    differences = [np.diff(iterates, n)[0] for n in range(1, points + 2)]
+    expected = differences[0] + sum((-1.0) ** n / (n * (n - 1)) * differences[n - 1] for n in j)
+    np.testing.assert_allclose(_velocity(z, points, 3), expected, rtol=1e-11)
+
+
+def test_each_relaxation_takes_a_fixed_part_of_the_first_term_left_out():
+    z, points = 1.001, 2
+    errors = [_velocity(z, points, n) - np.log(z) for n in (0, 1, 2)]
+    np.testing.assert_allclose(np.divide(errors[1:], errors[:-1]), 0.3, rtol=0.02)
+
+
+def test_past_one_plus_root_two_the_iterate_before_keeps_the_series_near():
+    eta = 0.5  # eta * lambda = 2.5: the two-step map multiplies by 2.25, where Taylor's series diverges
+
+    def step(x, args, k):
+        return x - eta * 5.0 * x
+
+    taylor = [eomdl.InterpolatingFlow(step, eta, k, stride=2)(0.0, jnp.ones(()), None) for k in (3, 6)]
+    centred = eomdl.InterpolatingFlow(step, eta, 3, stride=2, backward=3)(0.0, jnp.ones(()), None)
+    exact = np.log(2.25) / (2 * eta)
+    assert abs(centred - exact) < 0.1 * exact
+    assert min(abs(v - exact) for v in taylor) > 3 * abs(centred - exact)
+
+
+def test_the_step_back_is_taken_at_its_own_time():
+    # x(k) = k^2: the iterate before is known only to a map that is told its step.
+    flow = eomdl.InterpolatingFlow(lambda x, args, k: x + 2 * k + 1, 1.0, 2, stride=2, backward=4)
+    np.testing.assert_allclose(flow(3.0, jnp.asarray(9.0), None), 6.0, rtol=1e-12)
+
+
+def test_weights_have_one_more_with_the_iterate_before():
+    weights = eomdl.series.weights.centred_weights(2)
+    plain = eomdl.InterpolatingFlow(VALLEY_SGD, ETA, 2, backward=2)
+    given = eomdl.InterpolatingFlow(VALLEY_SGD, ETA, 2, weights=weights, backward=2)
+    state = plain.init(VALLEY, None)
+    assert_identical(plain(0.0, state, None), given(0.0, state, None))
+    with pytest.raises(ValueError, match=r"weights: expected shape \(3,\)"):
+        eomdl.InterpolatingFlow(VALLEY_SGD, ETA, 2, weights=weights[1:], backward=2)

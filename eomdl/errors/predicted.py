@@ -185,7 +185,7 @@ def _with_one_more(flow: AbstractFlow) -> AbstractFlow | None:
         known = _leading(flow)
         return EquationOfMotion(known.loss, known.learning_rate, known.order + 1)
     if isinstance(flow, InterpolatingFlow) and flow.weights is None and flow.points < MAX_POINTS:
-        return InterpolatingFlow(flow.step_map, flow.step_size, flow.points + 1, flow.stride)
+        return dataclasses.replace(flow, points=flow.points + 1)
     return None
 
 

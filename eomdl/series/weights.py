@@ -56,6 +56,22 @@ def weights_of_differences(coefficients: Float[np.ndarray, " points"]) -> Float[
     return np.asarray(coefficients) @ np.stack(rows)
 
 
+def centred_weights(points: int) -> Float[np.ndarray, " points_and_one"]:
+    r"""$b_{-1}, \dots, b_{K-1}$: Taylor's series about the second of K + 2 iterates, formal order K + 1.
+
+    With y the iterate before x, $\log(1 + \Delta) x = (1 + \Delta) \log(1 + \Delta) y
+    = \Delta y + \sum_{j \ge 2} \frac{(-1)^j}{j (j-1)} \Delta^j y$: the terms fall faster by a factor j - 1.
+    """
+    j = np.arange(2, points + 2)
+    return weights_of_differences(np.append(1.0, (-1.0) ** j / (j * (j - 1))))
+
+
+def step_back_weights(points: int) -> Float[np.ndarray, " points"]:
+    r"""$x - y = \sum_i b_i d_i$ for the iterate y before x, extrapolated: $y = (1 + \Delta)^{-1} x$ cut after $\Delta^K$."""
+    j = np.arange(1, points + 1)
+    return weights_of_differences((-1.0) ** (j + 1))
+
+
 def minimax_weights(points: int, bound: float, order: int | None = None) -> Float[np.ndarray, " points"]:
     r"""Weights of least error for every multiplier in $[1 - B, 1]$, not only near 1.
 
