@@ -194,6 +194,18 @@ def explicit():
         }
 
 
+def collectives_over_chunks():
+    """How often the compiled field of order 1 gathers, its data spread: by chunks that divide them evenly, and that do not."""
+    params, args = cases()["data"]
+
+    def gathers(size):
+        field = eomdl.EquationOfMotion(eomdl.losses.MeanOverChunks(loss, size), 0.1, order=1)
+        text = jax.jit(lambda p, args: field(0.0, p, args)).lower(params, args).compile().as_text()
+        return {"all-reduce": text.count("all-reduce("), "all-gather": text.count("all-gather(")}
+
+    return {"even": gathers(16), "uneven": gathers(12)}
+
+
 def main():
     found = {}
     reference = {}
@@ -210,6 +222,7 @@ def main():
     found["topology"] = from_another_topology()
     found["bytes"] = bytes_on_a_device()
     found["explicit"] = explicit()
+    found["chunks"] = collectives_over_chunks()
     print(json.dumps(found))
 
 
