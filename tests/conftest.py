@@ -32,6 +32,10 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+# Tracing makes many small objects, and the collector looks at all of them again and again: a tenth of all the time.
+gc.set_threshold(200_000, 50, 1000)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
 

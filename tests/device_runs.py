@@ -13,6 +13,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import eomdl
+from eomdl.errors.carried import LeadingError, WithError, leaf_by_leaf
 
 
 jax.config.update("jax_enable_x64", True)
@@ -194,6 +195,35 @@ def explicit():
         }
 
 
+def predicted():
+    """The error of gradient flow before the run, on one device and on eight; where what is recorded of it is."""
+    every = cases()
+    vectors = [
+        eomdl.errors.predict_error(
+            eomdl.GradientFlow(loss, 0.1), p, 4, args=a, check=False, diagnose=False
+        ).vector
+        for p, a in (every["one device"], every["both"])
+    ]
+    leaves = zip(*map(jax.tree.leaves, vectors), strict=True)
+    params, _ = every["both"]
+    flow = LeadingError(loss, jnp.asarray(0.1), 0)
+    columns = leaf_by_leaf("error", flow.observed, params).values()
+    found = jax.jit(lambda state: [column(0.0, state, None) for column in columns])(WithError(params, params))
+    return {"apart": max(float(np.max(np.abs(x - y))) for x, y in leaves), "kept": kept(found, params)}
+
+
+def collectives_over_chunks():
+    """How often the compiled field of order 1 gathers, its data spread: by chunks that divide them evenly, and that do not."""
+    params, args = cases()["data"]
+
+    def gathers(size):
+        field = eomdl.EquationOfMotion(eomdl.losses.MeanOverChunks(loss, size), 0.1, order=1)
+        text = jax.jit(lambda p, args: field(0.0, p, args)).lower(params, args).compile().as_text()
+        return {"all-reduce": text.count("all-reduce("), "all-gather": text.count("all-gather(")}
+
+    return {"even": gathers(16), "uneven": gathers(12)}
+
+
 def main():
     found = {}
     reference = {}
@@ -210,6 +240,8 @@ def main():
     found["topology"] = from_another_topology()
     found["bytes"] = bytes_on_a_device()
     found["explicit"] = explicit()
+    found["predicted"] = predicted()
+    found["chunks"] = collectives_over_chunks()
     print(json.dumps(found))
 
 

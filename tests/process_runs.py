@@ -34,6 +34,9 @@ def loss(params, args):
     return jnp.mean((jnp.tanh(x @ params["first"]) @ params["second"] - y) ** 2)
 
 
+CHUNKED = eomdl.losses.MeanOverChunks(loss, 16)
+
+
 def flow(params, args):
     """A run of gradient flow with all that is measured on the host given."""
     quick = {"rtol": 1e-6, "atol": 1e-8, "estimate_error": False, "diagnose": False}
@@ -84,6 +87,10 @@ def disagreements(number, params, args, store):
         "shape": raised(lambda: run(args=longer)),
         "batches": raised(lambda: run(2, args=None, batches=batches(number, args))),
         "folder": raised(lambda: run(checkpoints=store)),
+        "rows": raised(lambda: run(save_params=eomdl.runs.RowsOnDisk(store.folder.parent / "rows"))),
+        "on host": raised(
+            lambda: eomdl.descend(CHUNKED, params, ADAM, STEPS, args=eomdl.losses.OnHost(DATA))
+        ),
     }
     _processes.PATIENCE = 2.0
     time.sleep(4 * number)  # the last one comes too late
@@ -105,7 +112,11 @@ def main():
     run = eomdl.descend(loss, params, ADAM, STEPS, checkpoints=store, progress=True, **options)
     resumed = eomdl.descend(loss, params, ADAM, STEPS, resume=store.at(3).end, **options)
     path = flow(params, args)
+    on_disk = eomdl.descend(
+        loss, params, ADAM, STEPS, save_params=eomdl.runs.RowsOnDisk(folder / "rows"), **options
+    )
     found = {
+        "on disk": [*on_disk.observables["loss"], *on_disk.params["first"].ravel()],
         "descend": [*run.observables["loss"], *run.params["first"].ravel()],
         "resumed": [*resumed.observables["loss"], *resumed.params["first"].ravel()],
         "flow": [*path.observables["loss"], *path.params["first"].ravel()],

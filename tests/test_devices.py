@@ -67,6 +67,19 @@ def test_memory_per_device_falls_with_their_number(found):
     assert all(here / there > 1.6 for here, there in itertools.pairwise(field))
 
 
+def test_the_error_predicted_on_eight_devices_is_that_on_one(found):
+    assert found["predicted"]["apart"] <= 1e-12
+    assert found["predicted"]["kept"] == [[True, 8]] * 2
+
+
+def test_means_over_chunks_gather_no_data(found):
+    """A chunk size that divides the examples, and is a multiple of the devices, sends sums only."""
+    even, uneven = found["chunks"]["even"], found["chunks"]["uneven"]
+    assert even["all-reduce"] > 0
+    assert even["all-gather"] == 0
+    assert uneven["all-gather"] > 0
+
+
 def test_explicit_meshes(found):
     explicit = found["explicit"]
     assert explicit["apart"] <= 1e-12

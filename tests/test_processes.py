@@ -83,6 +83,7 @@ def test_two_processes_give_the_numbers_of_one(two):
     for lines, _, _ in two:
         found = lines[0]
         np.testing.assert_allclose(found["descend"], numbers(whole), rtol=0, atol=1e-12)
+        assert found["on disk"] == found["descend"]
         np.testing.assert_allclose(found["resumed"], numbers(whole.rows(slice(3, None))), rtol=0, atol=1e-12)
         np.testing.assert_allclose(found["flow"], numbers(flow), rtol=0, atol=1e-12)
         assert found["parts"] == [0.5, 0.5]
@@ -102,6 +103,8 @@ def test_only_the_first_shows_progress(two):
         ("shape", "args[0]: float64[31, 6] #"),
         ("batches", "OSError('disk gone')"),
         ("folder", "expected a folder without checkpoints after step 0"),
+        ("rows", "expected a folder without rows"),
+        ("on host", "args: expected arrays of all processes, got eomdl.losses.OnHost in one of 2"),
     ],
 )
 def test_processes_that_differ_are_all_stopped(two, what, said):
@@ -132,13 +135,55 @@ def test_one_killed_while_it_writes(two, folder):
         eomdl.descend(process_runs.loss, other, ADAM, 9, args=process_runs.DATA, resume=store.latest)
 
 
-def test_the_script_of_the_guide(tmp_path):
-    """The same number from two processes as from one, printed by the first; the three run at once."""
+# A process that does not come to the second of two sums, for longer than the other waits.
+LATE = """
+import os, sys, time, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+number = int(sys.argv[2])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, number)
+place = NamedSharding(jax.make_mesh((2,), ("d",)), P("d"))
+x = jax.make_array_from_callback((8,), place, lambda index: jnp.arange(8.0)[index])
+total = jax.jit(jnp.sum, out_shardings=NamedSharding(place.mesh, P()))
+print(total(x), flush=True)
+time.sleep(9 * number)
+if number == 0:
+    try:
+        total(x).block_until_ready()
+    except Exception as error:
+        print(error, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts(folder):
+    """What five processes print, run at once: the guide's script alone and on two, and two of which one is late."""
     (code,) = re.findall(r'session="processes"\n(.*?)```', GUIDE.read_text(), re.DOTALL)
-    script = tmp_path / "script.py"
+    script, late = folder / "script.py", folder / "late.py"
     script.write_text(code)
-    two = {"COUNT": "2", "ADDRESS": f"localhost:{free_port()}"}
-    runs = started([((script,), {}), *(((script,), {**two, "NUMBER": str(n)}) for n in range(2))])
+    late.write_text(LATE)
+    two, port = {"COUNT": "2", "ADDRESS": f"localhost:{free_port()}"}, free_port()
+    bounded = {"XLA_FLAGS": "--xla_cpu_collective_timeout_seconds=4"}
+    return started(
+        [
+            ((script,), {}),
+            *(((script,), {**two, "NUMBER": str(n)}) for n in range(2)),
+            *(((late, port, n), bounded) for n in range(2)),
+        ]
+    )
+
+
+def test_the_wait_in_a_collective_can_be_bounded(scripts):
+    first, second = scripts[3:]
+    assert "28.0\n" in first[0], first[1][-2000:]
+    assert "28.0\n" in second[0], second[1][-2000:]
+    assert "Timed out waiting 4000ms" in first[0]
+
+
+def test_the_script_of_the_guide(scripts):
+    """The same number from two processes as from one, printed by the first."""
+    runs = scripts[:3]
     alone, first, second = (
         [line for line in out.splitlines() if line.startswith("distance")] for out, _, _ in runs
     )

@@ -1,18 +1,17 @@
 """Flows that carry their own error against the optimizer beside the state."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from eomdl import _check, _tree
 from eomdl._autodiff import descent_field
 from eomdl._end import Diagnostic
-from eomdl._types import Args, Loss, Params, State
+from eomdl._types import Args, Loss, Params, State, StateObservable
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.equation_of_motion import EquationOfMotion
 from eomdl.flows.gradient import gradient_descent_step
@@ -46,10 +45,10 @@ class AbstractErrorFlow(AbstractFlow):
         """Those on the flow."""
         return state.params
 
-    def observed(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
-        """The error in one vector, to be recorded."""
+    def observed(self, t: ArrayLike, state: WithError, args: Args) -> Params:
+        """The error, to be recorded."""
         del t, args
-        return ravel_pytree(state.error)[0]
+        return state.error
 
 
 class LeadingError(AbstractErrorFlow):
@@ -150,10 +149,10 @@ class LinearizedError(AbstractFlow):
         """Flow minus optimizer, at the end of a stride."""
         return _tree.add(state.pushed, _tree.sub(state.state, state.image))
 
-    def observed(self, t: ArrayLike, state: Linearized, args: Args) -> jax.Array:
-        """The parameters' error in one vector, to be recorded."""
+    def observed(self, t: ArrayLike, state: Linearized, args: Args) -> Params:
+        """The parameters' error, to be recorded."""
         del t, args
-        return ravel_pytree(self.flow.params(self.error(state)))[0]
+        return self.flow.params(self.error(state))
 
     def refresh(self, t: ArrayLike, state: Linearized, args: Args) -> Linearized:
         """At the start of a stride: the map of the stride and its derivative, here."""
@@ -193,7 +192,29 @@ def _without_error(state: State) -> Linearized:
     return Linearized(state, state, _tree.zeros_like(state))
 
 
-def recorded_vectors(path: Trajectory, name: str) -> Params:
-    """What `observed` has recorded under a name, as a pytree like the parameters, one row per saved step."""
-    unravel = ravel_pytree(jax.tree.map(lambda x: x[0], path.params))[1]
-    return jax.tree.map(np.asarray, jax.vmap(unravel)(jnp.asarray(path.observables[name])))
+class Leaf(eqx.Module):
+    """One leaf of a pytree that a function of the state gives: recorded by itself, it stays spread over devices as it is."""
+
+    whole: Callable[..., Params]
+    number: int = eqx.field(static=True)
+
+    def __call__(self, t: ArrayLike, state: State, args: Args) -> jax.Array:
+        """The leaf."""
+        return jax.tree.leaves(self.whole(t, state, args))[self.number]
+
+
+def leaf_by_leaf(name: str, whole: Callable[..., Params], params: Params) -> dict[str, StateObservable]:
+    """What to give `observe_state` for a pytree like the parameters."""
+    return {column: Leaf(whole, number) for number, column in enumerate(_columns(name, params))}
+
+
+def recorded(path: Trajectory, name: str) -> Params:
+    """What `leaf_by_leaf` has recorded, as a pytree like the parameters, one row per saved step."""
+    columns = [np.asarray(path.observables[column]) for column in _columns(name, path.params)]
+    return jax.tree.structure(path.params).unflatten(columns)
+
+
+def _columns(name: str, params: Params) -> list[str]:
+    return [
+        f"{name}{jax.tree_util.keystr(place)}" for place, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from eomdl import _check
 from eomdl._end import End
 from eomdl._types import Params
-from eomdl.errors.carried import LeadingError, LinearizedError, recorded_vectors
+from eomdl.errors.carried import LeadingError, LinearizedError, leaf_by_leaf, recorded
 from eomdl.errors.comparison import row_norms, top_level_blocks
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.equation_of_motion import EquationOfMotion
@@ -157,7 +157,7 @@ def predict_error(
     if options.get("save_params", True) is not True:
         raise ValueError(f"save_params: expected True, got {options['save_params']!r}")
     carried = _leading(flow) if leading else _linearized(flow)
-    observed = {"error": carried.observed}
+    observed = leaf_by_leaf("error", carried.observed, params)
     path = solve(
         carried,
         params,
@@ -201,7 +201,7 @@ def _linearized(flow: AbstractFlow) -> LinearizedError:
 
 def _result(path: Trajectory, better: Trajectory | None) -> PredictedError:
     """What the run of the flow with its error says, and the run of the flow with one term more."""
-    vector = recorded_vectors(path, "error")
+    vector = recorded(path, "error")
     norm, embedded, difference = row_norms(vector), None, None
     notes = path.notes
     if better is not None:

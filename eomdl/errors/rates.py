@@ -7,14 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from eomdl import _check, _tree
 from eomdl._autodiff import descent_field
 from eomdl._types import Args, Loss, Params
-from eomdl.errors.carried import AbstractErrorFlow, WithError, recorded_vectors
+from eomdl.errors.carried import AbstractErrorFlow, WithError, leaf_by_leaf, recorded
 from eomdl.errors.comparison import row_norms, top_level_blocks
 from eomdl.observe.curvature import sharpness
 from eomdl.runs.continuous import solve
@@ -80,10 +79,10 @@ class ScaledError(AbstractErrorFlow):
         velocity, along = jax.linearize(descent_field(self.loss, args), state.params)
         return WithError(velocity, _tree.add(along(state.error), self.left_out(state.params, args)))
 
-    def source(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
-        r"""$\xi_n$ in one vector, to be recorded."""
+    def source(self, t: ArrayLike, state: WithError, args: Args) -> Params:
+        r"""$\xi_n$, to be recorded."""
         del t
-        return ravel_pytree(self.left_out(state.params, args))[0]
+        return self.left_out(state.params, args)
 
     def speed(self, t: ArrayLike, state: WithError, args: Args) -> jax.Array:
         """The norm of the gradient, to be recorded."""
@@ -146,7 +145,11 @@ def largest_learning_rate(
         points,
         args=args,
         observe={"sharpness": sharpness(loss)},
-        observe_state={"error": flow.observed, "source": flow.source, "speed": flow.speed},
+        observe_state={
+            **leaf_by_leaf("error", flow.observed, params),
+            **leaf_by_leaf("source", flow.source, params),
+            "speed": flow.speed,
+        },
         estimate_error=False,
         progress=progress,
     )
@@ -158,7 +161,7 @@ def largest_learning_rate(
 
 
 def _answer(path: Any, tolerance: float, order: int, relative: bool) -> LargestRate:
-    vectors, sources = recorded_vectors(path, "error"), recorded_vectors(path, "source")
+    vectors, sources = recorded(path, "error"), recorded(path, "source")
     error, source = row_norms(vectors), row_norms(sources)
     speed, way = np.asarray(path.observables["speed"], float), np.ones(len(error))
     if relative:  # at the start error and way vanish, and their ratio is that of the velocities

@@ -42,7 +42,8 @@ class OnHost:
     **Devices:** the chunks go to one device. Data for several devices fit in their memories together: `jax.device_put`
     with a sharding.
 
-    **Raises:** `ValueError` if `arrays` has a leaf that is no array, or whose leading axis is another.
+    **Raises:** `ValueError` if `arrays` has a leaf that is no array, or whose leading axis is another; where it is used,
+    in one of several processes.
     """
 
     def __init__(self, arrays: Any):
@@ -85,6 +86,11 @@ class OnHost:
         return self._handed(count, size, rest)
 
     def _handed(self, i: Any, size: int, length: int) -> Any:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"args: expected arrays of all processes, got eomdl.losses.OnHost in one of {jax.process_count()}: "
+                "jax.make_array_from_process_local_data makes them of the parts that each process loads"
+            )
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
                 (length, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)

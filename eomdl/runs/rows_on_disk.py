@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eomdl import _check
+from eomdl import _check, _processes
 from eomdl._types import Params
 
 
@@ -28,33 +28,37 @@ class RowsOnDisk:
     not reached are zeros.
 
     **Arguments:** `folder`: a path, made if it is not there. It must hold no rows when a run begins. The rows of a `Trajectory` in
-    `resume=` are copied into it.
+    `resume=` are copied into it. Of several processes the first writes, and all map the files: the folder is one that all see.
 
-    **Raises:** `ValueError` if the folder is no path; by a run, before its first step, if it holds rows, and under `jit`, `vmap`,
-    `grad` or in several processes. `OSError` from a full disk, with the rows written so far.
+    **Raises:** `ValueError` if the folder is no path; by a run, before its first step, if it holds rows, and under `jit`, `vmap` or
+    `grad`. `OSError` from a full disk, with the rows written so far.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = _check.path("folder", folder)
 
+    def __repr__(self) -> str:
+        return f"RowsOnDisk({str(self.folder)!r})"
+
     def open(self, params: Params, num_rows: int) -> "OpenRows":
         """Files with room for so many rows of parameters like these."""
-        if jax.process_count() > 1:
-            raise ValueError(f"save_params: expected a run in one process, got {jax.process_count()}")
+        leaves, structure = jax.tree.flatten(params)
+        paths = [self.folder / f"leaf{i}.npy" for i in range(len(leaves))]
+        with _processes.together("save_params"):
+            if _processes.is_first():
+                self._make(paths, leaves, num_rows)
+        return OpenRows(paths, [np.load(path, mmap_mode="r").offset for path in paths], structure)
+
+    def _make(self, paths: list[Path], leaves: list, num_rows: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if there := sorted(self.folder.glob("leaf*.npy")):
             raise ValueError(
                 f"save_params: expected a folder without rows, got {self.folder} with {there[0].name}; give each run a "
                 "folder of its own"
             )
-        leaves, structure = jax.tree.flatten(params)
-        paths = [self.folder / f"leaf{i}.npy" for i in range(len(leaves))]
-        starts = []
         for path, leaf in zip(paths, leaves, strict=True):
             shape = (num_rows, *np.shape(leaf))
-            made = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(leaf.dtype), shape=shape)
-            starts.append(made.offset)
-        return OpenRows(paths, starts, structure)
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(leaf.dtype), shape=shape)
 
 
 class OpenRows:
@@ -67,6 +71,12 @@ class OpenRows:
     def append(self, params: Params) -> None:
         """Write rows behind those there are; they count once all their leaves are written."""
         leaves = jax.tree.leaves(params)
+        with _processes.together("save_params"):
+            if _processes.is_first():
+                self._write(leaves)
+        self.count += len(leaves[0])
+
+    def _write(self, leaves: list) -> None:
         for path, start, leaf in zip(self._paths, self._starts, leaves, strict=True):
             # Not through a mapping, whose pages would stay in memory.
             with open(path, "r+b") as file:
@@ -74,7 +84,6 @@ class OpenRows:
                 step = block_length(leaf)
                 for i in range(0, len(leaf), step):
                     file.write(np.ascontiguousarray(leaf[i : i + step]).tobytes())
-        self.count += len(leaves[0])
 
     def rows(self, count: int) -> Params:
         """The first rows, mapped into memory."""
