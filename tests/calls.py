@@ -13,6 +13,8 @@ import eomdl
 
 SGD = optax.sgd(0.05)
 RUN = eomdl.descend(valley_loss, VALLEY, SGD, 12, step_size=0.05, observe={"loss": valley_loss})
+TELEMETRY = eomdl.observe.EdgeTelemetry(valley_loss, SGD)
+TELEMETRY.look(0, VALLEY, SGD.init(VALLEY), None)
 FLOW = eomdl.GradientFlow(valley_loss, 0.05)
 PATH = eomdl.solve(FLOW, VALLEY, 12, observe={"loss": valley_loss})
 STEP = eomdl.optimizer_step(valley_loss, SGD)
@@ -78,6 +80,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             num_steps=12,
             step_size=0.05,
             extra_args=None,
+            telemetry=None,
             **RUN_OPTIONS,
         ),
     ),
@@ -171,6 +174,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flows.step_data": (eomdl.flows.step_data, dict(args=None, n=0)),
     "observe.angle_per_step": (eomdl.observe.angle_per_step, dict(block=CLOUD)),
     "observe.block_norm": (eomdl.observe.block_norm, dict(where="x")),
+    "observe.EdgeTelemetry": (
+        eomdl.observe.EdgeTelemetry,
+        dict(loss=valley_loss, optimizer=SGD, along_every=10, edge_every=50, k=1, num_matvecs=6),
+    ),
     "observe.shift_component": (eomdl.observe.shift_component, dict(where="x", axis=-1)),
     "observe.decay_rate": (
         eomdl.observe.decay_rate,
@@ -413,6 +420,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
     ),
     "plotting.plot_dimensions": (eomdl.plotting.plot_dimensions, dict(dimensions={"layer": {0: DIMENSION}})),
+    "plotting.plot_edge": (eomdl.plotting.plot_edge, dict(report=TELEMETRY.report())),
     "plotting.plot_path_plane": (
         eomdl.plotting.plot_path_plane,
         dict(

@@ -28,6 +28,8 @@ OPTIONAL = {
     "errors.convergence_study.time",
     "flows.fitted_weights.order",
     "sharpness.rtol",
+    "observe.EdgeTelemetry.along_every",
+    "observe.EdgeTelemetry.edge_every",
     "geometry.dimension_along.steps",
 }
 OPTIONAL |= {f"{verb}.observe" for verb in ("descend", "iterate", "solve")}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from eomdl import _tree
 from eomdl._types import Params
@@ -78,7 +79,7 @@ def largest(
     return Found(found.values, _tree.combine(found.vectors.T, some), found.residuals, basis.known)
 
 
-def is_small(found: Ritz | Found, rtol: jax.Array) -> jax.Array:
+def is_small(found: Ritz | Found, rtol: ArrayLike) -> jax.Array:
     """Whether each residual is small against the largest eigenvalue in modulus. False where it is not finite."""
     return found.residuals <= rtol * jnp.max(jnp.abs(found.values))
 

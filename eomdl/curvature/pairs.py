@@ -83,56 +83,54 @@ def eigenpairs(
         start = _check.stack("start", start, "params", params)
     if preconditioner is not None:
         preconditioner = _check.positive_like("preconditioner", preconditioner, "params", params)
-    return tracked(loss, params, args, k, start, preconditioner, num_matvecs, rtol)
+    if preconditioner is None:
+        return scaled_pairs(loss, params, args, k, start, None, num_matvecs, rtol)
+    scale = jax.tree.map(lambda x: 1 / jnp.sqrt(x), preconditioner)
+    start = None if start is None else jax.vmap(lambda x: jax.tree.map(jnp.divide, x, scale))(start)
+    found = scaled_pairs(loss, params, args, k, start, scale, num_matvecs, rtol)
+    return eqx.tree_at(lambda pairs: pairs.vectors, found, jax.vmap(_times, (None, 0))(scale, found.vectors))
 
 
 @eqx.filter_jit
-def tracked(
+def scaled_pairs(
     loss: Loss,
     params: Params,
     args: Args,
     k: int,
     start: Params | None,
-    preconditioner: Params | None,
+    scale: Params | None,
     num_matvecs: int,
-    rtol: jax.Array,
+    rtol: ArrayLike,
 ) -> Eigenpairs:
-    """`eigenpairs` without the checks of its arguments, and compiled."""
+    """The pairs of S H S, with S the diagonal matrix `scale` or the identity, and orthonormal vectors.
+
+    Its eigenvalues are those of S S H, whose vectors are S times these. What is 0 in S is left out. No argument is checked.
+    """
     params = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
-    weights = None if preconditioner is None else _powers(preconditioner, params, -0.5)
-    block = _block(params, k, start, weights)
+    block = _block(params, k, start)
     size = len(jax.tree.leaves(block)[0])
 
     def product(vector: Params) -> Params:
-        image = hessian_vector_product(loss, params, args, _times(weights, vector))
-        return _times(weights, image)
+        return _times(scale, hessian_vector_product(loss, params, args, _times(scale, vector)))
 
     bound = min(num_matvecs * size, _tree.size(params))
-    found = krylov.largest(product, block, k, bound, rtol)
-    vectors = found.vectors
-    if weights is not None:
-        vectors = jax.vmap(_times, (None, 0))(weights, vectors)
-    return Eigenpairs(found.values, vectors, found.residuals, krylov.is_small(found, rtol), found.products)
+    found = krylov.largest(product, block, k, bound, jnp.asarray(rtol))
+    return Eigenpairs(
+        found.values, found.vectors, found.residuals, krylov.is_small(found, rtol), found.products
+    )
 
 
-def _block(params: Params, k: int, start: Params | None, weights: Params | None) -> Params:
+def _block(params: Params, k: int, start: Params | None) -> Params:
     """The start vectors, at least k: rows of zeros are filled with random vectors later."""
     given = 0 if start is None else len(jax.tree.leaves(start)[0])
     rows = max(k, given)
+    empty = jax.tree.map(lambda p: jnp.zeros((rows, *p.shape), p.dtype), params)
     if start is None:
-        return jax.tree.map(lambda p: jnp.zeros((rows, *p.shape), p.dtype), params)
-    if weights is not None:
-        start = jax.vmap(lambda x: jax.tree.map(jnp.divide, x, weights))(start)
-
-    def filled(x: jax.Array, p: jax.Array) -> jax.Array:
-        return jnp.zeros((rows, *p.shape), p.dtype).at[:given].set(x.astype(p.dtype))
-
-    return jax.tree.map(filled, start, params)
+        return empty
+    return jax.tree.map(lambda x, zero: zero.at[:given].set(x.astype(zero.dtype)), start, empty)
 
 
-def _powers(preconditioner: Params, params: Params, exponent: float) -> Params:
-    return jax.tree.map(lambda x, p: x.astype(p.dtype) ** exponent, preconditioner, params)
-
-
-def _times(weights: Params | None, vector: Params) -> Any:
-    return vector if weights is None else jax.tree.map(jnp.multiply, weights, vector)
+def _times(scale: Params | None, vector: Params) -> Any:
+    if scale is None:
+        return vector
+    return jax.tree.map(lambda s, x: (s * x).astype(x.dtype), scale, vector)
