@@ -12,7 +12,7 @@ from eomdl._types import Args, Loss, Params
 
 
 MOST = 8  # values of the loss along the step
-ENOUGH = 0.05  # the search ends where the loss has changed by less than this part of what the slope foretells
+ENOUGH = 0.25  # the search ends where the loss has changed by less than this part of what the slope foretells
 
 
 class Along(eqx.Module):
@@ -42,13 +42,14 @@ class _Search(NamedTuple):
     c: jax.Array  # the next to be tried
     low: jax.Array
     high: jax.Array
-    ratio: jax.Array  # f(c)/c of the last one tried
+    tried: jax.Array  # the last one tried,
+    ratio: jax.Array  # and f(c)/c there
     first: jax.Array  # f(1)
     passes: jax.Array
 
 
-def along(loss: Loss, params: Params, step: Params, args: Args) -> Along:
-    """The loss along a step.
+def along(loss: Loss, params: Params, step: Params, args: Args, guess: jax.Array | None = None) -> Along:
+    """The loss along a step; `guess` is where the critical multiple may be.
 
     **Cost:** a second directional derivative, about one gradient, and at most 8 forward passes, mostly 2 to 4.
 
@@ -77,27 +78,38 @@ def along(loss: Loss, params: Params, step: Params, args: Args) -> Along:
         low = jnp.where(ratio < 0, jnp.maximum(at.low, at.c), at.low)
         high = jnp.where(ratio < 0, at.high, jnp.minimum(at.high, at.c))
         first = jnp.where(at.passes == 0, change, at.first)
-        c = _next(slope, curvature, at.c, ratio, low, high)
-        return _Search(c, low, high, ratio, first, at.passes + 1)
+        c = _next(slope, _parabola(slope, curvature, at, ratio), at.c, low, high)
+        if guess is not None:
+            c = jnp.where((at.passes == 0) & (guess > low) & (guess < high), guess.astype(c.dtype), c)
+        return _Search(c, low, high, at.c, ratio, first, at.passes + 1)
 
     one, far = jnp.ones_like(start), jnp.full_like(start, jnp.inf)
-    begin = _Search(one, start, far, -far, far, jnp.asarray(0))
+    begin = _Search(one, start, far, start, -far, far, jnp.asarray(0))
     end = jax.lax.while_loop(goes_on, tried, begin)
     is_open = (end.passes == MOST) & jnp.isinf(end.high)
     multiple = jnp.where(slope < 0, jnp.where(is_open, far, end.c), jnp.where(slope >= 0, start, slope))
     return Along(value, multiple, slope, curvature, _tree.norm(step), -end.first, end.passes)
 
 
-def _next(
-    slope: jax.Array, curvature: jax.Array, c: jax.Array, ratio: jax.Array, low: jax.Array, high: jax.Array
-) -> jax.Array:
-    """Where f(c)/c is zero if it is a parabola with the slope and curvature known, through the last point.
+def _parabola(
+    slope: jax.Array, curvature: jax.Array, at: _Search, ratio: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """b and q of f(c)/c = slope + b c + q c^2 through the last two points; the first with the curvature known."""
+    c, before = at.c, at.tried
+    here = (ratio - slope) / c
+    there = jnp.where(at.passes == 0, curvature / 2, (at.ratio - slope) / before)
+    q = (here - there) / (c - before)
+    b = here - q * c
+    known = jnp.isfinite(q)
+    return jnp.where(known, b, curvature / 2), jnp.where(known, q, (here - curvature / 2) / c)
 
-    If that is nowhere between what is known: half way between, or four times as far.
-    """
-    half = curvature / 2
-    square = (ratio - slope - half * c) / c**2
-    below = half + jnp.sqrt(half**2 - 4 * square * slope)
+
+def _next(
+    slope: jax.Array, parabola: tuple[jax.Array, jax.Array], c: jax.Array, low: jax.Array, high: jax.Array
+) -> jax.Array:
+    """Where the parabola is zero; if that is nowhere between what is known, half way between, or four times as far."""
+    b, q = parabola
+    below = b + jnp.sqrt(b**2 - 4 * q * slope)
     root = jnp.where(below > 0, -2 * slope / below, jnp.inf)
     inside = (root > 0.999 * low) & (root < 1.001 * high) & (root < 8 * c)  # at its ends by rounding
     otherwise = jnp.where(jnp.isinf(high), 4 * jnp.maximum(low, c), (low + high) / 2)

@@ -97,6 +97,7 @@ class EdgeTelemetry:
         self._num_matvecs = _check.integer("num_matvecs", num_matvecs, 1)
         self._names: list[str] = []
         self._vectors: Params | None = None
+        self._guess = jnp.zeros(())  # of the critical multiple; 0 for none
         self._along: dict[int, Along] = {}
         self._edge: dict[int, Edge] = {}
 
@@ -125,7 +126,10 @@ class EdgeTelemetry:
         if gradient is not None:
             _check.same_structure("gradient", gradient, "params", params)
         if self._along_every and step % self._along_every == 0:
-            self._along[step] = _looked_along(self._loss, self._optimizer, params, state, args, gradient)
+            self._along[step] = _looked_along(
+                self._loss, self._optimizer, params, state, args, gradient, self._guess
+            )
+            self._guess = self._along[step].multiple
         if self._edge_every and step % self._edge_every == 0:
             depth = FROM_SCRATCH if self._vectors is None else self._num_matvecs
             self._edge[step], self._vectors = _looked_at_edge(
@@ -160,10 +164,11 @@ def _looked_along(
     state: State,
     args: Args,
     gradient: Params | None,
+    guess: jax.Array,
 ) -> Along:
     gradient = jax.grad(loss)(params, args) if gradient is None else gradient
     updates, _ = optimizer.update(gradient, state, params)
-    return along(loss, params, updates, args)
+    return along(loss, params, updates, args, guess)
 
 
 @eqx.filter_jit
