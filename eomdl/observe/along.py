@@ -94,7 +94,7 @@ def along(loss: Loss, params: Params, step: Params, args: Args, guess: jax.Array
 def _parabola(
     slope: jax.Array, curvature: jax.Array, at: _Search, ratio: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """b and q of f(c)/c = slope + b c + q c^2 through the last two points; the first with the curvature known."""
+    """B and q of f(c)/c = slope + b c + q c^2 through the last two points; the first with the curvature known."""
     c, before = at.c, at.tried
     here = (ratio - slope) / c
     there = jnp.where(at.passes == 0, curvature / 2, (at.ratio - slope) / before)

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from eomdl import _check
 
 
-NEAR = 0.9  # of the threshold, from which on a run is said to be at the edge
+NEAR = 0.9  # of the threshold, from which on a run is said to be at the edge,
+MOSTLY = 0.75  # if it is so in this part of the looks that follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +73,11 @@ class EdgeReport:
         if not near.any():
             top = int(np.argmax(ratios))
             return f"below the edge: at most {ratios[top]:.0%} of the threshold, at step {steps[top]}"
-        if near[-1]:
-            away = np.flatnonzero(~near)
-            first = 0 if len(away) == 0 else int(away[-1]) + 1
-            before = ", and before from time to time" if near[:first].any() else ""
-            return f"at the edge since step {steps[first]}{before}"
+        # A run hovers at its edge: now and then a look finds it a little below.
+        from_there = np.cumsum(near[::-1])[::-1] / np.arange(len(near), 0, -1)
+        since = np.flatnonzero(near & (from_there >= MOSTLY))
+        if len(since):
+            return f"at the edge since step {steps[since[0]]}"
         last = int(np.flatnonzero(near)[-1])
         return f"at the edge up to step {steps[last]}, then below: {ratios[-1]:.0%} of the threshold at step {steps[-1]}"
 

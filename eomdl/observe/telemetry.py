@@ -1,6 +1,7 @@
 """Is a run at the edge of stability, in which block, and what do its finite steps do? Looked at while it runs."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -90,7 +91,7 @@ class EdgeTelemetry:
     ) -> None:
         self._loss = _check.function("loss", loss)
         _check.optimizer(optimizer)
-        self._optimizer = optimizer
+        self._arrays, self._rest = _parted((loss, optimizer))
         self._along_every = None if along_every is None else _check.integer("along_every", along_every, 1)
         self._edge_every = None if edge_every is None else _check.integer("edge_every", edge_every, 1)
         self._k = _check.integer("k", k, 1)
@@ -118,31 +119,27 @@ class EdgeTelemetry:
         step = _check.integer("step", step, 0)
         if not self.due(step):
             return
-        params = _check.params("params", params)
         if not self._names:
-            _check.loss_is_scalar(self._loss, params, args)
-            _check.integer("k", self._k, 1, _tree.size(params))
-            self._names = _blocks.names(params)
-        if gradient is not None:
-            _check.same_structure("gradient", gradient, "params", params)
+            self._begin(params, args, gradient)
+        run = params, state, args, gradient
         if self._along_every and step % self._along_every == 0:
-            self._along[step] = _looked_along(
-                self._loss, self._optimizer, params, state, args, gradient, self._guess
-            )
+            self._along[step] = _looked_along(self._rest, self._arrays, run, self._guess)
             self._guess = self._along[step].multiple
         if self._edge_every and step % self._edge_every == 0:
-            depth = FROM_SCRATCH if self._vectors is None else self._num_matvecs
+            depth = FROM_SCRATCH if self._vectors is None else 1
+            depth = max(depth, self._num_matvecs)
             self._edge[step], self._vectors = _looked_at_edge(
-                self._loss,
-                self._optimizer,
-                params,
-                state,
-                args,
-                gradient,
-                self._vectors,
-                self._k,
-                max(depth, self._num_matvecs),
+                self._rest, self._arrays, run, self._vectors, self._k, depth
             )
+
+    def _begin(self, params: Params, args: Args, gradient: Params | None) -> None:
+        """Arguments are checked in the first look only: a look is to cost little."""
+        params = _check.params("params", params)
+        _check.loss_is_scalar(self._loss, params, args)
+        _check.integer("k", self._k, 1, _tree.size(params))
+        if gradient is not None:
+            _check.same_structure("gradient", gradient, "params", params)
+        self._names = _blocks.names(params)
 
     def report(self) -> EdgeReport:
         """What was seen so far."""
@@ -156,33 +153,40 @@ def _columns(looks: dict[int, Any]) -> tuple[np.ndarray, Any]:
     return np.array(list(looks), int), columns
 
 
-@eqx.filter_jit
-def _looked_along(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    state: State,
-    args: Args,
-    gradient: Params | None,
-    guess: jax.Array,
-) -> Along:
+class _Rest(NamedTuple):
+    """A pytree without its arrays; it can be hashed if its leaves can."""
+
+    leaves: tuple
+    structure: Any
+
+    def joined(self, arrays: list) -> Any:
+        """The whole."""
+        leaves = [x if array is None else array for x, array in zip(self.leaves, arrays, strict=True)]
+        return self.structure.unflatten(leaves)
+
+
+def _parted(tree: Any) -> tuple[list, _Rest]:
+    """Once, where `equinox.filter_jit` would do it in each look, for half of the time of a short one."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [leaf if eqx.is_array(leaf) else None for leaf in leaves]
+    return arrays, _Rest(tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves), structure)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _looked_along(rest: _Rest, arrays: list, run: Any, guess: jax.Array) -> Along:
+    loss, optimizer = rest.joined(arrays)
+    params, state, args, gradient = run
     gradient = jax.grad(loss)(params, args) if gradient is None else gradient
     updates, _ = optimizer.update(gradient, state, params)
     return along(loss, params, updates, args, guess)
 
 
-@eqx.filter_jit
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _looked_at_edge(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    state: State,
-    args: Args,
-    gradient: Params | None,
-    vectors: Params | None,
-    k: int,
-    num_matvecs: int,
+    rest: _Rest, arrays: list, run: Any, vectors: Params | None, k: int, num_matvecs: int
 ) -> tuple[Edge, Params]:
+    loss, optimizer = rest.joined(arrays)
+    params, state, args, gradient = run
     gradient = jax.grad(loss)(params, args) if gradient is None else gradient
     found = linear_response(optimizer, state, gradient, params)
     rates, is_known = _rates(found, params)

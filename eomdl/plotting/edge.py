@@ -1,5 +1,6 @@
 """Telemetry of a run at the edge of stability."""
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def plot_edge(report: EdgeReport) -> Any:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set_xlabel("step")
-    figure.suptitle(report.verdict, fontsize=9)
+    figure.suptitle(textwrap.fill(report.verdict, 80), fontsize=9)
     return figure
 
 
