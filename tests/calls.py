@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, valley_loss
+from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, pulled_loss, valley_loss
 
 import eomdl
 
@@ -196,6 +196,22 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             num_matvecs=2,
             rtol=1e-3,
         ),
+    ),
+    "curvature.eigenpairs_by_block": (
+        eomdl.curvature.eigenpairs_by_block,
+        dict(loss=valley_loss, params=VALLEY, args=None, k=1, num_matvecs=2, rtol=1e-3),
+    ),
+    "curvature.eigenvalues_over_batches": (
+        eomdl.curvature.eigenvalues_over_batches,
+        dict(loss=pulled_loss, params=VALLEY, batches=np.array([0.1, 0.2]), k=1, num_matvecs=2, rtol=1e-3),
+    ),
+    "curvature.spectral_density": (
+        eomdl.curvature.spectral_density,
+        dict(loss=valley_loss, params=VALLEY, args=None, num_samples=2, num_matvecs=2, seed=0),
+    ),
+    "curvature.trace": (
+        eomdl.curvature.trace,
+        dict(loss=valley_loss, params=VALLEY, args=None, num_samples=2, seed=0),
     ),
     "curvature.eigenvalue_gradient": (
         eomdl.curvature.eigenvalue_gradient,

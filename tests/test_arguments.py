@@ -41,6 +41,7 @@ ACCEPTED: dict[str, set[str]] = {
     "runs.RowsOnDisk.folder": {"a string"},
     "Checkpoints.like": {"minus a half", "NaN", "infinity", *ARRAYS},  # pytrees of one array
     "flows.step_data.n": {"minus one", "huge"},  # counted round
+    "curvature.eigenvalues_over_batches.batches": {"an array"},
     "observe.angle_per_step.block": ARRAYS,
     "observe.decay_rate.values": ARRAYS,
     "observe.block_norm.where": {"a string"},
@@ -83,7 +84,11 @@ ACCEPTED |= {
     for name in ("norm", "gradient_norm", "learning_rate", "weight_decay")
 }
 # Named by what the user's function makes of them.
-ALSO_NAMED = {"errors.convergence_study.learning_rates": "time", "geometry.dimension_along.args": "points"}
+ALSO_NAMED = {
+    "curvature.eigenvalues_over_batches.batches": "loss",
+    "errors.convergence_study.learning_rates": "time",
+    "geometry.dimension_along.args": "points",
+}
 
 
 def accepted(place: str, wrong: str, valid: Any) -> bool:

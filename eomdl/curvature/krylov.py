@@ -79,6 +79,20 @@ def largest(
     return Found(found.values, _tree.combine(found.vectors.T, some), found.residuals, basis.known)
 
 
+def spectrum(
+    product: Callable[[Params], Params], start: Params, num_products: int
+) -> tuple[jax.Array, jax.Array]:
+    """All eigenvalues of the operator in the Krylov space of one start vector, and their vectors as coefficients.
+
+    The first coefficients squared are the weights that the eigenvalues have in the start vector.
+    """
+    basis = jax.lax.fori_loop(
+        0, num_products, lambda i, basis: _with_product(basis, product), _started(start, num_products)
+    )
+    found = ritz(basis, num_products)
+    return found.values, found.vectors
+
+
 def is_small(found: Ritz | Found, rtol: ArrayLike) -> jax.Array:
     """Whether each residual is small against the largest eigenvalue in modulus. False where it is not finite."""
     return found.residuals <= rtol * jnp.max(jnp.abs(found.values))
