@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, valley_loss
+from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, pulled_loss, valley_loss
 
 import eomdl
 
 
 SGD = optax.sgd(0.05)
 RUN = eomdl.descend(valley_loss, VALLEY, SGD, 12, step_size=0.05, observe={"loss": valley_loss})
+TELEMETRY = eomdl.observe.EdgeTelemetry(valley_loss, SGD)
+TELEMETRY.look(0, VALLEY, SGD.init(VALLEY), None)
 FLOW = eomdl.GradientFlow(valley_loss, 0.05)
 PATH = eomdl.solve(FLOW, VALLEY, 12, observe={"loss": valley_loss})
 STEP = eomdl.optimizer_step(valley_loss, SGD)
@@ -78,6 +80,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             num_steps=12,
             step_size=0.05,
             extra_args=None,
+            telemetry=None,
             **RUN_OPTIONS,
         ),
     ),
@@ -171,12 +174,53 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flows.step_data": (eomdl.flows.step_data, dict(args=None, n=0)),
     "observe.angle_per_step": (eomdl.observe.angle_per_step, dict(block=CLOUD)),
     "observe.block_norm": (eomdl.observe.block_norm, dict(where="x")),
+    "observe.EdgeTelemetry": (
+        eomdl.observe.EdgeTelemetry,
+        dict(loss=valley_loss, optimizer=SGD, along_every=10, edge_every=50, k=1, num_matvecs=6),
+    ),
     "observe.shift_component": (eomdl.observe.shift_component, dict(where="x", axis=-1)),
     "observe.decay_rate": (
         eomdl.observe.decay_rate,
         dict(values=np.array([3.0, 2.0, 1.0]), learning_rate=0.05),
     ),
     "observe.lie_derivative": (eomdl.observe.lie_derivative, dict(observable=valley_loss, flow=FLOW)),
+    "curvature.eigenpairs": (
+        eomdl.curvature.eigenpairs,
+        dict(
+            loss=valley_loss,
+            params=VALLEY,
+            args=None,
+            k=1,
+            start=None,
+            preconditioner=None,
+            num_matvecs=2,
+            rtol=1e-3,
+        ),
+    ),
+    "curvature.eigenpairs_by_block": (
+        eomdl.curvature.eigenpairs_by_block,
+        dict(loss=valley_loss, params=VALLEY, args=None, k=1, num_matvecs=2, rtol=1e-3),
+    ),
+    "curvature.eigenvalues_over_batches": (
+        eomdl.curvature.eigenvalues_over_batches,
+        dict(loss=pulled_loss, params=VALLEY, batches=np.array([0.1, 0.2]), k=1, num_matvecs=2, rtol=1e-3),
+    ),
+    "curvature.spectral_density": (
+        eomdl.curvature.spectral_density,
+        dict(loss=valley_loss, params=VALLEY, args=None, num_samples=2, num_matvecs=2, seed=0),
+    ),
+    "curvature.trace": (
+        eomdl.curvature.trace,
+        dict(loss=valley_loss, params=VALLEY, args=None, num_samples=2, seed=0),
+    ),
+    "curvature.eigenvalue_gradient": (
+        eomdl.curvature.eigenvalue_gradient,
+        dict(loss=valley_loss, params=VALLEY, args=None, vector=OTHER),
+    ),
+    "curvature.third_derivative": (
+        eomdl.curvature.third_derivative,
+        dict(loss=valley_loss, params=VALLEY, args=None, u=OTHER, v=VALLEY),
+    ),
     "errors.convergence_study": (
         eomdl.errors.convergence_study,
         dict(
@@ -392,6 +436,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
     ),
     "plotting.plot_dimensions": (eomdl.plotting.plot_dimensions, dict(dimensions={"layer": {0: DIMENSION}})),
+    "plotting.plot_edge": (eomdl.plotting.plot_edge, dict(report=TELEMETRY.report())),
     "plotting.plot_path_plane": (
         eomdl.plotting.plot_path_plane,
         dict(

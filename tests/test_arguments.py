@@ -28,6 +28,8 @@ OPTIONAL = {
     "errors.convergence_study.time",
     "flows.fitted_weights.order",
     "sharpness.rtol",
+    "observe.EdgeTelemetry.along_every",
+    "observe.EdgeTelemetry.edge_every",
     "geometry.dimension_along.steps",
 }
 OPTIONAL |= {f"{verb}.observe" for verb in ("descend", "iterate", "solve")}
@@ -39,6 +41,7 @@ ACCEPTED: dict[str, set[str]] = {
     "runs.RowsOnDisk.folder": {"a string"},
     "Checkpoints.like": {"minus a half", "NaN", "infinity", *ARRAYS},  # pytrees of one array
     "flows.step_data.n": {"minus one", "huge"},  # counted round
+    "curvature.eigenvalues_over_batches.batches": {"an array"},
     "observe.angle_per_step.block": ARRAYS,
     "observe.decay_rate.values": ARRAYS,
     "observe.block_norm.where": {"a string"},
@@ -81,7 +84,11 @@ ACCEPTED |= {
     for name in ("norm", "gradient_norm", "learning_rate", "weight_decay")
 }
 # Named by what the user's function makes of them.
-ALSO_NAMED = {"errors.convergence_study.learning_rates": "time", "geometry.dimension_along.args": "points"}
+ALSO_NAMED = {
+    "curvature.eigenvalues_over_batches.batches": "loss",
+    "errors.convergence_study.learning_rates": "time",
+    "geometry.dimension_along.args": "points",
+}
 
 
 def accepted(place: str, wrong: str, valid: Any) -> bool:
@@ -120,7 +127,7 @@ def test_wrong_values_are_refused_by_the_argument_s_name(call, tmp_path, monkeyp
 
 
 NO_CALLS = """RESULTS AbstractFlow StepMap AbstractSymmetry DimensionEstimator RunOptions OptimizerStep
-dimension_estimators counterterms_series"""
+dimension_estimators counterterms_series Eigenpairs"""
 
 
 def test_every_public_function_is_here():
@@ -139,6 +146,7 @@ def test_every_public_function_is_here():
 
 
 SPACES = (
+    "curvature",
     "errors",
     "flows",
     "geometry",

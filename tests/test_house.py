@@ -34,6 +34,7 @@ GROUND = (
 FLOORS = (
     GROUND,
     ("losses",),
+    ("curvature",),
     ("series",),
     ("observe",),
     ("maps",),

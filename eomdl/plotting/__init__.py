@@ -7,6 +7,7 @@ from eomdl.plotting.charges import plot_conservation
 from eomdl.plotting.choice import plot_choice
 from eomdl.plotting.comparison import plot_comparison
 from eomdl.plotting.development import plot_barriers, plot_development
+from eomdl.plotting.edge import plot_edge
 from eomdl.plotting.predicted import plot_predicted_error
 from eomdl.plotting.rates import plot_largest_rate
 from eomdl.plotting.restricted_secant import plot_secants
@@ -20,6 +21,7 @@ __all__ = [
     "plot_conservation",
     "plot_development",
     "plot_dimensions",
+    "plot_edge",
     "plot_largest_rate",
     "plot_path_plane",
     "plot_path_shape",

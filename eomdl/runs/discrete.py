@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Unpack
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -14,8 +15,9 @@ from eomdl._end import RESULTS
 from eomdl._types import STATIC, Args, Loss, Params, State, record_type
 from eomdl.maps.optimizer import ExtraArgs, gradient_update
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
+from eomdl.observe.telemetry import EdgeTelemetry
 from eomdl.runs.data import Window
-from eomdl.runs.dynamics import AbstractDynamics, Advanced, Span, as_row, scan_rows
+from eomdl.runs.dynamics import AbstractDynamics, AbstractWatch, Advanced, Span, as_row, scan_rows
 from eomdl.runs.identity import identity
 from eomdl.runs.options import RunOptions, Setup, set_up
 from eomdl.runs.trajectory import Trajectory
@@ -29,6 +31,7 @@ def descend(
     *,
     step_size: ArrayLike | None = None,
     extra_args: ExtraArgs | None = None,
+    telemetry: EdgeTelemetry | None = None,
     **options: Unpack[RunOptions],
 ) -> Trajectory:
     r"""Train: `num_steps` steps of an optax optimizer, $\theta_{k+1} = \theta_k + u(\nabla L(\theta_k))$.
@@ -47,6 +50,7 @@ def descend(
         does not tell an optimizer's learning rate. `compare` works on steps.
     - `extra_args`: as in `eomdl.optimizer_step`, for optimizers whose update needs more
         than the gradient.
+    - `telemetry`: an `eomdl.observe.EdgeTelemetry`, which looks at the steps that are due.
     - `options`: `args`, `batches`, `observe`, `save_params`, `save_steps`, `progress`, `resume`,
         `checkpoints`, `throw`: see `eomdl.runs.RunOptions`.
 
@@ -54,7 +58,7 @@ def descend(
     is interrupted (Ctrl-C) returns the part computed, with a `result` and `message` that
     say so.
 
-    **Cost:** one gradient a step, and the observables.
+    **Cost:** one gradient a step, the observables, and the looks of the telemetry.
 
     **Raises:** `ValueError` for a wrong argument.
     """
@@ -63,7 +67,8 @@ def descend(
         _check.function("extra_args", extra_args, "a function (params, args) -> dict")
     setup = set_up("descend", params, num_steps, options)
     _check.loss_is_scalar(loss, setup.params, setup.data.example, setup.data.source)
-    return _run(_Descent(loss, optimizer, extra_args), setup, step_size, gradients=1)
+    _check.kind("telemetry", telemetry, EdgeTelemetry | None, "an eomdl.observe.EdgeTelemetry or None")
+    return _run(_Descent(loss, optimizer, extra_args), setup, step_size, gradients=1, telemetry=telemetry)
 
 
 def iterate(
@@ -147,13 +152,34 @@ class _Discrete(AbstractDynamics):
         return self.step_map.params(state)
 
 
-def _run(step_map: StepMap, setup: Setup, step_size: ArrayLike | None, gradients: int) -> Trajectory:
+class _Watch(AbstractWatch):
+    """Telemetry of a descent, whose state is the parameters and the optimizer's state."""
+
+    def __init__(self, telemetry: EdgeTelemetry):
+        self._telemetry = telemetry
+
+    def is_due(self, step: int) -> bool:
+        return self._telemetry.due(step)
+
+    def look(self, step: int, state: State, window: Window) -> None:
+        params, optimizer_state = state
+        self._telemetry.look(step, params, optimizer_state, window.at(np.asarray(step)))
+
+
+def _run(
+    step_map: StepMap,
+    setup: Setup,
+    step_size: ArrayLike | None,
+    gradients: int,
+    telemetry: EdgeTelemetry | None = None,
+) -> Trajectory:
     time_step = jnp.nan if step_size is None else _check.positive_scalar("step_size", step_size)
     state = step_map.init(setup.starting_params)
     if setup.begin is not None and setup.begin.state is not None:
         hint = "another optimizer begins anew with `resume.without_state()`"
         state = _structure.restore("resume.end.state", setup.begin.state, state, hint)
-    return setup.run(_Discrete(step_map, time_step, gradients), state)
+    watch = None if telemetry is None else _Watch(telemetry)
+    return setup.run(_Discrete(step_map, time_step, gradients), state, watch=watch)
 
 
 @eqx.filter_jit

@@ -108,6 +108,18 @@ def as_row(params: Params) -> Params:
     return jax.tree.map(lambda x: x[None], params)
 
 
+class AbstractWatch(abc.ABC):
+    """What looks at a run on the host from outside, between two stretches, and changes nothing."""
+
+    @abc.abstractmethod
+    def is_due(self, step: int) -> bool:
+        """Whether there is a look before this step."""
+
+    @abc.abstractmethod
+    def look(self, step: int, state: State, window: Window) -> None:
+        """Look at the state before a step, with the data of the steps that follow."""
+
+
 def scan_rows(
     step: Callable[[jax.Array, Any], Any],
     state: Any,

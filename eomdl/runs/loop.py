@@ -19,7 +19,7 @@ from eomdl import _processes
 from eomdl._end import RESULTS, End, result_where, succeeded
 from eomdl.runs.checkpoints import Checkpoints
 from eomdl.runs.data import AbstractData
-from eomdl.runs.dynamics import AbstractDynamics, Span
+from eomdl.runs.dynamics import AbstractDynamics, AbstractWatch, Span
 from eomdl.runs.leg import Leg, span_of
 from eomdl.runs.plan import Plan, Stretch
 from eomdl.runs.record import Record, recorded
@@ -35,6 +35,7 @@ class Loop:
     data: AbstractData
     checkpoints: Checkpoints | None
     meter: diffrax.AbstractProgressMeter
+    watch: AbstractWatch | None
 
     def pieces(self, dynamics: AbstractDynamics, begin: End) -> Iterator[Trajectory]:
         """The rows of every stretch, as soon as they are there: to the end of the plan, or as far as it goes.
@@ -66,6 +67,8 @@ class Loop:
             count += f", then {self.data.pending!r}" if self.data.pending else ""
             _processes.agree("batches", count, *_processes.describe("", window.batches))
         dynamics = dynamics.prepared(begin.state, span_of(self.plan, stretch), window)
+        if self.watch is not None and available and self.watch.is_due(stretch.start):
+            self.watch.look(stretch.start, begin.state, window)
         return Leg(
             plan=self.plan,
             stretch=stretch.until(stretch.start + available),

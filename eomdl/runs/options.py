@@ -15,7 +15,7 @@ from eomdl._end import End, real_part
 from eomdl._types import Args, Observable, Params, State
 from eomdl.runs.checkpoints import Checkpoints
 from eomdl.runs.data import AbstractData, open_data
-from eomdl.runs.dynamics import AbstractDynamics
+from eomdl.runs.dynamics import AbstractDynamics, AbstractWatch
 from eomdl.runs.identity import checksum
 from eomdl.runs.loop import Loop, run_traced
 from eomdl.runs.plan import plan, plan_at_once, saved_steps
@@ -96,13 +96,23 @@ class Setup:
             return self.params
         return _structure.restore("resume.end.params", self.begin.params, self.params)
 
-    def run(self, dynamics: AbstractDynamics, state: State, state_columns: Iterable[str] = ()) -> Trajectory:
+    def run(
+        self,
+        dynamics: AbstractDynamics,
+        state: State,
+        state_columns: Iterable[str] = (),
+        watch: AbstractWatch | None = None,
+    ) -> Trajectory:
         """Carry the state on to `num_steps`; `state_columns` are what the dynamics records itself."""
         begin = End(self.start, state, None) if self.begin is None else self.begin
         begin = dataclasses.replace(begin, step=self.start, state=state, params=self.starting_params)
         self._check_joinable({*self.record.observe, *state_columns})
         if _tree.is_traced(dynamics, state, self.data.args, self.data.example):
-            for name, given in (("checkpoints", self.checkpoints), ("save_params", self.disk)):
+            for name, given in (
+                ("checkpoints", self.checkpoints),
+                ("save_params", self.disk),
+                ("telemetry", watch),
+            ):
                 if given is not None:
                     raise ValueError(f"{name}: expected a run outside jit, vmap and grad, got traced values")
             planned = plan_at_once(self.start, self.num_steps, self.record.steps)
@@ -111,7 +121,7 @@ class Setup:
         pieces: list[Trajectory] = []
         try:
             # What `extend` has taken stays in the list, whatever is raised in the run.
-            pieces.extend(self._pieces(dynamics, begin, disk))
+            pieces.extend(self._pieces(dynamics, begin, disk, watch))
             return self._whole(self._joined(pieces, disk))
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and pieces:
@@ -133,16 +143,20 @@ class Setup:
     def _nothing_yet(self, dynamics: AbstractDynamics, begin: End) -> Trajectory:
         return self.before or nothing_yet(begin, dynamics.step_size, self.record, self.data)
 
-    def _pieces(self, dynamics: AbstractDynamics, begin: End, disk: OpenRows | None) -> Iterator[Trajectory]:
+    def _pieces(
+        self, dynamics: AbstractDynamics, begin: End, disk: OpenRows | None, watch: AbstractWatch | None
+    ) -> Iterator[Trajectory]:
         """The run on the host, stretch by stretch; without the parameters, where they went to disk."""
         if self.checkpoints is not None:
             run = int(begin.stats.run) or _origin(dynamics, begin)
             stats = dataclasses.replace(begin.stats, run=run, data=self.data.fingerprint)
             begin = dataclasses.replace(begin, stats=stats)
-        with self._writing(begin) as cuts:
+        looks = [] if watch is None else [k for k in range(self.start, self.num_steps) if watch.is_due(k)]
+        with self._writing(begin) as written:
+            cuts = np.union1d(written, looks).astype(int)
             size = max(_tree.size(self.params), 1 if self.data.in_arrays else _tree.size(self.data.example))
             planned = plan(self.start, self.num_steps, self.record.steps, cuts, size, dynamics.max_rows)
-            loop = Loop(planned, self.record, self.data, self.checkpoints, self.meter)
+            loop = Loop(planned, self.record, self.data, self.checkpoints, self.meter, watch)
             for piece in loop.pieces(dynamics, begin):
                 if disk is not None:
                     disk.append(piece.params)

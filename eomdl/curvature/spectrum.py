@@ -1,0 +1,151 @@
+"""Trace and spectral density of the Hessian, from random vectors."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from eomdl import _check, _tree
+from eomdl._autodiff import hessian_vector_product
+from eomdl._types import Args, Loss, Numbers, Params
+from eomdl.curvature import krylov
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over random vectors: `value`, and its `standard_error`."""
+
+    value: float
+    standard_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralDensity:
+    r"""The eigenvalues of a Hessian of n parameters as a density, from `spectral_density`.
+
+    For each of s random vectors v the m eigenvalues of a small matrix and the weights that they have in v:
+    $v^\top f(H) v / |v|^2 \approx \sum_j w_j f(\lambda_j)$, exact for polynomials f up to degree 2 m - 1.
+
+    - `nodes`, `weights`: shape (s, m); the weights of a row sum to 1.
+    - `num_params`: n.
+    """
+
+    nodes: Float[np.ndarray, "s m"]
+    weights: Float[np.ndarray, "s m"]
+    num_params: int
+
+    def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+        r"""The mean of f over all eigenvalues, $\mathrm{tr} f(H) / n$; of an array, element by element."""
+        _check.function("function", function, "a function of an array of eigenvalues")
+        return _estimate(np.sum(self.weights * function(self.nodes), axis=1))
+
+    def at(self, points: Numbers, width: float) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
+        """The density at eigenvalues, shape (p,), each eigenvalue a Gaussian of that width; and its standard errors."""
+        points = np.asarray(_check.numbers("points", points, "finite eigenvalues, shape (p,)", ndim=1))
+        width = float(_check.positive_scalar("width", width))
+        apart = (points[:, None, None] - self.nodes) / width
+        bells = np.exp(-(apart**2) / 2) / (width * np.sqrt(2 * np.pi))
+        found = np.sum(self.weights * bells, axis=2)
+        return found.mean(axis=1), found.std(axis=1, ddof=1) / np.sqrt(found.shape[1])
+
+
+def trace(loss: Loss, params: Params, args: Args, num_samples: int = 32, seed: int = 0) -> Estimate:
+    r"""The trace of the Hessian, $\mathrm{tr} H = E[v^\top H v]$ over vectors v of random signs, with its standard error.
+
+    ```python
+    found = eomdl.curvature.trace(loss, params, data)
+    print(found.value, found.standard_error)
+    ```
+
+    **Arguments:** `num_samples`: how many vectors, at least 2; `seed`: of their random numbers.
+
+    **Returns:** `eomdl.curvature.Estimate`.
+
+    **Cost:** `num_samples` Hessian-vector products, about 2.7 gradients each; memory for 2 copies of the parameters beside those of a
+    product. The standard error is at most $\sqrt{2 / \mathtt{num\_samples}}$ times the root of the sum of all squared eigenvalues.
+
+    **Raises:** `ValueError` for a wrong argument. Source: Hutchinson 1990.
+    """
+    params = _check.params("params", params)
+    _check.loss_is_scalar(loss, params, args)
+    num_samples = _check.integer("num_samples", num_samples, 2)
+    seed = _check.seed("seed", seed)
+    return _estimate(np.asarray(_forms(loss, _wide(params), args, _keys(seed, num_samples)), float))
+
+
+def spectral_density(
+    loss: Loss, params: Params, args: Args, num_samples: int = 8, num_matvecs: int = 32, seed: int = 0
+) -> SpectralDensity:
+    r"""The spectral density of the Hessian by stochastic Lanczos quadrature.
+
+    ```python
+    spectrum = eomdl.curvature.spectral_density(loss, params, data)
+    density, error = spectrum.at(jnp.linspace(-1, 10, 200), width=0.1)
+    mean_square = spectrum.mean(lambda values: values**2)
+    ```
+
+    From each random vector of signs Lanczos makes a quadrature of the density that the vector sees; their spread gives the standard
+    errors. An eigenvalue that occurs once has the weight 1/n: use `eigenpairs` for single ones.
+
+    **Arguments:** `num_samples`: how many vectors, at least 2; `num_matvecs`: products for each, at least 2; `seed`: of the random numbers.
+
+    **Returns:** `eomdl.curvature.SpectralDensity`.
+
+    **Cost:** `num_samples` times `num_matvecs` Hessian-vector products; memory for `num_matvecs` + 1 copies of the parameters.
+
+    **Raises:** `ValueError` for a wrong argument. Source: Ghorbani et al. 2019, arXiv 1901.10159; Golub & Meurant 1994.
+    """
+    params = _check.params("params", params)
+    _check.loss_is_scalar(loss, params, args)
+    num_samples = _check.integer("num_samples", num_samples, 2)
+    num_matvecs = _check.integer("num_matvecs", num_matvecs, 2)
+    seed = _check.seed("seed", seed)
+    depth = min(num_matvecs, _tree.size(params))
+    nodes, weights = _quadratures(loss, _wide(params), args, _keys(seed, num_samples), depth)
+    return SpectralDensity(np.asarray(nodes), np.asarray(weights), _tree.size(params))
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+
+
+def _keys(seed: int, count: int) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def _wide(params: Params) -> Params:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+
+
+def _signs(key: jax.Array, like: Params) -> Params:
+    drawn = _tree.random_normal(key, like)
+    return jax.tree.map(lambda x: jnp.where(x < 0, -1, 1).astype(x.dtype), drawn)
+
+
+@eqx.filter_jit
+def _forms(loss: Loss, params: Params, args: Args, keys: jax.Array) -> jax.Array:
+    def form(key: jax.Array) -> jax.Array:
+        v = _signs(key, params)
+        return _tree.vdot(v, hessian_vector_product(loss, params, args, v))
+
+    return jax.lax.map(form, keys)
+
+
+@eqx.filter_jit
+def _quadratures(
+    loss: Loss, params: Params, args: Args, keys: jax.Array, depth: int
+) -> tuple[jax.Array, jax.Array]:
+    def product(vector: Params) -> Params:
+        return hessian_vector_product(loss, params, args, vector)
+
+    def quadrature(key: jax.Array) -> tuple[Any, Any]:
+        start = jax.tree.map(lambda x: x[None], _signs(key, params))
+        values, vectors = krylov.spectrum(product, start, depth)
+        return values, vectors[0] ** 2
+
+    return jax.lax.map(quadrature, keys)
