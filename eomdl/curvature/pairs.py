@@ -124,7 +124,8 @@ def _block(params: Params, k: int, start: Params | None) -> Params:
     """The start vectors, at least k: rows of zeros are filled with random vectors later."""
     given = 0 if start is None else len(jax.tree.leaves(start)[0])
     rows = max(k, given)
-    empty = jax.tree.map(lambda p: jnp.zeros((rows, *p.shape), p.dtype), params)
+    # Zeros that XLA does not know to be such: of constants it would compute the start vectors while it compiles.
+    empty = jax.tree.map(lambda p: jnp.broadcast_to(0 * p, (rows, *p.shape)), params)
     if start is None:
         return empty
     return jax.tree.map(lambda x, zero: zero.at[:given].set(x.astype(zero.dtype)), start, empty)
