@@ -168,6 +168,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "flows.minimax_weights": (eomdl.flows.minimax_weights, dict(points=3, bound=0.8, order=None)),
     "flows.taylor_weights": (eomdl.flows.taylor_weights, dict(points=3)),
+    "flows.Target": (eomdl.flows.Target, dict(name="means", weights=((0, 1.0),))),
     "flows.step_data": (eomdl.flows.step_data, dict(args=None, n=0)),
     "observe.angle_per_step": (eomdl.observe.angle_per_step, dict(block=CLOUD)),
     "observe.block_norm": (eomdl.observe.block_norm, dict(where="x")),
@@ -432,5 +433,6 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "runs.Trajectory.rows": (RUN.rows, dict(index=slice(2))),
     "runs.Trajectory.at": (RUN.at, dict(step=3)),
     "runs.Trajectory.smoothed": (RUN.smoothed, dict(window=2)),
+    "runs.Trajectory.averaged": (RUN.averaged, dict(target=eomdl.flows.SMOOTHED)),
     "runs.Trajectory.load": (eomdl.Trajectory.load, dict(path="nowhere", like=None)),
 }

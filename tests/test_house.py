@@ -30,6 +30,7 @@ GROUND = (
     "_processes",
     "_shards",
     "_structure",
+    "_target",
 )
 FLOORS = (
     GROUND,

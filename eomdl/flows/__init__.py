@@ -1,6 +1,7 @@
 """Continuous-time models of optimizers, one model a file."""
 
 from eomdl._end import Diagnostic
+from eomdl._target import ITERATES, MIDPOINTS, SMOOTHED, Target
 from eomdl.flows.adam import AdamFlow, rmsprop_flow
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.equation_of_motion import EquationOfMotion
@@ -17,6 +18,9 @@ from eomdl.series.weights import minimax_weights, taylor_weights
 
 
 __all__ = [
+    "ITERATES",
+    "MIDPOINTS",
+    "SMOOTHED",
     "AbstractFlow",
     "AdamFlow",
     "Diagnostic",
@@ -27,6 +31,7 @@ __all__ = [
     "MomentumFlow",
     "Points",
     "ReshufflingFlow",
+    "Target",
     "choose_points",
     "citation",
     "departure_from_identity",
