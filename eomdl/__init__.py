@@ -2,7 +2,20 @@
 
 from importlib.metadata import version as _version
 
-from eomdl import errors, flows, geometry, losses, maps, observe, plotting, reports, runs, series, symmetry
+from eomdl import (
+    curvature,
+    errors,
+    flows,
+    geometry,
+    losses,
+    maps,
+    observe,
+    plotting,
+    reports,
+    runs,
+    series,
+    symmetry,
+)
 from eomdl.errors import Comparison, compare
 from eomdl.flows import AbstractFlow, EquationOfMotion, GradientFlow, InterpolatingFlow, citation
 from eomdl.losses import WeightDecay
@@ -31,6 +44,7 @@ __all__ = [
     "citation",
     "compare",
     "counterterms",
+    "curvature",
     "descend",
     "errors",
     "flows",

@@ -328,3 +328,23 @@ def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
                 f"the shape in {like_name}, {jnp.shape(b)}",
                 jnp.shape(a),
             )
+
+
+def stack(name: str, value: Any, like_name: str, like: Any) -> Any:
+    """Vectors like a pytree, in one with a leading axis on every leaf that counts them; at most as many as its dimension."""
+    value = params(name, value)
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(value)}
+    if len(lengths) != 1 or lengths & {(), (0,)} or max(lengths)[0] > _tree.size(like):
+        expected = f"vectors like {like_name}, in leaves with one leading axis that counts them, at most {_tree.size(like)}"
+        raise _wrong(name, expected, f"shapes {[jnp.shape(leaf) for leaf in jax.tree.leaves(value)]}")
+    same_structure(f"one of {name}", jax.tree.map(lambda leaf: leaf[0], value), like_name, like)
+    return value
+
+
+def positive_like(name: str, value: Any, like_name: str, like: Any) -> Any:
+    """A pytree like another, of finite numbers > 0."""
+    value = params(name, value)
+    same_structure(name, value, like_name, like)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        positive_numbers(f"{name}{jax.tree_util.keystr(path)}", leaf)
+    return value

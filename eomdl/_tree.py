@@ -1,5 +1,6 @@
 """The pytree algebra: `optax.tree`, and the few functions that it does not have."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from optax.tree import add, norm, size, sub, vdot, zeros_like
 
 __all__ = [
     "add",
+    "combine",
     "dtype",
+    "gram",
     "is_traced",
     "norm",
     "random_normal",
@@ -28,6 +31,25 @@ def scale(a: ArrayLike, x: Any) -> Any:
     if isinstance(a, float) and a == 1.0:
         return x
     return jax.tree.map(lambda leaf: jnp.asarray(a, leaf.dtype) * leaf, x)
+
+
+def gram(a: Any, b: Any) -> jax.Array:
+    """The inner products of two stacks of vectors, shape (p, q): every leaf has a leading axis, p in a and q in b."""
+
+    def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+        over = tuple(range(1, x.ndim))
+        return jnp.tensordot(x, y, (over, over), precision=jax.lax.Precision.HIGHEST)
+
+    return functools.reduce(jnp.add, map(inner, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def combine(coefficients: jax.Array, stack: Any) -> Any:
+    """Sums of the vectors of a stack, a row of coefficients for each: (m, p) of p vectors are m vectors, (p,) is one."""
+
+    def total(leaf: jax.Array) -> jax.Array:
+        return jnp.tensordot(coefficients.astype(leaf.dtype), leaf, 1, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.tree.map(total, stack)
 
 
 def dtype(x: Any) -> jnp.dtype:

@@ -178,6 +178,27 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         dict(values=np.array([3.0, 2.0, 1.0]), learning_rate=0.05),
     ),
     "observe.lie_derivative": (eomdl.observe.lie_derivative, dict(observable=valley_loss, flow=FLOW)),
+    "curvature.eigenpairs": (
+        eomdl.curvature.eigenpairs,
+        dict(
+            loss=valley_loss,
+            params=VALLEY,
+            args=None,
+            k=1,
+            start=None,
+            preconditioner=None,
+            num_matvecs=2,
+            rtol=1e-3,
+        ),
+    ),
+    "curvature.eigenvalue_gradient": (
+        eomdl.curvature.eigenvalue_gradient,
+        dict(loss=valley_loss, params=VALLEY, args=None, vector=OTHER),
+    ),
+    "curvature.third_derivative": (
+        eomdl.curvature.third_derivative,
+        dict(loss=valley_loss, params=VALLEY, args=None, u=OTHER, v=VALLEY),
+    ),
     "errors.convergence_study": (
         eomdl.errors.convergence_study,
         dict(

@@ -121,7 +121,7 @@ def test_wrong_values_are_refused_by_the_argument_s_name(call, tmp_path, monkeyp
 
 
 NO_CALLS = """RESULTS AbstractFlow StepMap AbstractSymmetry DimensionEstimator RunOptions OptimizerStep
-dimension_estimators counterterms_series"""
+dimension_estimators counterterms_series Eigenpairs"""
 
 
 def test_every_public_function_is_here():
@@ -140,6 +140,7 @@ def test_every_public_function_is_here():
 
 
 SPACES = (
+    "curvature",
     "errors",
     "flows",
     "geometry",

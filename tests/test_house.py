@@ -35,6 +35,7 @@ GROUND = (
 FLOORS = (
     GROUND,
     ("losses",),
+    ("curvature",),
     ("series",),
     ("observe",),
     ("maps",),

@@ -12,6 +12,7 @@ import eomdl
 
 
 NAMESPACES = [
+    "curvature",
     "errors",
     "flows",
     "geometry",
