@@ -64,7 +64,8 @@ class Diagnostic:
 
     def note(self, name: str) -> str:
         """The finding in words."""
-        return f"{name} reached {np.max(self.value):.2f} along the path. {self.meaning}"
+        most = np.max(self.value)
+        return f"{name} reached {most:{'.2f' if abs(most) >= 0.01 else '.1e'}} along the path. {self.meaning}"
 
 
 @record_type

@@ -141,6 +141,16 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.flows.AdamFlow,
         dict(loss=valley_loss, learning_rate=0.05, b1=0.9, b2=0.99, eps=1e-8, eps_root=0.0, order=1),
     ),
+    "flows.CentralFlow": (
+        eomdl.flows.CentralFlow,
+        dict(
+            loss=valley_loss,
+            learning_rate=0.05,
+            directions=1,
+            preconditioner=eomdl.flows.SecondMoment(0.9),
+        ),
+    ),
+    "flows.SecondMoment": (eomdl.flows.SecondMoment, dict(decay=0.9, eps=1e-8, scalar=False)),
     "flows.ModifiedFlow": (
         eomdl.flows.ModifiedFlow,
         dict(field=lambda x, args: x, step_size=0.1, order=1, method=eomdl.series.EULER),

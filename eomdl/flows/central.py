@@ -315,6 +315,8 @@ class _Problem(eqx.Module):
         added = [self._squares(jax.tree.map(lambda x, a=a: x[a], products)) for a in range(len(drift))]
         columns = [self._stiffening(products, extra, _tree.zeros_like(self.state.moment)) for extra in added]
         response = response + jnp.stack(columns, axis=1)
+        # Any number > 0 where a direction is far: X is 0 there, and the problem stays regular.
+        response = response + jnp.diag(jnp.where(self._far(), jnp.trace(response) / len(response), 0))
         basis = jnp.asarray(symmetric_basis(flow.directions), dtype)
         constant = _THRESHOLD * jnp.eye(flow.directions) - jnp.diag(self.pairs.values)
         constant = (constant - jnp.tensordot(drift, basis, 1)).astype(dtype)
@@ -351,16 +353,21 @@ class _Problem(eqx.Module):
     def _thirds(self) -> Params:
         """Third derivatives for pairs of directions near the threshold, one at a time; 0 for others."""
         rows, columns, size = self._places()
-        far = self.pairs.values < _NEAR * _THRESHOLD
 
-        def one(place: tuple[jax.Array, jax.Array, jax.Array]) -> Params:
-            i, j, scale = place
+        def one(place: tuple) -> Params:
+            i, j, scale, far = place
 
             def derivative() -> Params:
                 u, v = (jax.tree.map(lambda x, n=n: x[n], self.pairs.vectors) for n in (i, j))
                 third = third_derivative(self.flow.loss, self.state.params, self.args, u, v)
                 return _tree.scale(scale, third)
 
-            return jax.lax.cond(far[i] | far[j], lambda: _tree.zeros_like(self.state.params), derivative)
+            return jax.lax.cond(far, lambda: _tree.zeros_like(self.state.params), derivative)
 
-        return jax.lax.map(one, (jnp.asarray(rows), jnp.asarray(columns), jnp.asarray(size)))
+        return jax.lax.map(one, (*map(jnp.asarray, (rows, columns, size)), self._far()))
+
+    def _far(self) -> jax.Array:
+        """Of which elements of X a direction is far from the threshold."""
+        rows, columns, _ = self._places()
+        far = self.pairs.values < _NEAR * _THRESHOLD
+        return far[rows] | far[columns]

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 
-_CENTERING = 0.1  # the gap aimed at in one step, as a part of the gap there is
+_START = 1e3  # times the identity, far inside of the cone in units in which C and M have the size of 1
+_CENTERING = (0.1, 0.7)  # the gap aimed at in a step, as a part of the gap there is: after a long step, a short one
 _BOUNDARY = 0.98  # of the way to the boundary of the cone: a step goes no further
-_NEAR = 1e-5  # where Newton's method on the conditions themselves takes over
+_NEAR = 1e-9  # where Newton's method on the conditions themselves takes over
 _MOST = 60
 
 
@@ -83,11 +84,11 @@ class _Problem(NamedTuple):
         same = jnp.abs(apart) < jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
         mean = (values > 0).astype(values.dtype)
         ratio = jnp.where(
-            same, mean[:, None], (positive[:, None] - positive[None]) / jnp.where(same, 1, apart)
+            same, mean[:, None] * jnp.ones_like(apart), (positive[:, None] - positive[None]) / jnp.where(same, 1, apart)
         )
         turned = jnp.einsum("im,aij,jn->amn", vectors, self.basis, vectors)
         derivative = jnp.einsum("amn,mn,bmn->ab", turned, ratio, turned)
-        return x - self.vector((vectors * positive) @ vectors.T), derivative
+        return x - self.vector((vectors * positive[None]) @ vectors.T), derivative
 
     def error(self, matrix: jax.Array) -> jax.Array:
         """How far from a solution, and how far S lies below 0."""
@@ -121,20 +122,25 @@ class _Problem(NamedTuple):
         eye = jnp.eye(len(self.constant), dtype=self.constant.dtype)
 
         def goes_on(carry: tuple) -> jax.Array:
-            i, x, s = carry
+            i, x, s, _ = carry
             apart = jnp.max(jnp.abs(self.slack(self.vector(x)) - s))
             return (i < _MOST) & (jnp.maximum(apart, jnp.sum(x * s)) > _NEAR)
 
         def advanced(carry: tuple) -> tuple:
-            i, x, s = carry
-            dx, ds = self.direction(x, s, _CENTERING * jnp.sum(x * s) / len(x))
-            new = x + _reach(x, dx) * dx, s + _reach(s, ds) * ds
+            i, x, s, reach = carry
+            long, short = _CENTERING
+            gap = jnp.where(reach > 0.5, long, short) * jnp.sum(x * s) / len(x)
+            dx, ds = self.direction(x, s, gap)
+            # One length for both: the conditions come nearer as the gap closes, not after it.
+            reach = jnp.minimum(_reach(x, dx), _reach(s, ds))
+            new = x + reach * dx, s + reach * ds
             sound = jnp.all(jnp.isfinite(new[0])) & jnp.all(jnp.isfinite(new[1]))
             # At the limit of rounding: what there is, is the best.
             kept = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (x, s))
-            return (jnp.where(sound, i + 1, _MOST), *kept)
+            return (jnp.where(sound, i + 1, _MOST), *kept, reach)
 
-        return jax.lax.while_loop(goes_on, advanced, (jnp.asarray(0), eye, eye))[1]
+        start = (jnp.asarray(0), _START * eye, _START * eye, jnp.ones((), eye.dtype))
+        return jax.lax.while_loop(goes_on, advanced, start)[1]
 
     def direction(self, x: jax.Array, s: jax.Array, gap: jax.Array) -> tuple[jax.Array, jax.Array]:
         r"""Newton's for $X S = \mu I$ made symmetric, and $S = C + M[X]$."""
