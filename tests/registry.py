@@ -13,7 +13,16 @@ import pytest
 from helpers import VALLEY, pulled_loss
 
 import eomdl
-from eomdl.flows import AdamFlow, CentralFlow, ModifiedFlow, MomentumFlow, ReshufflingFlow, SecondMoment, minimax_weights, rmsprop_flow
+from eomdl.flows import (
+    AdamFlow,
+    CentralFlow,
+    ModifiedFlow,
+    MomentumFlow,
+    ReshufflingFlow,
+    SecondMoment,
+    minimax_weights,
+    rmsprop_flow,
+)
 
 
 PULL = jnp.array(0.4)
@@ -179,7 +188,9 @@ FLOWS = [
         variant=True,
     ),
     Flow("rmsprop_flow", lambda loss, rate: rmsprop_flow(loss, rate, 0.5, 0.05), rmsprop, 2, SLOW, 0.24),
-    Flow("CentralFlow", CentralFlow, sgd, 1, variant=True),  # runs: test_central.py, since they compile for long
+    Flow(
+        "CentralFlow", CentralFlow, sgd, 1, variant=True
+    ),  # runs: test_central.py, since they compile for long
     Flow(
         "CentralFlow, RMSProp",
         lambda loss, rate: CentralFlow(loss, rate, 1, SecondMoment(0.5, 0.05)),

@@ -13,7 +13,7 @@ from eomdl.flows import SMOOTHED, CentralFlow, SecondMoment
 from eomdl.flows.complementarity import symmetric_basis
 
 
-ETA, DRIVE = 0.3, 0.01
+ETA, DRIVE, COUPLING = 0.3, 0.01, 0.1
 
 
 def sharpening_loss(w, zeta):
@@ -25,8 +25,14 @@ def sharpening_loss(w, zeta):
 def triple_loss(w, coupling):
     """Three directions x_i that become critical one after the other, each sharpened by its y_i, and coupled."""
     x, y = w[:3], w[3:]
-    mixed = x[0] * x[1] * y[2] + x[1] * x[2] * y[0]
-    return 0.5 * jnp.sum(y * x**2) + coupling * mixed - DRIVE * jnp.sum(x + jnp.array([1.0, 0.8, 0.6]) * y)
+    beyond = y - 2 / ETA
+    mixed = x[0] * x[1] * beyond[2] + x[1] * x[2] * beyond[0]
+    shared = 0.5 * jnp.sum((jnp.sum(beyond) - beyond) * x**2)
+    return (
+        0.5 * jnp.sum(y * x**2)
+        + coupling * (mixed + shared)
+        - DRIVE * jnp.sum(x + jnp.array([1.0, 0.8, 0.6]) * y)
+    )
 
 
 EDGE = jnp.array([0.0, 2 / ETA])
@@ -54,14 +60,14 @@ def test_one_direction_of_gradient_descent_in_closed_form(zeta):
 def test_predictions_of_averages():
     state = MINIMAL.refresh(0.0, MINIMAL.init(EDGE, 0.0), 0.0)
     loss, squared = sharpening_loss(EDGE, 0.0), 2 * DRIVE**2
-    np.testing.assert_allclose(MINIMAL.mean_loss(0.0, state, 0.0), loss + 2 * DRIVE / ETA, rtol=1e-12)
+    np.testing.assert_allclose(MINIMAL.mean_loss(0.0, state, 0.0), loss + 2 * DRIVE / ETA, atol=1e-12)
     expected = squared + 4 * 2 * DRIVE / ETA**2
     np.testing.assert_allclose(MINIMAL.mean_squared_gradient(0.0, state, 0.0), expected, rtol=1e-12)
     # The loss averaged over a Gaussian of this variance, by quadrature.
     points, weights = np.polynomial.hermite_e.hermegauss(9)
     x = np.sqrt(2 * DRIVE) * points
     mean = np.sum(weights * jax.vmap(lambda x: sharpening_loss(jnp.array([x, EDGE[1]]), 0.0))(x))
-    np.testing.assert_allclose(MINIMAL.mean_loss(0.0, state, 0.0), mean / weights.sum(), rtol=1e-10)
+    np.testing.assert_allclose(MINIMAL.mean_loss(0.0, state, 0.0), mean / weights.sum(), atol=1e-12)
 
 
 def test_scalar_rmsprop_in_closed_form():
@@ -84,7 +90,9 @@ def test_scalar_rmsprop_in_closed_form():
 def test_rmsprop_with_one_scale_is_scalar_rmsprop():
     """Both parameters with the same moment, and an oscillation that adds nothing: the fields agree."""
     params, moment = jnp.array([0.0, 1.0]), 0.02
-    flows = [CentralFlow(sharpening_loss, 0.01, 1, SecondMoment(0.9, 0.0, scalar)) for scalar in (False, True)]
+    flows = [
+        CentralFlow(sharpening_loss, 0.01, 1, SecondMoment(0.9, 0.0, scalar)) for scalar in (False, True)
+    ]
     velocities = []
     for flow, start in zip(flows, (jnp.full(2, moment), jnp.asarray(moment)), strict=True):
         state = flow.refresh(0.0, flow.init(params, 0.0)._replace(moment=start), 0.0)
@@ -128,7 +136,7 @@ def brute_force(w, coupling, num_steps, substeps=20):
 def path():
     observe = {"loss": triple_loss}
     extra = {"curvature": lambda t, s, a: s.curvature, "variances": THREE.variances}
-    return eomdl.solve(THREE, TRIPLE, 60, args=0.05, observe=observe, observe_state=extra)
+    return eomdl.solve(THREE, TRIPLE, 60, args=COUPLING, observe=observe, observe_state=extra)
 
 
 def test_the_curvature_is_held_and_the_loss_falls(path):
@@ -139,27 +147,27 @@ def test_the_curvature_is_held_and_the_loss_falls(path):
     assert critical.all(axis=1).any()  # three at once
     held = np.abs(curvature[:, 0] / 2 - 1)[critical[:, 0]]
     assert held.max() < 1e-3
-    assert np.diff(path.observables["loss"]).max() <= 0
+    assert np.diff(path.observables["loss"]).max() < 1e-12  # it comes to rest, but for rounding
     assert path.stats.target == SMOOTHED
 
 
 def test_against_a_brute_force_integration(path):
-    by_hand = brute_force(TRIPLE, 0.05, 60, substeps=4)
+    by_hand = brute_force(TRIPLE, COUPLING, 60, substeps=4)
     travelled = np.linalg.norm(by_hand - flat(TRIPLE))
     assert np.linalg.norm(flat(path.final_params) - by_hand) < 0.01 * travelled
-    plain = eomdl.solve(eomdl.GradientFlow(triple_loss, ETA), TRIPLE, 60, args=0.05)
+    plain = eomdl.solve(eomdl.GradientFlow(triple_loss, ETA), TRIPLE, 60, args=COUPLING)
     assert np.linalg.norm(flat(plain.final_params) - by_hand) > 0.1 * travelled
 
 
 def test_nothing_moves_when_the_tolerance_is_tightened(path):
-    tight = eomdl.solve(THREE, TRIPLE, 60, args=0.05, rtol=1e-10, atol=1e-11, estimate_error=False)
+    tight = eomdl.solve(THREE, TRIPLE, 60, args=COUPLING, rtol=1e-10, atol=1e-11, estimate_error=False)
     travelled = np.linalg.norm(flat(tight.final_params) - flat(TRIPLE))
     assert np.linalg.norm(flat(tight.final_params) - flat(path.final_params)) < 1e-4 * travelled
 
 
 def test_a_resumed_run_is_the_whole_one(path):
-    first = eomdl.solve(THREE, TRIPLE, 30, args=0.05)
-    whole = eomdl.solve(THREE, TRIPLE, 60, args=0.05, resume=first)
+    first = eomdl.solve(THREE, TRIPLE, 30, args=COUPLING)
+    whole = eomdl.solve(THREE, TRIPLE, 60, args=COUPLING, resume=first)
     assert_close(whole.final_params, path.final_params, rtol=1e-6)
 
 
@@ -167,7 +175,7 @@ def test_a_resumed_run_is_the_whole_one(path):
 
 
 def test_more_critical_directions_than_tracked():
-    run = eomdl.solve(CentralFlow(triple_loss, ETA, 1), TRIPLE, 60, args=0.05)
+    run = eomdl.solve(CentralFlow(triple_loss, ETA, 1), TRIPLE, 60, args=COUPLING)
     (warning,) = [w for w in run.warnings if w.startswith("curvature of the next direction")]
     assert "Raise `directions`" in warning
 
@@ -187,13 +195,13 @@ def test_curvature_that_is_not_finite_ends_the_run():
 
 
 def test_more_directions_than_parameters():
-    with pytest.raises(ValueError, match=r"^directions: expected an integer from 1 to 2, got 3"):
+    with pytest.raises(ValueError, match=r"^directions: expected an integer >= 1 and <= 2, got 3"):
         eomdl.solve(CentralFlow(sharpening_loss, ETA, 3), EDGE, 5, args=0.0)
 
 
 def test_rmsprop_begins_with_the_moment_of_a_real_run():
     optimizer = optax.rmsprop(0.01, 0.9)
-    real = eomdl.descend(triple_loss, TRIPLE, optimizer, 5, args=0.05)
+    real = eomdl.descend(triple_loss, TRIPLE, optimizer, 5, args=COUPLING)
     flow = CentralFlow(triple_loss, 0.01, 1, SecondMoment(0.9))
-    state = flow.begin(real.final_params, real.end.state, 0.05)
+    state = flow.begin(real.final_params, real.end.state, COUPLING)
     assert_identical(state.moment, optax.tree.get(real.end.state, "nu"))

@@ -22,7 +22,9 @@ from eomdl.flows.preconditioners import AbstractPreconditioner, NoMoment
 _THRESHOLD = 2.0  # of the curvature of P^-1 H: beyond it iterates oscillate and grow
 _NEAR = 0.9  # of that: directions below are far from it, and are left out of the complementarity problem
 _COLD, _WARM = 16, 4  # Hessian-vector products for each direction at the start, and at most at a step
-_RTOL = 1e-2  # of the largest eigenvalue: the residual of a tracked pair; the value is wrong by about its square
+_RTOL = (
+    1e-2  # of the largest eigenvalue: the residual of a tracked pair; the value is wrong by about its square
+)
 
 
 class CentralState(NamedTuple):
@@ -179,7 +181,9 @@ class CentralFlow(AbstractDescentFlow):
         problem = _Problem(self, state, diagonal, pairs, args)
         is_near = pairs.values[0] >= _NEAR * _THRESHOLD
         # By cond, so that third derivatives cost nothing where nothing is critical. NaN is near: the run has to stop.
-        found = jax.lax.cond(is_near | jnp.isnan(pairs.values[0]), lambda: problem.solved(), lambda: problem.still())
+        found = jax.lax.cond(
+            is_near | jnp.isnan(pairs.values[0]), lambda: problem.solved(), lambda: problem.still()
+        )
         relative = pairs.residuals / jnp.max(jnp.abs(pairs.values))
         residual = jnp.max(jnp.where(pairs.values >= _NEAR * _THRESHOLD, relative, 0))
         worst = jnp.stack([residual, found.error]).astype(state.worst.dtype)
@@ -193,12 +197,18 @@ class CentralFlow(AbstractDescentFlow):
         )
 
     def mean_loss(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, ""]:
-        r"""The loss averaged over the oscillation, $L + \frac12 \langle H, \Sigma \rangle$; $L + \operatorname{tr} \Sigma / \eta$ for gradient descent."""
+        r"""The loss averaged over the oscillation, $L + \frac12 \langle H, \Sigma \rangle$.
+
+        For gradient descent $L + \operatorname{tr} \Sigma / \eta$.
+        """
         del t
         return self.loss(state.params, args) + _THRESHOLD / 2 * jnp.trace(state.variance)
 
     def mean_squared_gradient(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, ""]:
-        r"""The squared norm of the gradient averaged over the oscillation, $|g|^2 + 4 |P \Sigma P|$; $|g|^2 + 4 \operatorname{tr} \Sigma / \eta^2$."""
+        r"""The squared norm of the gradient averaged over the oscillation, $|g|^2 + 4 \operatorname{tr}(P \Sigma P)$.
+
+        For gradient descent $|g|^2 + 4 \operatorname{tr} \Sigma / \eta^2$.
+        """
         del t
         gradient = jax.grad(self.loss)(state.params, args)
         weighted = jax.vmap(lambda u: jax.tree.map(jnp.multiply, u, self._diagonal(state)))(state.vectors)
@@ -233,7 +243,7 @@ class CentralFlow(AbstractDescentFlow):
         if more > self.directions:
             found["curvature of the next direction"] = Diagnostic(
                 beyond[0],
-                _THRESHOLD * (1 + _RTOL),
+                _THRESHOLD * (1 - _RTOL / 10),
                 f"More directions are critical than the {self.directions} tracked. Raise `directions`.",
             )
         return found
@@ -241,9 +251,16 @@ class CentralFlow(AbstractDescentFlow):
     def _started(self, params: Params, moment: Any, args: Args) -> CentralState:
         k, dtype = self.directions, _tree.dtype(params)
         stack = jax.tree.map(lambda x: jnp.zeros((k, *x.shape), x.dtype), params)
-        zeros = _tree.zeros_like((params, moment))
-        numbers = jnp.zeros((k, k), dtype), jnp.zeros(k, dtype), jnp.zeros(2, dtype)
-        state = CentralState(params, moment, stack, *zeros, *numbers)
+        state = CentralState(
+            params=params,
+            moment=moment,
+            vectors=stack,
+            force=_tree.zeros_like(params),
+            squares=_tree.zeros_like(moment),
+            variance=jnp.zeros((k, k), dtype),
+            curvature=jnp.zeros(k, dtype),
+            worst=jnp.zeros(2, dtype),
+        )
         # Rows of zeros are filled with random vectors.
         pairs = self._pairs(state, args, k, _COLD)
         return state._replace(vectors=pairs.vectors, curvature=pairs.values)
@@ -296,8 +313,10 @@ class _Problem(eqx.Module):
 
     def still(self) -> _Oscillation:
         """Nothing oscillates."""
-        zeros = _tree.zeros_like((self.state.params, self.state.moment, self.state.variance))
-        return _Oscillation(*zeros, jnp.zeros((), self.state.variance.dtype))
+        state = self.state
+        error = jnp.zeros((), state.variance.dtype)
+        force, squares = _tree.zeros_like(state.params), _tree.zeros_like(state.moment)
+        return _Oscillation(force, squares, _tree.zeros_like(state.variance), error)
 
     def solved(self) -> _Oscillation:
         r"""X in the basis $B_a$ of symmetric matrices: $T_a = \sum_{ij} B_{a,ij} T[u_i, u_j]$, $q_a = \sum_{ij} B_{a,ij} u_i u_j$."""

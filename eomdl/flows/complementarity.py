@@ -8,7 +8,10 @@ import numpy as np
 
 
 _START = 1e3  # times the identity, far inside of the cone in units in which C and M have the size of 1
-_CENTERING = (0.1, 0.7)  # the gap aimed at in a step, as a part of the gap there is: after a long step, a short one
+_CENTERING = (
+    0.1,
+    0.7,
+)  # the gap aimed at in a step, as a part of the gap there is: after a long step, a short one
 _BOUNDARY = 0.98  # of the way to the boundary of the cone: a step goes no further
 _NEAR = 1e-9  # where Newton's method on the conditions themselves takes over
 _MOST = 60
@@ -84,7 +87,9 @@ class _Problem(NamedTuple):
         same = jnp.abs(apart) < jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
         mean = (values > 0).astype(values.dtype)
         ratio = jnp.where(
-            same, mean[:, None] * jnp.ones_like(apart), (positive[:, None] - positive[None]) / jnp.where(same, 1, apart)
+            same,
+            mean[:, None] * jnp.ones_like(apart),
+            (positive[:, None] - positive[None]) / jnp.where(same, 1, apart),
         )
         turned = jnp.einsum("im,aij,jn->amn", vectors, self.basis, vectors)
         derivative = jnp.einsum("amn,mn,bmn->ab", turned, ratio, turned)

@@ -110,7 +110,7 @@ class SecondMoment(AbstractPreconditioner):
 
     def collected(self, squares: Params) -> Any:
         """Themselves, or their sum."""
-        return _total(squares) if self.scalar else squares
+        return optax.tree.sum(squares) if self.scalar else squares
 
     def rate(self, moment: Any, squares: Any) -> Any:
         r"""$\frac{1-\beta_2}{\beta_2} (g^2 - \nu)$, whose map over a step near rest is that of the average."""
@@ -127,7 +127,3 @@ class SecondMoment(AbstractPreconditioner):
 
     def _spread(self, moment: Any, like: Params) -> Params:
         return jax.tree.map(lambda x: jnp.broadcast_to(moment, x.shape), like) if self.scalar else moment
-
-
-def _total(squares: Params) -> jax.Array:
-    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(squares))
