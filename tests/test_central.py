@@ -87,6 +87,30 @@ def test_scalar_rmsprop_in_closed_form():
     assert abs(drift) < 1e-10
 
 
+def test_rmsprop_holds_its_own_curvature():
+    """The largest eigenvalue of P^-1 H, dense, stands still along the field where it would rise without Sigma."""
+    w, moment = (
+        jnp.array([0.004, -0.002, 0.001, 3.0, 2.5, 2.0]),
+        jnp.array([4.0, 3.0, 2.0, 5.0, 6.0, 4.0]) * 1e-4,
+    )
+
+    def top(w, moment, rate):
+        root = jnp.sqrt(rate) / moment**0.25  # P^(-1/2)
+        return jnp.linalg.eigvalsh(root[:, None] * jax.hessian(triple_loss)(w, COUPLING) * root[None])[-1]
+
+    rate = 2 / top(w, moment, 1.0)
+    flow = CentralFlow(triple_loss, rate, 2, SecondMoment(0.99, 0.0))
+    state = flow.refresh(0.0, flow.init(w, COUPLING)._replace(moment=moment), COUPLING)
+    free = state._replace(force=jnp.zeros(6), squares=jnp.zeros(6))
+    rises = []
+    for start in (state, free):
+        velocity = flow(0.0, start, COUPLING)
+        along = (velocity.params, velocity.moment)
+        rises.append(jax.jvp(lambda w, nu: top(w, nu, rate), (w, moment), along)[1])
+    assert rises[1] > 0
+    assert abs(rises[0]) < 1e-3 * rises[1]
+
+
 def test_rmsprop_with_one_scale_is_scalar_rmsprop():
     """Both parameters with the same moment, and an oscillation that adds nothing: the fields agree."""
     params, moment = jnp.array([0.0, 1.0]), 0.02

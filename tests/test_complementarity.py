@@ -22,7 +22,7 @@ def reference(constant, gram):
         faster = (1 + np.sqrt(1 + 4 * t * t)) / 2
         y, moved = new + (t - 1) / faster * (new - x), np.abs(new - x).max()
         x, t = new, faster
-        if moved < 1e-15 * np.abs(x).max():
+        if moved <= 1e-15 * np.abs(x).max():
             break
     return np.tensordot(x, basis, 1)
 

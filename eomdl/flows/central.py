@@ -115,7 +115,7 @@ class CentralFlow(AbstractDescentFlow):
             loss: Loss,
             learning_rate: ArrayLike,
             directions: int = 1,
-            preconditioner: AbstractPreconditioner = ...,
+            preconditioner: AbstractPreconditioner = NoMoment(),
         ) -> None: ...
 
     @property
