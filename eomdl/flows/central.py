@@ -16,7 +16,7 @@ from eomdl._types import Args, Loss, Params
 from eomdl.curvature import Eigenpairs, eigenpairs, third_derivative
 from eomdl.flows.complementarity import Complementary, complementary, symmetric_basis
 from eomdl.flows.descent import AbstractDescentFlow
-from eomdl.flows.preconditioners import AbstractPreconditioner, NoMoment
+from eomdl.flows.preconditioners import DESCENT, AbstractPreconditioner
 
 
 _THRESHOLD = 2.0  # of the curvature of P^-1 H: beyond it iterates oscillate and grow
@@ -102,7 +102,7 @@ class CentralFlow(AbstractDescentFlow):
         default=1, static=True, converter=lambda n: _check.integer("directions", n, 1)
     )
     preconditioner: AbstractPreconditioner = eqx.field(
-        default=NoMoment(),
+        default=DESCENT,
         converter=lambda p: _check.kind(
             "preconditioner", p, AbstractPreconditioner, "an eomdl.flows.SecondMoment"
         ),
@@ -115,7 +115,7 @@ class CentralFlow(AbstractDescentFlow):
             loss: Loss,
             learning_rate: ArrayLike,
             directions: int = 1,
-            preconditioner: AbstractPreconditioner = NoMoment(),
+            preconditioner: AbstractPreconditioner = DESCENT,
         ) -> None: ...
 
     @property

@@ -72,6 +72,9 @@ class NoMoment(AbstractPreconditioner):
         return _tree.zeros_like(diagonal)
 
 
+DESCENT = NoMoment()
+
+
 class SecondMoment(AbstractPreconditioner):
     r"""RMSProp: $P = \sqrt{\nu + \epsilon} / \eta$, and $\nu$ averages $g^2$, or $|g|^2$ for all parameters together.
 
