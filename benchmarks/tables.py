@@ -62,6 +62,21 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "cost_of_the_choice": "gradients for the choice",
         },
     ),
+    "edge flows": (
+        "Flows through the edge against what each predicts of gradient descent: MLP, squared error, 1,000 steps",
+        {
+            "flow": "flow",
+            "at_200": "distance / travelled at step 200",
+            "at_400": "400",
+            "at_1000": "1000",
+            "mean": "mean",
+            "mean_of_total": "mean distance / travelled in all",
+            "loss_difference": "mean loss difference",
+            "times_the_run": "time / that of the GD run",
+            "times_the_steps": "time / that of bare GD steps",
+            "warnings": "warnings",
+        },
+    ),
     "edge": (
         "Past the edge: distance to GD over distance travelled, stride 2 (0 points: gradient flow)",
         {

@@ -99,6 +99,14 @@ def past_one() -> list[Row]:
     ]
 
 
+def at_the_edge() -> Row:
+    """The smoothed path of gradient descent; here nothing is critical, and it is gradient flow."""
+    flow = flows.CentralFlow(loss, SMALL)
+    models = "GD and RMSProp, smoothed"
+    valid = r"small oscillations, past $\eta\lambda_{\max} = 2$ too"
+    return Row("`CentralFlow`", flow, optax.sgd(SMALL), models, 1, valid)
+
+
 def any_field() -> Row:
     """The equation of motion as the modified equation of a field; here the loss's own."""
 
@@ -150,7 +158,14 @@ def reshuffling() -> Row:
 
 def rows() -> list[Row]:
     """All flows of the library."""
-    found = [*descent(), any_field(), *past_one(), *memory(), reshuffling()]
+    found = [
+        *descent(),
+        any_field(),
+        *past_one(),
+        at_the_edge(),
+        *memory(),
+        reshuffling(),
+    ]
     things = [getattr(flows, name) for name in flows.__all__]
     kinds = {
         t for t in things if inspect.isclass(t) and issubclass(t, eomdl.AbstractFlow)
@@ -181,7 +196,8 @@ def evaluation(flow: eomdl.AbstractFlow) -> float:
         body = flows.MomentumFlow(loss, EPOCH, 0.0)  # a penalty on the gradient, too
         part = jax.tree.map(lambda leaf: leaf[0], PARTS)
         return 5 * flops(lambda w, part: body(0.0, w, part), W, part) / GRADIENT
-    return flops(lambda w, data: flow(0.0, w, data), W, DATA) / GRADIENT
+    field, state = (lambda x, data: flow(0.0, x, data)), flow.init(W, DATA)
+    return flops(field, state, DATA) / GRADIENT
 
 
 def mean_epoch(w, parts, k):

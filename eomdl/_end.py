@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eomdl._target import ITERATES, Target
 from eomdl._types import STATIC, Params, State, record_type
 
 
@@ -63,7 +64,8 @@ class Diagnostic:
 
     def note(self, name: str) -> str:
         """The finding in words."""
-        return f"{name} reached {np.max(self.value):.2f} along the path. {self.meaning}"
+        most = np.max(self.value)
+        return f"{name} reached {most:{'.2f' if abs(most) >= 0.01 else '.1e'}} along the path. {self.meaning}"
 
 
 @record_type
@@ -75,6 +77,7 @@ class Stats:
         error is estimated.
     - `rtol`, `atol`: tolerances of the ODE solver, or None.
     - `stride`: the flow passes through every m-th step.
+    - `target`: what the flow predicts of a real run, an `eomdl.flows.Target`.
     - `flow`: which flow, with its numbers; empty for a real run.
     - `run`: which run, a checksum of its beginning; 0 if it was not written to checkpoints.
     - `data`: the fingerprint of data on the host (`eomdl.losses.OnHost`) in a run written to checkpoints, else empty.
@@ -88,6 +91,7 @@ class Stats:
     rtol: Any = None
     atol: Any = None
     stride: int = dataclasses.field(metadata=STATIC, default=1)
+    target: Target = dataclasses.field(metadata=STATIC, default=ITERATES)
     flow: str = dataclasses.field(metadata=STATIC, default="")
     run: Any = 0
     data: str = dataclasses.field(metadata=STATIC, default="")

@@ -144,6 +144,16 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.flows.AdamFlow,
         dict(loss=valley_loss, learning_rate=0.05, b1=0.9, b2=0.99, eps=1e-8, eps_root=0.0, order=1),
     ),
+    "flows.CentralFlow": (
+        eomdl.flows.CentralFlow,
+        dict(
+            loss=valley_loss,
+            learning_rate=0.05,
+            directions=1,
+            preconditioner=eomdl.flows.SecondMoment(0.9),
+        ),
+    ),
+    "flows.SecondMoment": (eomdl.flows.SecondMoment, dict(decay=0.9, eps=1e-8, scalar=False)),
     "flows.ModifiedFlow": (
         eomdl.flows.ModifiedFlow,
         dict(field=lambda x, args: x, step_size=0.1, order=1, method=eomdl.series.EULER),
@@ -171,6 +181,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "flows.minimax_weights": (eomdl.flows.minimax_weights, dict(points=3, bound=0.8, order=None)),
     "flows.taylor_weights": (eomdl.flows.taylor_weights, dict(points=3)),
+    "flows.Target": (eomdl.flows.Target, dict(name="means", weights=((0, 1.0),))),
     "flows.step_data": (eomdl.flows.step_data, dict(args=None, n=0)),
     "observe.angle_per_step": (eomdl.observe.angle_per_step, dict(block=CLOUD)),
     "observe.block_norm": (eomdl.observe.block_norm, dict(where="x")),
@@ -477,5 +488,6 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "runs.Trajectory.rows": (RUN.rows, dict(index=slice(2))),
     "runs.Trajectory.at": (RUN.at, dict(step=3)),
     "runs.Trajectory.smoothed": (RUN.smoothed, dict(window=2)),
+    "runs.Trajectory.averaged": (RUN.averaged, dict(target=eomdl.flows.SMOOTHED)),
     "runs.Trajectory.load": (eomdl.Trajectory.load, dict(path="nowhere", like=None)),
 }

@@ -13,7 +13,16 @@ import pytest
 from helpers import VALLEY, pulled_loss
 
 import eomdl
-from eomdl.flows import AdamFlow, ModifiedFlow, MomentumFlow, ReshufflingFlow, minimax_weights, rmsprop_flow
+from eomdl.flows import (
+    AdamFlow,
+    CentralFlow,
+    ModifiedFlow,
+    MomentumFlow,
+    ReshufflingFlow,
+    SecondMoment,
+    minimax_weights,
+    rmsprop_flow,
+)
 
 
 PULL = jnp.array(0.4)
@@ -191,6 +200,18 @@ FLOWS = [
         variant=True,
     ),
     Flow("rmsprop_flow", lambda loss, rate: rmsprop_flow(loss, rate, 0.5, 0.05), rmsprop, 2, SLOW, 0.24),
+    Flow(
+        "CentralFlow", CentralFlow, sgd, 1, variant=True
+    ),  # runs: test_central.py, since they compile for long
+    Flow(
+        "CentralFlow, RMSProp",
+        lambda loss, rate: CentralFlow(loss, rate, 1, SecondMoment(0.5, 0.05)),
+        rmsprop,
+        1,
+        (0.002, 0.001, 0.0005),
+        0.24,
+        variant=True,
+    ),
     Flow("ModifiedFlow", lambda loss, rate: ModifiedFlow(descent_of(loss), rate, 1), sgd, 2),
     Flow("ReshufflingFlow", ReshufflingFlow, MeanEpoch, 2, (0.004, 0.002, 0.001), args=PULLS),
 ]

@@ -68,6 +68,7 @@ ACCEPTED: dict[str, set[str]] = {
     "symmetry.translation_decay_rate.order": {"None"},
     "runs.Crossing.observable": {"a string"},
     "runs.Crossing.level": {"minus one", "minus a half"},
+    "flows.Target.name": {"a string"},
     "runs.Trajectory.rows.index": {"empty"},
     "runs.Trajectory.load.path": {"a string"},  # no such file
     "runs.Trajectory.load.like": set(WRONG),  # looked at when there is a file

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from eomdl import _check
+from eomdl._target import ITERATES, Target
 from eomdl._types import Params
 from eomdl.runs.files import read_npz, write_npz
 from eomdl.runs.rows_on_disk import block_length
@@ -208,6 +209,9 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
     **Arguments:**
 
     - `reference`: the real run. `trajectories`: `{name: trajectory}` of the models.
+        Each model is measured against what it predicts of the real run (`eomdl.flows.Target`, in its `stats`): the
+        iterates, or means of them, with the observables averaged likewise; for that the reference needs the steps
+        beside those compared.
     - `smooth`: compare means over this many consecutive steps (`Trajectory.smoothed`), of the reference
         and of the models. Past the edge of stability `smooth=2` compares the middle of the oscillation.
 
@@ -223,24 +227,23 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
     """
     smooth = _check.integer("smooth", smooth, 1)
     _check_runs(reference, trajectories)
-    runs = {"reference": reference, **{f"trajectories[{k!r}]": run for k, run in trajectories.items()}}
+    runs = dict(trajectories)
+    # The real run once more for each thing that is predicted of it.
+    targets = {ITERATES, *(run.stats.target for run in runs.values())}
+    reals = {target: reference.averaged(target) if target != ITERATES else reference for target in targets}
     if smooth > 1:
         runs = {name: run.smoothed(smooth) for name, run in runs.items()}
-    steps = functools.reduce(
-        np.intersect1d, (np.asarray(run.steps) for run in runs.values() if len(run.steps))
-    )
-    if len(steps) == 0:
-        raise ValueError(
-            "trajectories: expected a saved step in common, got "
-            + ", ".join(f"{name}: {summary(run.steps)}" for name, run in runs.items())
-        )
+        reals = {target: run.smoothed(smooth) for target, run in reals.items()}
+    steps = _common_steps(reals, runs)
     # Without parameters, whose rows may be on disk: those are taken a few at a time.
-    real, *others = (_at_steps(dataclasses.replace(run, params=None), steps) for run in runs.values())
-    models = dict(zip(trajectories, others, strict=True))
-    whole, *wholes = runs.values()
+    real, *others = (
+        _at_steps(dataclasses.replace(run, params=None), steps) for run in (reals[ITERATES], *runs.values())
+    )
+    models = dict(zip(runs, others, strict=True))
+    whole, predicted = reals[ITERATES], {name: reals[run.stats.target] for name, run in runs.items()}
     apart = {
-        name: _squares(run, whole, steps, steps)
-        for name, run in zip(trajectories, wholes, strict=True)
+        name: _squares(run, predicted[name], steps, steps)
+        for name, run in runs.items()
         if run.params is not None and whole.params is not None
     }
     known_times = [run.times for run in (real, *others) if not np.all(np.isnan(run.times))]
@@ -259,9 +262,27 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
         ode_error={
             name: np.asarray(run.ode_error) for name, run in models.items() if run.ode_error is not None
         },
-        differences={name: _differences(name, run, real) for name, run in models.items()},
+        differences={
+            name: _differences(name, run, _at_steps(dataclasses.replace(predicted[name], params=None), steps))
+            for name, run in models.items()
+        },
         notes=_notes(reference, trajectories),
     )
+
+
+def _common_steps(
+    reals: Mapping[Target, Trajectory], runs: Mapping[str, Trajectory]
+) -> Int[np.ndarray, " n"]:
+    """The steps that all runs saved, those beside them too where a model predicts means."""
+    named = {f"reference, {target.name}": run for target, run in reals.items()}
+    named |= {f"trajectories[{name!r}]": run for name, run in runs.items() if len(run.steps)}
+    steps = functools.reduce(np.intersect1d, (np.asarray(run.steps) for run in named.values()))
+    if len(steps) == 0:
+        raise ValueError(
+            "trajectories: expected a saved step in common, got "
+            + ", ".join(f"{name}: {summary(run.steps)}" for name, run in named.items())
+        )
+    return steps
 
 
 def _squares(run: Trajectory, other: Trajectory, steps: np.ndarray, other_steps: np.ndarray) -> Params:

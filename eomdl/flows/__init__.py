@@ -1,8 +1,10 @@
 """Continuous-time models of optimizers, one model a file."""
 
 from eomdl._end import Diagnostic
+from eomdl._target import ITERATES, MIDPOINTS, SMOOTHED, Target
 from eomdl.flows.adam import AdamFlow, rmsprop_flow
 from eomdl.flows.base import AbstractFlow
+from eomdl.flows.central import CentralFlow, CentralState
 from eomdl.flows.equation_of_motion import EquationOfMotion
 from eomdl.flows.fitted import fitted_weights
 from eomdl.flows.gradient import GradientFlow
@@ -10,6 +12,7 @@ from eomdl.flows.interpolating import InterpolatingFlow
 from eomdl.flows.modified import ModifiedFlow
 from eomdl.flows.momentum import MomentumFlow
 from eomdl.flows.points import Points, choose_points, departure_from_identity
+from eomdl.flows.preconditioners import SecondMoment
 from eomdl.flows.references import citation
 from eomdl.flows.reshuffling import ReshufflingFlow
 from eomdl.flows.stride import step_data
@@ -17,8 +20,13 @@ from eomdl.series.weights import minimax_weights, taylor_weights
 
 
 __all__ = [
+    "ITERATES",
+    "MIDPOINTS",
+    "SMOOTHED",
     "AbstractFlow",
     "AdamFlow",
+    "CentralFlow",
+    "CentralState",
     "Diagnostic",
     "EquationOfMotion",
     "GradientFlow",
@@ -27,6 +35,8 @@ __all__ = [
     "MomentumFlow",
     "Points",
     "ReshufflingFlow",
+    "SecondMoment",
+    "Target",
     "choose_points",
     "citation",
     "departure_from_identity",

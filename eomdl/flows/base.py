@@ -9,6 +9,7 @@ import jax
 from jax.typing import ArrayLike
 
 from eomdl._end import Diagnostic
+from eomdl._target import ITERATES, Target
 from eomdl._types import Args, Params, State
 
 
@@ -42,6 +43,11 @@ class AbstractFlow(eqx.Module):
         A flow of stride m sees the data of m steps: `eomdl.flows.step_data(args, n)` is that of the n-th.
         """
         return 1
+
+    @property
+    def target(self) -> Target:
+        """What the flow predicts of a real run, which `eomdl.compare` measures it against: by default its iterates."""
+        return ITERATES
 
     @property
     def refreshes(self) -> bool:

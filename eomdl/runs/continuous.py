@@ -265,12 +265,11 @@ class FlowDynamics(AbstractDynamics):
         return diagnostics_at(self.flow, np.asarray(step), state.flow, window)
 
     def stats(self, stats: Stats) -> Stats:
-        """With the flow's name, stride and tolerances; diagnostics of another flow are dropped."""
+        """With the flow's name, stride, target and tolerances; diagnostics of another flow are dropped."""
         if stats.flow != self.name:
             stats = dataclasses.replace(stats, diagnostics={})
-        return dataclasses.replace(
-            stats, flow=self.name, stride=self.flow.stride, rtol=self.rtol, atol=self.atol
-        )
+        stats = dataclasses.replace(stats, flow=self.name, rtol=self.rtol, atol=self.atol)
+        return dataclasses.replace(stats, stride=self.flow.stride, target=self.flow.target)
 
     def _integrate(self, x: State, span: Span, window: Window, looser: float) -> tuple:
         if self.controller is not None:

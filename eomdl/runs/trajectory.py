@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from eomdl import _check, _structure, _tree
 from eomdl._end import RESULTS, Diagnostic, End, Stats
+from eomdl._target import ITERATES, Target
 from eomdl._types import STATIC, Array, Params, record_type
 from eomdl.runs.files import DamagedFile, Tree, read_meta, read_npz, write_npz
 
@@ -91,10 +92,12 @@ class Trajectory:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know: a run that failed, a model outside its validity, a stride."""
-        stride = self.stats.stride
+        """What a reader must know: a run that failed, a model outside its validity, a stride, a target."""
+        stride, target = self.stats.stride, self.stats.target
         between = f"a flow of stride {stride} predicts the multiples of {stride}; the steps between are those moved on by its map."
-        return (*[self.message] * bool(self.message), *[between] * (stride > 1), *self.warnings)
+        predicts = f"the flow predicts the {target.name} of a real run, and is compared with that."
+        said = {self.message: bool(self.message), between: stride > 1, predicts: target != ITERATES}
+        return (*[text for text, holds in said.items() if holds], *self.warnings)
 
     def map_columns(self, function: Callable[[Any], Any]) -> "Trajectory":
         """A function of arrays with leading axis n applied to every column."""
@@ -141,17 +144,33 @@ class Trajectory:
                 f"with saved {summary(steps)}"
             )
 
-        def windows(x: Any) -> np.ndarray:
-            return np.lib.stride_tricks.sliding_window_view(np.asarray(x), window, axis=0)
+        return self.averaged(Target("means", tuple((j, 1 / window) for j in range(window))))
+
+    def averaged(self, target: Target) -> "Trajectory":
+        r"""The means of an `eomdl.flows.Target`: row k is $\sum_j a_j \theta_{k+j}$, observables likewise.
+
+        `ode_error` is the largest of those in the mean. Rows whose neighbours were not saved drop out.
+
+        **Raises:** `ValueError` for anything but a target.
+        """
+        _check.kind("target", target, Target, "an eomdl.flows.Target")
+        steps = np.asarray(self.steps)
+        kept = np.all([np.isin(steps + j, steps) for j, _ in target.weights], axis=0)
+        # A list of row numbers for every term of the mean.
+        places = [(np.searchsorted(steps, steps[kept] + j), a) for j, a in target.weights]
 
         def mean(x: Any) -> np.ndarray:
-            return np.mean(windows(x), axis=-1, dtype=np.asarray(x).dtype)
+            x = np.asarray(x)
+            return np.asarray(sum(a * x[at] for at, a in places), x.dtype)
+
+        def largest(x: Any) -> np.ndarray:
+            return np.max([np.asarray(x)[at] for at, _ in places], axis=0)
 
         return dataclasses.replace(
-            self.rows(slice(len(steps) - window + 1)),
+            self.rows(kept),
             params=jax.tree.map(mean, self.params),
             observables=jax.tree.map(mean, self.observables),
-            ode_error=None if self.ode_error is None else np.max(windows(self.ode_error), axis=-1),
+            ode_error=None if self.ode_error is None else largest(self.ode_error),
         )
 
     def without_state(self) -> "Trajectory":
@@ -173,7 +192,8 @@ class Trajectory:
         for name, tree in self._trees().items():
             Tree.write(name, tree, arrays, meta)
         stats = {f.name: getattr(self.stats, f.name) for f in dataclasses.fields(Stats)}
-        diagnostics = stats.pop("diagnostics")
+        diagnostics, target = stats.pop("diagnostics"), stats.pop("target")
+        meta["target"] = [target.name, target.weights]
         meta["stats"] = {
             k: v if isinstance(v, str | None) else np.asarray(v).item() for k, v in stats.items()
         }
@@ -216,7 +236,7 @@ def _read(path: str | Path) -> Trajectory:
         trees = {name: Tree.read(name, arrays, meta) for name in _TREES}
         values = trees.pop("diagnostics values")
         diagnostics = {name: Diagnostic(values[name], *meta["diagnostics"][name]) for name in values}
-        stats = Stats(**meta["stats"], diagnostics=diagnostics)
+        stats = Stats(**meta["stats"], diagnostics=diagnostics, target=Target(*meta["target"]))
         end = End(int(trees.pop("end.step")), trees.pop("end.state"), trees.pop("end.params"), stats)
         named = tuple(meta["per_member"])
         return _valid(
@@ -243,7 +263,7 @@ def _valid(run: Trajectory) -> Trajectory:
         raise ValueError(f"per_member: expected names of observables, got {run.per_member}")
     for field in dataclasses.fields(Stats):
         value = getattr(run.stats, field.name)
-        expected = {"flow": str, "data": str, "diagnostics": dict}.get(field.name, int | float | None)
+        expected = _STATS.get(field.name, int | float | None)
         if not isinstance(value, expected) or isinstance(value, bool):
             raise ValueError(f"stats.{field.name}: expected {expected}, got {value!r}")
     return run
@@ -251,7 +271,8 @@ def _valid(run: Trajectory) -> Trajectory:
 
 _COLUMNS = tuple(f.name for f in dataclasses.fields(Trajectory) if f.metadata.get("column"))
 _TREES = (*_COLUMNS, "end.step", "end.state", "end.params", "diagnostics values")
-_FORMAT = "eomdl.Trajectory 4"
+_STATS: dict[str, Any] = {"flow": str, "data": str, "diagnostics": dict, "target": Target}
+_FORMAT = "eomdl.Trajectory 5"
 
 
 def joined(first: Trajectory, second: Trajectory) -> Trajectory:

@@ -1,0 +1,231 @@
+"""The central flow: closed forms, a brute-force integration, real gradient descent, and what it says where it fails."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, assert_identical, flat, quadratic_loss
+from test_complementarity import reference
+
+import eomdl
+from eomdl.flows import SMOOTHED, CentralFlow, SecondMoment
+from eomdl.flows.complementarity import symmetric_basis
+
+
+ETA, DRIVE, COUPLING = 0.3, 0.01, 0.1
+
+
+def sharpening_loss(w, zeta):
+    """Theory's minimal example: progressive sharpening along y, until 2/eta."""
+    x, y = w
+    return 0.5 * (y + zeta * x) * x**2 - DRIVE * (x + y)
+
+
+def triple_loss(w, coupling):
+    """Three directions x_i that become critical one after the other, each sharpened by its y_i, and coupled."""
+    x, y = w[:3], w[3:]
+    beyond = y - 2 / ETA
+    mixed = x[0] * x[1] * beyond[2] + x[1] * x[2] * beyond[0]
+    shared = 0.5 * jnp.sum((jnp.sum(beyond) - beyond) * x**2)
+    return (
+        0.5 * jnp.sum(y * x**2)
+        + coupling * (mixed + shared)
+        - DRIVE * jnp.sum(x + jnp.array([1.0, 0.8, 0.6]) * y)
+    )
+
+
+EDGE = jnp.array([0.0, 2 / ETA])
+TRIPLE = jnp.array([0.0, 0.0, 0.0, 6.64, 6.62, 6.6])
+MINIMAL = CentralFlow(sharpening_loss, ETA)
+THREE = CentralFlow(triple_loss, ETA, 3)
+
+
+# ------------------------------------------------------------- closed forms
+
+
+@pytest.mark.parametrize("zeta", [0.0, 0.7, -1.0])
+def test_one_direction_of_gradient_descent_in_closed_form(zeta):
+    state = MINIMAL.refresh(0.0, MINIMAL.init(EDGE, zeta), zeta)
+    third = np.array([3 * zeta, 1.0])
+    expected = max(0.0, 2 * (DRIVE * third.sum()) / (third @ third))
+    np.testing.assert_allclose(MINIMAL.variances(0.0, state, zeta), [expected], atol=1e-12)
+    np.testing.assert_allclose(state.force, expected / 2 * third, atol=1e-12)
+    np.testing.assert_allclose(state.curvature, [2.0], rtol=1e-12)
+    # The curvature then stays: its rate is 0 where the direction oscillates.
+    velocity = MINIMAL(0.0, state, zeta).params
+    assert abs(third @ np.asarray(velocity)) < 1e-12 or expected == 0
+
+
+def test_predictions_of_averages():
+    state = MINIMAL.refresh(0.0, MINIMAL.init(EDGE, 0.0), 0.0)
+    loss, squared = sharpening_loss(EDGE, 0.0), 2 * DRIVE**2
+    np.testing.assert_allclose(MINIMAL.mean_loss(0.0, state, 0.0), loss + 2 * DRIVE / ETA, atol=1e-12)
+    expected = squared + 4 * 2 * DRIVE / ETA**2
+    np.testing.assert_allclose(MINIMAL.mean_squared_gradient(0.0, state, 0.0), expected, rtol=1e-12)
+    # The loss averaged over a Gaussian of this variance, by quadrature.
+    points, weights = np.polynomial.hermite_e.hermegauss(9)
+    x = np.sqrt(2 * DRIVE) * points
+    mean = np.sum(weights * jax.vmap(lambda x: sharpening_loss(jnp.array([x, EDGE[1]]), 0.0))(x))
+    np.testing.assert_allclose(MINIMAL.mean_loss(0.0, state, 0.0), mean / weights.sum(), atol=1e-12)
+
+
+def test_scalar_rmsprop_in_closed_form():
+    zeta, decay, moment = 0.4, 0.9, 0.01
+    rate = 2 * np.sqrt(moment) / 5.0  # critical at sharpness 5: sqrt(nu)/eta = 5/2
+    flow = CentralFlow(sharpening_loss, rate, 1, SecondMoment(decay, 0.0, scalar=True))
+    params = jnp.array([0.0, 5.0])
+    state = flow.init(params, zeta)._replace(moment=jnp.asarray(moment))
+    state = flow.refresh(0.0, state, zeta)
+    third, squared, c = np.array([3 * zeta, 1.0]), 2 * DRIVE**2, (1 - decay) / decay
+    top = rate**2 * DRIVE * third.sum() + c * (moment - squared)
+    expected = top / (rate**2 * third @ third / 2 + 4 * c * moment / rate**2)
+    np.testing.assert_allclose(flow.variances(0.0, state, zeta), [expected], rtol=1e-10)
+    velocity = flow(0.0, state, zeta)
+    # The curvature over sqrt(nu)/eta stays at 2.
+    drift = third @ np.asarray(velocity.params) / 5.0 - velocity.moment / (2 * moment)
+    assert abs(drift) < 1e-10
+
+
+def test_rmsprop_holds_its_own_curvature():
+    """The largest eigenvalue of P^-1 H, dense, stands still along the field where it would rise without Sigma."""
+    w, moment = (
+        jnp.array([0.004, -0.002, 0.001, 3.0, 2.5, 2.0]),
+        jnp.array([4.0, 3.0, 2.0, 5.0, 6.0, 4.0]) * 1e-4,
+    )
+
+    def top(w, moment, rate):
+        root = jnp.sqrt(rate) / moment**0.25  # P^(-1/2)
+        return jnp.linalg.eigvalsh(root[:, None] * jax.hessian(triple_loss)(w, COUPLING) * root[None])[-1]
+
+    rate = 2 / top(w, moment, 1.0)
+    flow = CentralFlow(triple_loss, rate, 2, SecondMoment(0.99, 0.0))
+    state = flow.refresh(0.0, flow.init(w, COUPLING)._replace(moment=moment), COUPLING)
+    free = state._replace(force=jnp.zeros(6), squares=jnp.zeros(6))
+    rises = []
+    for start in (state, free):
+        velocity = flow(0.0, start, COUPLING)
+        along = (velocity.params, velocity.moment)
+        rises.append(jax.jvp(lambda w, nu: top(w, nu, rate), (w, moment), along)[1])
+    assert rises[1] > 0
+    assert abs(rises[0]) < 1e-3 * rises[1]
+
+
+def test_rmsprop_with_one_scale_is_scalar_rmsprop():
+    """Both parameters with the same moment, and an oscillation that adds nothing: the fields agree."""
+    params, moment = jnp.array([0.0, 1.0]), 0.02
+    flows = [
+        CentralFlow(sharpening_loss, 0.01, 1, SecondMoment(0.9, 0.0, scalar)) for scalar in (False, True)
+    ]
+    velocities = []
+    for flow, start in zip(flows, (jnp.full(2, moment), jnp.asarray(moment)), strict=True):
+        state = flow.refresh(0.0, flow.init(params, 0.0)._replace(moment=start), 0.0)
+        velocities.append(flow(0.0, state, 0.0).params)
+        np.testing.assert_array_equal(state.variance, 0)
+    assert_close(*velocities, rtol=1e-12)
+
+
+def test_without_a_critical_direction_it_is_gradient_flow():
+    flow, plain = CentralFlow(sharpening_loss, 0.1), eomdl.GradientFlow(sharpening_loss, 0.1)
+    for w in (jnp.array([0.3, 2.0]), jnp.array([-0.1, 19.0])):
+        state = flow.refresh(0.0, flow.init(w, 0.2), 0.2)
+        assert_close(flow(0.0, state, 0.2).params, plain(0.0, w, 0.2), rtol=1e-15)
+        np.testing.assert_array_equal(state.variance, 0)
+
+
+# ------------------------------------------------------- along the path
+
+
+def brute_force(w, coupling, num_steps, substeps=20):
+    """Dense: all of the Hessian and of its derivative in NumPy, projected gradients, Euler in 1/20 of a step."""
+    basis, ahead = symmetric_basis(3), 1 / substeps
+    gradient = jax.jit(jax.grad(triple_loss))
+    hessian = jax.jit(jax.hessian(triple_loss))
+    third = jax.jit(jax.jacfwd(jax.hessian(triple_loss)))
+    w = np.asarray(w)
+    for _ in range(num_steps * substeps):
+        g, h, t = (np.asarray(f(w, coupling)) for f in (gradient, hessian, third))
+        u = np.linalg.eigh(h)[1][:, ::-1][:, :3]
+        thirds = np.einsum("aij,mi,nj,mnp->ap", basis, u, u, t)
+        constant = 2 * np.eye(3) - ETA * u.T @ h @ u
+        constant = constant + ahead * ETA**2 * np.tensordot(thirds @ g, basis, 1)
+        x = np.zeros((3, 3))
+        if np.linalg.eigvalsh(constant)[0] < 0:
+            x = reference(constant, ahead * ETA**2 / 2 * thirds @ thirds.T)
+        w = w - ahead * ETA * (g + np.einsum("ij,aij,ap->p", x, basis, thirds) / 2)
+    return w
+
+
+@pytest.fixture(scope="module")
+def path():
+    observe = {"loss": triple_loss}
+    extra = {"curvature": lambda t, s, a: s.curvature, "variances": THREE.variances}
+    return eomdl.solve(THREE, TRIPLE, 60, args=COUPLING, observe=observe, observe_state=extra)
+
+
+def test_the_curvature_is_held_and_the_loss_falls(path):
+    assert path.message == ""
+    assert path.warnings == ()
+    curvature, variances = path.observables["curvature"][1:], path.observables["variances"][1:]
+    critical = variances > 1e-12
+    assert critical.all(axis=1).any()  # three at once
+    held = np.abs(curvature[:, 0] / 2 - 1)[critical[:, 0]]
+    assert held.max() < 1e-3
+    assert np.diff(path.observables["loss"]).max() < 1e-12  # it comes to rest, but for rounding
+    assert path.stats.target == SMOOTHED
+
+
+def test_against_a_brute_force_integration(path):
+    by_hand = brute_force(TRIPLE, COUPLING, 60, substeps=4)
+    travelled = np.linalg.norm(by_hand - flat(TRIPLE))
+    assert np.linalg.norm(flat(path.final_params) - by_hand) < 0.01 * travelled
+    plain = eomdl.solve(eomdl.GradientFlow(triple_loss, ETA), TRIPLE, 60, args=COUPLING)
+    assert np.linalg.norm(flat(plain.final_params) - by_hand) > 0.1 * travelled
+
+
+def test_nothing_moves_when_the_tolerance_is_tightened(path):
+    tight = eomdl.solve(THREE, TRIPLE, 60, args=COUPLING, rtol=1e-10, atol=1e-11, estimate_error=False)
+    travelled = np.linalg.norm(flat(tight.final_params) - flat(TRIPLE))
+    assert np.linalg.norm(flat(tight.final_params) - flat(path.final_params)) < 1e-4 * travelled
+
+
+def test_a_resumed_run_is_the_whole_one(path):
+    first = eomdl.solve(THREE, TRIPLE, 30, args=COUPLING)
+    whole = eomdl.solve(THREE, TRIPLE, 60, args=COUPLING, resume=first)
+    assert_close(whole.final_params, path.final_params, rtol=1e-6)
+
+
+# -------------------------------------------------------------- what it says
+
+
+def test_more_critical_directions_than_tracked():
+    run = eomdl.solve(CentralFlow(triple_loss, ETA, 1), TRIPLE, 60, args=COUPLING)
+    (warning,) = [w for w in run.warnings if w.startswith("curvature of the next direction")]
+    assert "Raise `directions`" in warning
+
+
+def test_a_quadratic_beyond_the_bound_cannot_be_held():
+    hessian = jnp.diag(jnp.array([3.0, 1.0]))
+    run = eomdl.solve(CentralFlow(quadratic_loss, 0.9), jnp.ones(2), 3, args=(hessian, jnp.zeros(2)))
+    assert [w.split(" reached")[0] for w in run.warnings] == ["complementarity error"]
+
+
+def test_curvature_that_is_not_finite_ends_the_run():
+    def loss(w, args):
+        return jnp.sum(jnp.abs(w) ** 1.5) + 0 * jnp.sum(w)
+
+    run = eomdl.solve(CentralFlow(loss, 0.1), jnp.zeros(3), 5, estimate_error=False, diagnose=False)
+    assert "became infinite or NaN" in run.message
+
+
+def test_more_directions_than_parameters():
+    with pytest.raises(ValueError, match=r"^directions: expected an integer >= 1 and <= 2, got 3"):
+        eomdl.solve(CentralFlow(sharpening_loss, ETA, 3), EDGE, 5, args=0.0)
+
+
+def test_rmsprop_begins_with_the_moment_of_a_real_run():
+    optimizer = optax.rmsprop(0.01, 0.9)
+    real = eomdl.descend(triple_loss, TRIPLE, optimizer, 5, args=COUPLING)
+    flow = CentralFlow(triple_loss, 0.01, 1, SecondMoment(0.9))
+    state = flow.begin(real.final_params, real.end.state, COUPLING)
+    assert_identical(state.moment, optax.tree.get(real.end.state, "nu"))
