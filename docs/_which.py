@@ -96,6 +96,48 @@ def past_one() -> list[Row]:
     return [
         Row(f"`GradientFlow`{at}", plain, sgd, "GD", 1, FAR_BELOW),
         Row(name, strided, sgd, models, 4, r"$\eta\lambda_{\max} < 1 + \sqrt 2$"),
+        *for_the_edge(sgd, at),
+    ]
+
+
+def for_the_edge(sgd: optax.GradientTransformation, at: str) -> list[Row]:
+    """Flows that model the oscillation, or need none."""
+    step = eomdl.optimizer_step(loss, sgd)
+    whole, edge = "a quadratic loss", "one direction alternates"
+    even = "GD; every 2nd step past 1"
+    return [
+        Row(
+            f"`PrincipalFlow`{at}",
+            flows.PrincipalFlow(loss, LARGE),
+            sgd,
+            even,
+            2,
+            whole,
+        ),
+        Row(
+            f"`ComplexPrincipalFlow`{at}",
+            flows.ComplexPrincipalFlow(loss, LARGE),
+            sgd,
+            "GD",
+            2,
+            whole,
+        ),
+        Row(
+            f"`EdgeFlow`{at}",
+            flows.EdgeFlow(loss, LARGE),
+            sgd,
+            "GD, smoothed path",
+            1,
+            edge,
+        ),
+        Row(
+            f"`RodFlow`{at}",
+            flows.RodFlow(step, LARGE),
+            sgd,
+            "any, midpoints; here GD",
+            2,
+            edge,
+        ),
     ]
 
 
@@ -192,6 +234,8 @@ def evaluation(flow: eomdl.AbstractFlow) -> float:
     """
     if isinstance(flow, eomdl.InterpolatingFlow):
         return flow.points * flow.stride
+    if isinstance(flow, flows.PrincipalFlow | flows.ComplexPrincipalFlow):
+        return flow.gradients
     if isinstance(flow, flows.ReshufflingFlow):
         body = flows.MomentumFlow(loss, EPOCH, 0.0)  # a penalty on the gradient, too
         part = jax.tree.map(lambda leaf: leaf[0], PARTS)

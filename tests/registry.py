@@ -16,9 +16,13 @@ import eomdl
 from eomdl.flows import (
     AdamFlow,
     CentralFlow,
+    ComplexPrincipalFlow,
+    EdgeFlow,
     ModifiedFlow,
     MomentumFlow,
+    PrincipalFlow,
     ReshufflingFlow,
+    RodFlow,
     SecondMoment,
     minimax_weights,
     rmsprop_flow,
@@ -155,7 +159,7 @@ FLOWS = [
         interpolating(sgd, 2, 2, backward=1),
         sgd,
         2,
-        (0.004, 0.002, 0.001),
+        SLOW,
         variant=True,
     ),
     Flow(
@@ -200,9 +204,8 @@ FLOWS = [
         variant=True,
     ),
     Flow("rmsprop_flow", lambda loss, rate: rmsprop_flow(loss, rate, 0.5, 0.05), rmsprop, 2, SLOW, 0.24),
-    Flow(
-        "CentralFlow", CentralFlow, sgd, 1, variant=True
-    ),  # runs: test_central.py, since they compile for long
+    # Runs of the central flow, which are long to compile: test_central.py.
+    Flow("CentralFlow", CentralFlow, sgd, 1, variant=True),
     Flow(
         "CentralFlow, RMSProp",
         lambda loss, rate: CentralFlow(loss, rate, 1, SecondMoment(0.5, 0.05)),
@@ -213,7 +216,11 @@ FLOWS = [
         variant=True,
     ),
     Flow("ModifiedFlow", lambda loss, rate: ModifiedFlow(descent_of(loss), rate, 1), sgd, 2),
-    Flow("ReshufflingFlow", ReshufflingFlow, MeanEpoch, 2, (0.004, 0.002, 0.001), args=PULLS),
+    Flow("PrincipalFlow", PrincipalFlow, sgd, 2),
+    Flow("ComplexPrincipalFlow", ComplexPrincipalFlow, sgd, 2),
+    Flow("EdgeFlow", EdgeFlow, sgd, 1),
+    Flow("RodFlow", lambda loss, rate: RodFlow(sgd(loss, rate), rate), sgd, 2, (0.01, 0.005, 0.0025)),
+    Flow("ReshufflingFlow", ReshufflingFlow, MeanEpoch, 2, (0.01, 0.005, 0.0025), args=PULLS),
 ]
 
 

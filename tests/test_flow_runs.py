@@ -66,10 +66,14 @@ def test_minibatches_are_seen_each_in_its_own_step(entry):
         return flat_rows(eomdl.solve(flow, VALLEY, num_steps, batches=batches, **options))
 
     rows = path(batches)
+    ahead = max(
+        j for j, _ in flow.target.weights
+    )  # what is predicted of step k may be a mean with the steps after it
     for k in (0, 3, 7):  # another batch in step k: another path from the end of its stride on, not before
         end = (k // flow.stride + 1) * flow.stride
         other = path(batches.at[k].multiply(-1))
-        np.testing.assert_array_equal(other[: end - flow.stride + 1], rows[: end - flow.stride + 1])
+        same = max(end - flow.stride + 1 - ahead, 0)
+        np.testing.assert_array_equal(other[:same], rows[:same])
         assert np.all(np.linalg.norm(other[end:] - rows[end:], axis=1) > 1e-6)
     # The same batch in every step is no batches at all.
     constant = path(jnp.broadcast_to(entry.args, batches.shape))

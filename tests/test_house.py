@@ -172,4 +172,4 @@ def test_what_type_checkers_are_told_is_what_is_there():
                 said = [eval(ast.unparse(default), vars(here)) for default in stated.args.defaults]
                 assert said == defaults
                 found += 1
-    assert found == 15
+    assert found == 19

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Complex, Float
-from matfree import decomp
 
 from eomdl import _check, _tree
 from eomdl._end import End
 from eomdl._types import Args, Params, State
+from eomdl.flows.linearized import arnoldi
 from eomdl.flows.stretch import scan_windows, starting_state
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.series.weights import MAX_POINTS, difference_weights
@@ -139,13 +139,4 @@ def multipliers(
 @eqx.filter_jit
 def _hessenberg(step_map: StepMap, state: State, k: Any, args: Args, stride: int, depth: int) -> jax.Array:
     """The map's Jacobian less the identity, on a Krylov space of dimension `depth`."""
-
-    def increment(x: State) -> State:
-        total = _tree.zeros_like(x)
-        for n in range(stride):
-            total = _tree.add(total, step_map.increment(_tree.add(x, total), args, k + n))
-        return total
-
-    start = _tree.random_normal(jax.random.key(0), state)
-    arnoldi = decomp.hessenberg(depth, reortho="full", reortho_vjp="full", custom_vjp=False)
-    return arnoldi(lambda v: jax.jvp(increment, (state,), (v,))[1], start).J_small
+    return arnoldi(step_map, state, k, args, stride, depth).J_small
