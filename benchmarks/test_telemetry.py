@@ -72,5 +72,5 @@ def _overhead(kind: str, num_steps: int) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_telemetry(record: Record, size: Size, kind: str) -> None:
     """Looks cost at most their part of the training time; timed in full size only."""
-    row = record("bars", _overhead, kind, 100 if size.smoke else 300)
+    row = record("bar", _overhead, kind, 100 if size.smoke else 300)
     assert row["passed"] or size.smoke
