@@ -68,6 +68,9 @@ ACCEPTED: dict[str, set[str]] = {
     "symmetry.translation_decay_rate.order": {"None"},
     "runs.Crossing.observable": {"a string"},
     "runs.Crossing.level": {"minus one", "minus a half"},
+    # Its shape is that of the parameters, known in `solve`, and it is made of length 1.
+    "flows.EdgeFlow.direction": {"None", "minus a half", "a wrong shape", "an array"},
+    "flows.EdgeFlow.magnitude": {"None"},
     "flows.Target.name": {"a string"},
     "runs.Trajectory.rows.index": {"empty"},
     "runs.Trajectory.load.path": {"a string"},  # no such file

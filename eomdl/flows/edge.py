@@ -81,9 +81,7 @@ class EdgeFlow(AbstractDescentFlow):
 
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
-    direction: Params | None = eqx.field(
-        default=None, converter=lambda u: None if u is None else _check.params("direction", u)
-    )
+    direction: Params | None = eqx.field(default=None, converter=lambda u: None if u is None else _finite(u))
     magnitude: jax.Array | None = eqx.field(
         default=None, converter=lambda r: None if r is None else _check.nonnegative_scalar("magnitude", r)
     )
@@ -189,6 +187,13 @@ class EdgeFlow(AbstractDescentFlow):
         bend = _tree.sub(_tree.add(plus, minus), _tree.scale(2.0, middle))
         product = _tree.scale(0.5 / reach, _tree.sub(minus, plus))
         return _tree.add(middle, _tree.scale(share, bend)), product, _tree.vdot(u, product)
+
+
+def _finite(direction: Params) -> Params:
+    direction = _check.params("direction", direction)
+    for leaf in jax.tree.leaves(direction):
+        _check.numbers("direction", leaf, "finite numbers")
+    return direction
 
 
 def _started(centre: Params, direction: Params, magnitude: jax.Array) -> EdgeState:
