@@ -18,7 +18,7 @@ FENCE = re.compile(r"^ *```(\w*)(.*)$", re.MULTILINE)
 
 def test_there_are_pages():
     assert len(PAGES) > 20
-    assert len(NAMESPACES) == 11
+    assert len(NAMESPACES) == 12
 
 
 @pytest.mark.parametrize("page", PAGES)
