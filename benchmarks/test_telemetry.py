@@ -14,7 +14,7 @@ from benchmarks.problems import Problem, digits_mlp
 from eomdl.observe import EdgeTelemetry
 
 
-ROUNDS = 16  # the first one warms up; the shortest of many short ones is least disturbed
+ROUNDS, SMOKE_ROUNDS = 16, 2  # the first one warms up; the shortest of many short ones is least disturbed
 KINDS: dict[str, tuple[dict[str, Any], float]] = {
     "along the step, every 10 steps": ({"along_every": 10, "edge_every": None}, 0.2),
     "eigenvalue, every 50 steps": ({"along_every": None, "edge_every": 50}, 0.5),
@@ -47,14 +47,14 @@ class _Training:
         return time.perf_counter() - start
 
 
-def _overhead(kind: str, num_steps: int) -> dict[str, Any]:
+def _overhead(kind: str, num_steps: int, rounds: int) -> dict[str, Any]:
     """The time with looks over that without, the shortest of interleaved rounds; and what the looks have seen."""
     case = digits_mlp(32, 500)
     optimizer = optax.sgd(case.learning_rate)
     training, options = _Training(case, optimizer), KINDS[kind][0]
     made = partial(EdgeTelemetry, case.loss, optimizer, **options)
     bare, watched = [], []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         telemetry = made()
         bare.append(training.seconds(num_steps, None))
         watched.append(training.seconds(num_steps, telemetry))
@@ -72,5 +72,5 @@ def _overhead(kind: str, num_steps: int) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_telemetry(record: Record, size: Size, kind: str) -> None:
     """Looks cost at most their part of the training time; timed in full size only."""
-    row = record("bar", _overhead, kind, 100 if size.smoke else 300)
+    row = record("bar", _overhead, kind, *((100, SMOKE_ROUNDS) if size.smoke else (300, ROUNDS)))
     assert row["passed"] or size.smoke
