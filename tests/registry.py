@@ -29,7 +29,7 @@ from eomdl.flows import (
 )
 
 
-PULL = jnp.array(0.4)
+PULL = jnp.array(0.4, float)
 PULLS = jnp.array([0.9, -0.5, 0.2])  # the minibatches of an epoch
 
 
