@@ -85,7 +85,7 @@ def test_too_few_products_are_told():
     args, w = (jnp.asarray(hessian), jnp.zeros(40)), jnp.ones(40)
     remainders = [
         float(PrincipalFlow(quadratic_loss, 1.0, n).diagnostics(0.0, w, args)["Lanczos remainder"].value)
-        for n in (2, 8, 24, 40)
+        for n in (2, 8, 40)
     ]
     assert remainders[0] > 0.02
     assert np.all(np.diff(remainders) < 0)
@@ -240,13 +240,14 @@ def test_more_rods_than_numbers_are_refused():
 
 
 def test_both_flows_follow_the_middle_of_the_valley_through_the_edge():
-    eta, start = 0.3, {"x": jnp.array(0.02), "y": jnp.array(6.3)}
+    eta, start = 0.3, {"x": jnp.array(0.02, float), "y": jnp.array(6.3, float)}
     real = eomdl.descend(minimal_loss, start, optax.sgd(eta), 101)
     step = eomdl.optimizer_step(minimal_loss, optax.sgd(eta))
     quarter = {
         "solver": diffrax.Euler(),
         "stepsize_controller": diffrax.ConstantStepSize(),
         "dt0": 0.25,
+        "estimate_error": False,
         "diagnose": False,
     }
     paths = {
