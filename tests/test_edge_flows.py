@@ -98,6 +98,15 @@ def test_curvature_that_is_not_finite_is_not_hidden():
     assert not np.all(np.isfinite(velocity))
 
 
+def test_the_complex_flow_stays_in_float32():
+    flow = ComplexPrincipalFlow(quadratic_loss, 0.5)
+    start, args = jax.tree.map(lambda x: x.astype(jnp.float32), (START, PLANE))
+    state = flow.init(start, args)
+    for other in (flow(0.0, state, args), flow.step(0.0, state, args)):
+        assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, state)
+        assert {leaf.dtype for leaf in jax.tree.leaves(other)} == {jnp.dtype(jnp.float32)}
+
+
 @pytest.mark.parametrize(
     "loss",
     [
