@@ -68,7 +68,7 @@ HESSIAN = jnp.asarray(symmetric([-0.4, 0.1, 0.7, 1.3, 2.0]))
 QUADRATIC = Problem(
     "quadratic",
     quadratic_loss,
-    {"a": (jnp.array([0.3, -1.1]), jnp.array(0.7)), "b": [jnp.array([[1.9, -0.2]])]},
+    {"a": (jnp.array([0.3, -1.1]), jnp.array(0.7, float)), "b": [jnp.array([[1.9, -0.2]])]},
     (HESSIAN, jnp.array([0.5, -0.3, 0.2, 0.1, 1.0])),
     _quadratic_counterterms,
 )
@@ -77,7 +77,7 @@ PROBLEMS = [
     Problem(
         "scalar square",
         cubic_loss,
-        jnp.array(0.6),
+        jnp.array(0.6, float),
         None,
         lambda y, args, order: [-c * y ** (n + 2) for n, c in enumerate(SQUARE_SERIES[1 : order + 1], 1)],
     ),
@@ -106,8 +106,9 @@ def pulled_loss(params, pull):
     return valley_loss(params, None) + pull * params["x"] * params["y"]
 
 
-VALLEY = {"x": jnp.array(1.2), "y": jnp.array(-0.7)}
-VALLEY_REST = {"x": jnp.array(0.0), "y": jnp.array(0.0)}  # a minimum, whatever the pull
+# With a dtype: without, JAX takes a number for weakly typed, and compiles again where a run's strongly typed one comes.
+VALLEY = {"x": jnp.array(1.2, float), "y": jnp.array(-0.7, float)}
+VALLEY_REST = {"x": jnp.array(0.0, float), "y": jnp.array(0.0, float)}  # a minimum, whatever the pull
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
@@ -157,7 +158,7 @@ def scale_invariant_loss(params, args):
     return jnp.mean((params["gain"] * jnp.tanh(x @ w / jnp.sqrt(jnp.sum(w**2))) - y) ** 2)
 
 
-SCALE = {"w": normal(20, 3), "gain": jnp.array(1.3)}
+SCALE = {"w": normal(20, 3), "gain": jnp.array(1.3, float)}
 SCALE_ARGS = (normal(21, 6, 3), normal(22, 6))
 
 

@@ -29,7 +29,7 @@ from eomdl.flows import (
 )
 
 
-PULL = jnp.array(0.4)
+PULL = jnp.array(0.4, float)
 PULLS = jnp.array([0.9, -0.5, 0.2])  # the minibatches of an epoch
 
 
@@ -217,7 +217,8 @@ FLOWS = [
     ),
     Flow("ModifiedFlow", lambda loss, rate: ModifiedFlow(descent_of(loss), rate, 1), sgd, 2),
     Flow("PrincipalFlow", PrincipalFlow, sgd, 2),
-    Flow("ComplexPrincipalFlow", ComplexPrincipalFlow, sgd, 2),
+    # Two trees in its state, as in those of the flows with a momentum. In float32: test_edge_flows.py.
+    Flow("ComplexPrincipalFlow", ComplexPrincipalFlow, sgd, 2, variant=True),
     Flow("EdgeFlow", EdgeFlow, sgd, 1),
     Flow("RodFlow", lambda loss, rate: RodFlow(sgd(loss, rate), rate), sgd, 2, (0.01, 0.005, 0.0025)),
     Flow("ReshufflingFlow", ReshufflingFlow, MeanEpoch, 2, (0.01, 0.005, 0.0025), args=PULLS),

@@ -1,5 +1,7 @@
 """The central flow: closed forms, a brute-force integration, real gradient descent, and what it says where it fails."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,13 @@ EDGE = jnp.array([0.0, 2 / ETA])
 TRIPLE = jnp.array([0.0, 0.0, 0.0, 6.64, 6.62, 6.6])
 MINIMAL = CentralFlow(sharpening_loss, ETA)
 THREE = CentralFlow(triple_loss, ETA, 3)
+# What all runs of it are given: they share one program.
+OF_THREE: dict[str, Any] = {
+    "args": COUPLING,
+    "observe": {"loss": triple_loss},
+    "observe_state": {"curvature": lambda t, s, a: s.curvature, "variances": THREE.variances},
+}
+QUICK = {"rtol": 1e-6, "atol": 1e-8, "estimate_error": False}
 
 
 # ------------------------------------------------------------- closed forms
@@ -103,10 +112,11 @@ def test_rmsprop_holds_its_own_curvature():
     state = flow.refresh(0.0, flow.init(w, COUPLING)._replace(moment=moment), COUPLING)
     free = state._replace(force=jnp.zeros(6), squares=jnp.zeros(6))
     rises = []
+    rise = jax.jit(lambda w, nu, along: jax.jvp(lambda w, nu: top(w, nu, rate), (w, nu), along)[1])
     for start in (state, free):
         velocity = flow(0.0, start, COUPLING)
         along = (velocity.params, velocity.moment)
-        rises.append(jax.jvp(lambda w, nu: top(w, nu, rate), (w, moment), along)[1])
+        rises.append(rise(w, moment, along))
     assert rises[1] > 0
     assert abs(rises[0]) < 1e-3 * rises[1]
 
@@ -158,9 +168,7 @@ def brute_force(w, coupling, num_steps, substeps=20):
 
 @pytest.fixture(scope="module")
 def path():
-    observe = {"loss": triple_loss}
-    extra = {"curvature": lambda t, s, a: s.curvature, "variances": THREE.variances}
-    return eomdl.solve(THREE, TRIPLE, 60, args=COUPLING, observe=observe, observe_state=extra)
+    return eomdl.solve(THREE, TRIPLE, 60, **OF_THREE)
 
 
 def test_the_curvature_is_held_and_the_loss_falls(path):
@@ -179,19 +187,19 @@ def test_against_a_brute_force_integration(path):
     by_hand = brute_force(TRIPLE, COUPLING, 60, substeps=4)
     travelled = np.linalg.norm(by_hand - flat(TRIPLE))
     assert np.linalg.norm(flat(path.final_params) - by_hand) < 0.01 * travelled
-    plain = eomdl.solve(eomdl.GradientFlow(triple_loss, ETA), TRIPLE, 60, args=COUPLING)
+    plain = eomdl.solve(eomdl.GradientFlow(triple_loss, ETA), TRIPLE, 60, args=COUPLING, **QUICK)
     assert np.linalg.norm(flat(plain.final_params) - by_hand) > 0.1 * travelled
 
 
 def test_nothing_moves_when_the_tolerance_is_tightened(path):
-    tight = eomdl.solve(THREE, TRIPLE, 60, args=COUPLING, rtol=1e-10, atol=1e-11, estimate_error=False)
+    tight = eomdl.solve(THREE, TRIPLE, 60, rtol=1e-10, atol=1e-11, estimate_error=False, **OF_THREE)
     travelled = np.linalg.norm(flat(tight.final_params) - flat(TRIPLE))
     assert np.linalg.norm(flat(tight.final_params) - flat(path.final_params)) < 1e-4 * travelled
 
 
 def test_a_resumed_run_is_the_whole_one(path):
-    first = eomdl.solve(THREE, TRIPLE, 30, args=COUPLING)
-    whole = eomdl.solve(THREE, TRIPLE, 60, args=COUPLING, resume=first)
+    first = eomdl.solve(THREE, TRIPLE, 30, **OF_THREE)
+    whole = eomdl.solve(THREE, TRIPLE, 60, resume=first, **OF_THREE)
     assert_close(whole.final_params, path.final_params, rtol=1e-6)
 
 
@@ -199,14 +207,15 @@ def test_a_resumed_run_is_the_whole_one(path):
 
 
 def test_more_critical_directions_than_tracked():
-    run = eomdl.solve(CentralFlow(triple_loss, ETA, 1), TRIPLE, 60, args=COUPLING)
+    run = eomdl.solve(CentralFlow(triple_loss, ETA, 1), TRIPLE, 60, args=COUPLING, **QUICK)
     (warning,) = [w for w in run.warnings if w.startswith("curvature of the next direction")]
     assert "Raise `directions`" in warning
 
 
 def test_a_quadratic_beyond_the_bound_cannot_be_held():
     hessian = jnp.diag(jnp.array([3.0, 1.0]))
-    run = eomdl.solve(CentralFlow(quadratic_loss, 0.9), jnp.ones(2), 3, args=(hessian, jnp.zeros(2)))
+    args = (hessian, jnp.zeros(2))
+    run = eomdl.solve(CentralFlow(quadratic_loss, 0.9), jnp.ones(2), 3, args=args, **QUICK)
     assert [w.split(" reached")[0] for w in run.warnings] == ["complementarity error"]
 
 
@@ -214,7 +223,7 @@ def test_curvature_that_is_not_finite_ends_the_run():
     def loss(w, args):
         return jnp.sum(jnp.abs(w) ** 1.5) + 0 * jnp.sum(w)
 
-    run = eomdl.solve(CentralFlow(loss, 0.1), jnp.zeros(3), 5, estimate_error=False, diagnose=False)
+    run = eomdl.solve(CentralFlow(loss, 0.1), jnp.zeros(3), 5, diagnose=False, **QUICK)
     assert "became infinite or NaN" in run.message
 
 

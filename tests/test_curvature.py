@@ -126,10 +126,11 @@ def test_warm_pairs_follow_a_rotating_quadratic():
 
 
 def test_one_product_for_each_vector_where_nothing_has_changed():
-    found = eigenpairs(net_loss, NET, NET_ARGS, 2, rtol=1e-8)
-    again = eigenpairs(net_loss, NET, NET_ARGS, 2, start=found.vectors, rtol=1e-7)
+    found = eigenpairs(net_loss, NET, NET_ARGS, 3, rtol=1e-8)
+    start = taken(found.vectors, jnp.arange(2))
+    again = eigenpairs(net_loss, NET, NET_ARGS, 2, start=start, rtol=1e-7)
     assert int(again.matvecs) == 2
-    np.testing.assert_allclose(again.values, found.values, rtol=1e-12)
+    np.testing.assert_allclose(again.values, found.values[:2], rtol=1e-12)
 
 
 def test_start_vectors_may_be_fewer_more_or_dependent():
@@ -167,15 +168,15 @@ def test_float32_and_float16():
 
 
 def test_jit_vmap_and_chunks():
-    alone = [eigenpairs(net_loss, net_params(seed), NET_ARGS, 2, rtol=1e-6) for seed in range(2)]
+    alone = [eigenpairs(net_loss, net_params(seed), NET_ARGS, 3, rtol=1e-6) for seed in range(2)]
     many = eomdl.maps.stack([net_params(0), net_params(1)])
-    mapped = jax.jit(jax.vmap(lambda params: eigenpairs(net_loss, params, NET_ARGS, 2, rtol=1e-6).values))(
+    mapped = jax.jit(jax.vmap(lambda params: eigenpairs(net_loss, params, NET_ARGS, 3, rtol=1e-6).values))(
         many
     )
     np.testing.assert_allclose(mapped, [found.values for found in alone], rtol=1e-8)
     chunked = eomdl.losses.MeanOverChunks(net_loss, 3)
     np.testing.assert_allclose(
-        eigenpairs(chunked, NET, NET_ARGS, 2, rtol=1e-6).values, alone[0].values, rtol=1e-8
+        eigenpairs(chunked, NET, NET_ARGS, 3, rtol=1e-6).values, alone[0].values, rtol=1e-8
     )
 
 
@@ -222,15 +223,16 @@ def test_gradient_of_an_eigenvalue_is_its_difference():
         return eigenpairs(label_loss, moved, LABEL_ARGS, 2, rtol=1e-10).values
 
     top = eigenpairs(label_loss, NET, LABEL_ARGS, 2, rtol=1e-10)
+    ascent = jax.jit(eigenvalue_gradient, static_argnums=0)
     slopes = [
-        flat(eigenvalue_gradient(label_loss, NET, LABEL_ARGS, taken(top.vectors, i))) @ flat(direction)
-        for i in range(2)
+        flat(ascent(label_loss, NET, LABEL_ARGS, taken(top.vectors, i))) @ flat(direction) for i in range(2)
     ]
     np.testing.assert_allclose(slopes, (values(h) - values(-h)) / (2 * h), rtol=1e-5)
 
 
 def test_third_derivative_is_symmetric():
     u, v, w = (net_params(seed) for seed in (6, 7, 8))
-    uv, vu, wv = (third_derivative(label_loss, NET, LABEL_ARGS, *pair) for pair in ((u, v), (v, u), (w, v)))
+    third = jax.jit(third_derivative, static_argnums=0)
+    uv, vu, wv = (third(label_loss, NET, LABEL_ARGS, *pair) for pair in ((u, v), (v, u), (w, v)))
     assert_close(uv, vu)
     np.testing.assert_allclose(flat(wv) @ flat(u), flat(uv) @ flat(w), rtol=1e-10)

@@ -88,7 +88,7 @@ def test_too_few_products_are_told():
     args, w = (jnp.asarray(hessian), jnp.zeros(40)), jnp.ones(40)
     remainders = [
         float(PrincipalFlow(quadratic_loss, 1.0, n).diagnostics(0.0, w, args)["Lanczos remainder"].value)
-        for n in (2, 8, 24, 40)
+        for n in (2, 8, 40)
     ]
     assert remainders[0] > 0.02
     assert np.all(np.diff(remainders) < 0)
@@ -99,6 +99,15 @@ def test_curvature_that_is_not_finite_is_not_hidden():
     loss = lambda w, args: jnp.sum(jnp.sqrt(jnp.abs(w)) ** 3)  # finite gradient, infinite curvature at 0
     velocity = PrincipalFlow(loss, 0.1)(0.0, jnp.array([0.0, 1.0]), None)
     assert not np.all(np.isfinite(velocity))
+
+
+def test_the_complex_flow_stays_in_float32():
+    flow = ComplexPrincipalFlow(quadratic_loss, 0.5)
+    start, args = jax.tree.map(lambda x: x.astype(jnp.float32), (START, PLANE))
+    state = flow.init(start, args)
+    for other in (flow(0.0, state, args), flow.step(0.0, state, args)):
+        assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, state)
+        assert {leaf.dtype for leaf in jax.tree.leaves(other)} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize(
@@ -243,13 +252,14 @@ def test_more_rods_than_numbers_are_refused():
 
 
 def test_both_flows_follow_the_middle_of_the_valley_through_the_edge():
-    eta, start = 0.3, {"x": jnp.array(0.02), "y": jnp.array(6.3)}
+    eta, start = 0.3, {"x": jnp.array(0.02, float), "y": jnp.array(6.3, float)}
     real = eomdl.descend(minimal_loss, start, optax.sgd(eta), 101)
     step = eomdl.optimizer_step(minimal_loss, optax.sgd(eta))
     quarter = {
         "solver": diffrax.Euler(),
         "stepsize_controller": diffrax.ConstantStepSize(),
         "dt0": 0.25,
+        "estimate_error": False,
         "diagnose": False,
     }
     paths = {

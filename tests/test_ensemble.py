@@ -28,7 +28,10 @@ from eomdl.maps import Ensemble, each, members, stack
 ADAM = eomdl.optimizer_step(net_loss, optax.adam(0.05))
 HEAVY_BALL = eomdl.optimizer_step(valley_loss, optax.sgd(0.4, momentum=0.6))
 CUBIC = eomdl.optimizer_step(cubic_loss, optax.sgd(0.5))
-STARTS = [VALLEY, {"x": jnp.array(-0.3), "y": jnp.array(0.2)}, {"x": jnp.array(0.9), "y": jnp.array(1.4)}]
+STARTS = [
+    VALLEY,
+    *({"x": jnp.array(x, float), "y": jnp.array(y, float)} for x, y in ((-0.3, 0.2), (0.9, 1.4))),
+]
 NETS = [net_params(seed) for seed in range(3)]
 STEPS = 12
 BATCHES = (normal(5, STEPS, 3, 2, 3), normal(6, STEPS, 3, 2, 2))  # 3 members, 2 examples each

@@ -10,7 +10,7 @@ from helpers import assert_close, flat
 import eomdl
 
 
-QUARTIC_START = {"x": jnp.array(2.0), "y": jnp.array(2.0)}
+QUARTIC_START = {"x": jnp.array(2.0, float), "y": jnp.array(2.0, float)}
 
 
 def quartic_loss(params, args):

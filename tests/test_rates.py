@@ -10,7 +10,7 @@ import eomdl
 from eomdl.errors import largest_learning_rate
 
 
-LAMBDA, START = 1.3, jnp.array(0.7)
+LAMBDA, START = 1.3, jnp.array(0.7, float)
 
 
 def parabola(w, args):

@@ -45,7 +45,8 @@ def distances(a, b):
 # ------------------------------------------------------------------- accuracy
 
 
-@pytest.mark.parametrize("flow", EQUATIONS, ids=lambda f: f.name)
+# The fields of all orders: test_counterterms.py. EoM 0 is gradient flow.
+@pytest.mark.parametrize("flow", [EQUATIONS[i] for i in (0, 2, 3, 5, 7)], ids=lambda f: f.name)
 def test_quadratic_has_its_exact_solution(flow):
     # theta(t) = theta* + exp(t M)(theta_0 - theta*), M = -sum_j eta^j H^(j+1)/(j+1)
     eta, num_steps = 0.2, 8
@@ -61,6 +62,7 @@ def test_quadratic_has_its_exact_solution(flow):
         args=QUADRATIC.args,
         rtol=1e-11,
         atol=1e-11,
+        diagnose=False,
     )
     np.testing.assert_allclose(run.times, eta * np.arange(num_steps + 1), rtol=1e-14)
     for k in range(num_steps + 1):
