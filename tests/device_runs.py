@@ -69,15 +69,14 @@ def runs(params, args, rest):
         "equation of motion, resumed": branch,
     }
     if rest:
+        given = options | {"rtol": 1e-8, "atol": 1e-10, "estimate_error": False, "diagnose": False}
         observe = {"loss": loss, "sharpness": eomdl.sharpness(loss, 4)}
         found |= {
             "minibatches": eomdl.solve(
-                eomdl.GradientFlow(loss, 0.1), params, 4, **{**options, "batches": batches}
+                eomdl.GradientFlow(loss, 0.1), params, 4, **{**given, "batches": batches}
             ),
-            "momentum flow": eomdl.solve(eomdl.flows.MomentumFlow(loss, 0.1, 0.5), params, STEPS, **options),
-            "interpolating flow": eomdl.solve(
-                eomdl.InterpolatingFlow(step, 0.1, 2), params, STEPS, **options
-            ),
+            "momentum flow": eomdl.solve(eomdl.flows.MomentumFlow(loss, 0.1, 0.5), params, STEPS, **given),
+            "interpolating flow": eomdl.solve(eomdl.InterpolatingFlow(step, 0.1, 2), params, STEPS, **given),
             "only observables": eomdl.descend(
                 loss, params, ADAM, STEPS, args=args, observe=observe, save_params=False
             ),

@@ -12,7 +12,7 @@ from eomdl.errors import predict_error
 from eomdl.plotting import plot_predicted_error
 
 
-LAMBDA, START, ETA = 1.3, jnp.array(0.7, float), 0.1
+LAMBDA, START, ETA = 1.3, jnp.array(0.7), 0.1
 
 
 def parabola(w, args):
