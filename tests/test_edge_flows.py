@@ -77,7 +77,9 @@ def test_where_the_krylov_space_ends_and_at_the_singularity():
         np.testing.assert_allclose(velocity, [expected * 0.3, 0.0], rtol=1e-12)
     # One step takes the mode down to rounding, as gradient descent does to 0.
     path = eomdl.solve(PrincipalFlow(quadratic_loss, 1.0), START, 2, args=PLANE, **TIGHT)
-    if jax.default_backend() == "cpu":  # elsewhere it may stop at the start: at the singularity rounding decides
+    if (
+        jax.default_backend() == "cpu"
+    ):  # elsewhere it may stop at the start: at the singularity rounding decides
         np.testing.assert_allclose(path.final_params, [0.0, -0.2 * 0.99**2], atol=1e-12)
     else:
         assert path.message or abs(path.final_params[0]) < 1e-12
