@@ -43,5 +43,10 @@ class Target:
 
 
 ITERATES = Target("iterates", ((0, 1.0),))
+r"""The iterates $\theta_k$ themselves."""
+
 MIDPOINTS = Target("midpoints (w_k + w_{k+1})/2", ((0, 0.5), (1, 0.5)))
+r"""The midpoints $(\theta_k + \theta_{k+1})/2$, of `RodFlow`."""
+
 SMOOTHED = Target("smoothed path (w_{k-1} + 2 w_k + w_{k+1})/4", ((-1, 0.25), (0, 0.5), (1, 0.25)))
+r"""The smoothed path $(\theta_{k-1} + 2 \theta_k + \theta_{k+1})/4$, of `EdgeFlow` and `CentralFlow`."""

@@ -265,3 +265,14 @@ def test_telemetry_of_wrong_arguments():
     with pytest.raises(ValueError, match="telemetry: expected an eomdl"):
         eomdl.descend(net_loss, NET, optax.sgd(0.1), 2, args=NET_ARGS, telemetry=3)
     assert telemetry.report().verdict == "nothing was seen along the steps."
+
+
+def test_parameters_in_float32_with_data_in_float64():
+    data, w = jnp.asarray([1.0, 3.0]), jnp.ones(2, jnp.float32)
+    sgd = optax.sgd(0.25)
+    telemetry = eomdl.observe.EdgeTelemetry(lambda w, h: jnp.sum(h * w**2) / 2, sgd)
+    telemetry.look(0, w, sgd.init(w), data)
+    report = telemetry.report()
+    # f(c) = -c eta |H w|^2 + c^2 eta^2 (H w)' H (H w) / 2 is zero at 2 * 10 / (0.25 * 28).
+    np.testing.assert_allclose(report.multiples, [20 / 7], rtol=1e-6)
+    np.testing.assert_allclose(report.values, [[0.75]], rtol=1e-6)

@@ -64,7 +64,8 @@ def along(loss: Loss, params: Params, step: Params, args: Args, guess: jax.Array
         value, slope = jax.jvp(moved, (c,), (jnp.ones_like(c),))
         return slope, value
 
-    start = jnp.zeros((), jnp.result_type(*jax.tree.leaves(params)))
+    # Parameters in float32 with data in float64 have a loss in float64.
+    start = jnp.zeros((), jnp.result_type(jax.eval_shape(loss, params, args), *jax.tree.leaves(params)))
     slope, curvature, value = jax.jvp(slope_at, (start,), (jnp.ones_like(start),), has_aux=True)
     rounding = 4 * jnp.finfo(_tree.dtype(params)).eps * jnp.abs(value)
 
