@@ -79,7 +79,10 @@ class EdgeReport:
         if len(since):
             return f"at the edge since step {steps[since[0]]}"
         last = int(np.flatnonzero(near)[-1])
-        return f"at the edge up to step {steps[last]}, then below: {ratios[-1]:.0%} of the threshold at step {steps[-1]}"
+        now = f"{ratios[-1]:.0%} of the threshold at step {steps[-1]}"
+        if last == 0:  # the first step of Adam, say, whose second moments are those of one gradient
+            return f"below the edge but for the first look: {now}"
+        return f"at the edge up to step {steps[last]}, then below: {now}"
 
     def _limit(self, known: np.ndarray) -> str:
         """The block with most of the eigenvector where the ratio is largest in the last quarter of the looks."""
@@ -134,12 +137,12 @@ class EdgeReport:
             )
         ]
         text = _table("Along the steps", heads, cells, rows) if cells else ""
-        heads = ("step", "eta lambda", "threshold", "ratio", "limited by", "eta|xi_0|/|g|", "converged")
+        heads = ("step", "eta lambda", "threshold", "ratio", "limited by", "eta|xi_0|/|g|")
         names = np.array(list(self.shares))
         most = np.argmax(np.stack(list(self.shares.values())), axis=0) if self.shares else []
         numbers = zip(self.values[:, 0], self.thresholds, self.ratios, strict=True)
         cells = [
-            (str(step), *(f"{x:.3g}" for x in some), names[i], f"{d:.2g}", "yes" if all(ok) else "no")
+            (str(step), *_numbers(*some, is_bound=not ok[0]), names[i], f"{d:.2g}")
             for step, some, i, d, ok in zip(
                 self.edge_steps, numbers, most, self.discreteness, self.converged, strict=True
             )
@@ -155,6 +158,12 @@ class EdgeReport:
         from eomdl.plotting import plot_edge
 
         return plot_edge(self)
+
+
+def _numbers(value: float, threshold: float, ratio: float, is_bound: bool) -> tuple[str, str, str]:
+    """An eigenvalue that has not converged is a lower bound, and so is its ratio."""
+    sign = ">= " * is_bound
+    return f"{sign}{value:.3g}", f"{threshold:.3g}", f"{sign}{ratio:.3g}"
 
 
 def _table(title: str, heads: tuple[str, ...], cells: list[tuple[str, ...]], rows: int) -> str:
