@@ -21,6 +21,7 @@ SUITES = {
     "first_answer": "The first answer of a process",
     "interpolating": "The flow of a step map",
     "choice": "The choice of a flow",
+    "edge": "The edge of stability",
     "scale": "Larger than one device",
     "gpu": "On a GPU",
 }
