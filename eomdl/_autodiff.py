@@ -24,6 +24,14 @@ def hessian_vector_product(loss: Loss, params: Params, args: Args, vector: Param
     return jax.jvp(lambda p: jax.grad(loss)(p, args), (params,), (vector,))[1]
 
 
+def hessian_operator(loss: Loss, params: Params, args: Args) -> Callable[[Params], Params]:
+    r"""$v \mapsto H v$ for several v at one place: what does not depend on v is computed once, about 0.6 gradients.
+
+    Each product then takes about 1.5 gradients. Over `MeanOverChunks` the memory stays that of a chunk.
+    """
+    return jax.linearize(lambda p: jax.grad(loss)(p, args), params)[1]
+
+
 def directional_derivative(f: Callable[[Any], Any], directions: Sequence[Any]) -> Callable[[Any], Any]:
     r"""$x \mapsto f^{(m)}(x)(v_1, \dots, v_m)$ for m = `len(directions)`."""
     for direction in directions:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from eomdl import _check, _tree
-from eomdl._autodiff import hessian_vector_product
+from eomdl._autodiff import hessian_operator
 from eomdl._types import Args, Loss, Params
 from eomdl.curvature import krylov
 
@@ -69,7 +69,7 @@ def eigenpairs(
     **Returns:** `eomdl.curvature.Eigenpairs`. Read `converged`: values that are not are lower bounds.
     A residual tells that there is an eigenvalue, not that none was missed.
 
-    **Cost:** at most k times `num_matvecs` Hessian-vector products, about 2.7 gradients each, and the memory of
+    **Cost:** at most k times `num_matvecs` Hessian-vector products, about 1.5 gradients each, 0.6 for what they share, and the memory of
     k (`num_matvecs` + 1) copies of the parameters.
 
     **Raises:** `ValueError` for a wrong argument, and if k is larger than the number of parameters.
@@ -110,8 +110,10 @@ def scaled_pairs(
     block = _block(params, k, start)
     size = len(jax.tree.leaves(block)[0])
 
+    hessian = hessian_operator(loss, params, args)
+
     def product(vector: Params) -> Params:
-        return _times(scale, hessian_vector_product(loss, params, args, _times(scale, vector)))
+        return _times(scale, hessian(_times(scale, vector)))
 
     bound = min(num_matvecs * size, _tree.size(params))
     found = krylov.largest(product, block, k, bound, jnp.asarray(rtol))

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from eomdl import _check, _tree
+from eomdl._autodiff import hessian_operator
 from eomdl._types import Args, Loss, Observable, Params
 from eomdl.observe.base import AbstractObservable
 
@@ -29,8 +30,7 @@ class Sharpness(AbstractObservable):
         params = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
         depth = min(self.num_matvecs, _tree.size(params))
         zeros = jnp.zeros(depth, jnp.result_type(*jax.tree.leaves(params)))
-        # What a product shares with the next one is computed once: all that does not depend on the vector.
-        _, product = jax.linearize(lambda p: jax.grad(self.loss)(p, args), params)
+        product = hessian_operator(self.loss, params, args)
 
         def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
             # By cond, so that products after the last one wanted cost nothing; a scan can be reversed by `jax.grad`.

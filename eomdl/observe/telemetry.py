@@ -73,7 +73,7 @@ class EdgeTelemetry:
         scratch, and takes up to 16.)
 
     **Cost:** a look along the step: about one gradient and 2 to 4 forward passes, at most 8. A look at the edge: at most k times
-    `num_matvecs` Hessian-vector products and one more, about 2.7 gradients each, in the memory of k (`num_matvecs` + 1) copies of the
+    `num_matvecs` Hessian-vector products, about 1.5 gradients each, and one more, in the memory of k (`num_matvecs` + 1) copies of the
     parameters. Without `gradient=` one gradient more. No look waits for the device.
 
     **Raises:** `ValueError` for a wrong argument.
