@@ -33,28 +33,34 @@ PULL = jnp.array(0.4, float)
 PULLS = jnp.array([0.9, -0.5, 0.2])  # the minibatches of an epoch
 
 
+@cache  # an optimizer is tried once for all rates
+def unit_steps(loss: Callable, optimizer: Callable[[Any], optax.GradientTransformation]) -> eomdl.StepMap:
+    return eomdl.optimizer_step(loss, optimizer(1.0))
+
+
 class Steps(eomdl.StepMap):
-    """The steps of an optimizer with its learning rate as a leaf: all rates share one program."""
+    """The steps of an optimizer whose updates are its learning rate times those of rate 1: all rates share one program."""
 
     loss: Callable = eqx.field(static=True)
     optimizer: Callable[[Any], optax.GradientTransformation] = eqx.field(static=True)
     rate: jax.Array
 
     @property
-    def here(self) -> eomdl.StepMap:
-        return eomdl.optimizer_step(self.loss, self.optimizer(self.rate))
+    def unit(self) -> eomdl.StepMap:
+        return unit_steps(self.loss, self.optimizer)
 
     def init(self, params):
-        return self.here.init(params)
+        return self.unit.init(params)
 
     def params(self, state):
         return state[0]
 
     def __call__(self, state, args, k):
-        return self.here(state, args, k)
+        return jax.tree.map(jnp.add, state, self.increment(state, args, k))
 
     def increment(self, state, args, k):
-        return self.here.increment(state, args, k)
+        updates, change = self.unit.increment(state, args, k)
+        return jax.tree.map(lambda d: self.rate.astype(d.dtype) * d, updates), change
 
 
 class MeanEpoch(eomdl.StepMap):
