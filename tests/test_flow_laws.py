@@ -200,18 +200,18 @@ def law_of_default_tolerances(entry):
     assert row_differences(exact.model, default.model).max() < 0.01 * exact.errors().max()
 
 
-LAWS = [
-    law_of_local_error,
-    law_of_error_at_a_fixed_time,
-    law_of_the_discrete_step,
-    law_of_default_tolerances,
-]
+LAWS = [law_of_local_error, law_of_error_at_a_fixed_time, law_of_the_discrete_step]
 
 
 @WITH_HIGH
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test(law, entry):
     law(entry)
+
+
+@KINDS
+def test_default_tolerances(entry):
+    law_of_default_tolerances(entry)
 
 
 class Fast(eomdl.AbstractFlow):
