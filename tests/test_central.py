@@ -39,7 +39,7 @@ def triple_loss(w, coupling):
 
 EDGE = jnp.array([0.0, 2 / ETA])
 TRIPLE = jnp.array([0.0, 0.0, 0.0, 6.64, 6.62, 6.6])
-MINIMAL = CentralFlow(sharpening_loss, ETA)
+MINIMAL = CentralFlow(sharpening_loss, ETA, 1)
 THREE = CentralFlow(triple_loss, ETA, 3)
 # What all runs of it are given: they share one program.
 OF_THREE: dict[str, Any] = {
@@ -201,6 +201,47 @@ def test_a_resumed_run_is_the_whole_one(path):
     first = eomdl.solve(THREE, TRIPLE, 30, **OF_THREE)
     whole = eomdl.solve(THREE, TRIPLE, 60, resume=first, **OF_THREE)
     assert_close(whole.final_params, path.final_params, rtol=1e-6)
+
+
+# -------------------------------------------------- directions that come later
+
+
+RISE, FIRST, SECOND = 0.05, 6.6, 5.8
+
+
+def two_loss(w, args):
+    """Two minimal examples side by side: one is critical at once, the other one much later."""
+    x, y = w["x"], w["y"]
+    return 0.5 * jnp.sum(y * x**2) - RISE * jnp.sum(y)
+
+
+TWO = {"x": jnp.zeros(2), "y": jnp.array([FIRST, SECOND])}
+
+
+def rising(start, steps):
+    """The sharpness of one of them: up at a constant rate, and then held."""
+    return np.minimum(start + ETA * RISE * np.asarray(steps), 2 / ETA)
+
+
+def test_directions_are_added_as_they_come_near():
+    flow = CentralFlow(two_loss, ETA)
+    run = eomdl.solve(flow, TWO, 96, observe_state={"curvature": lambda t, s, a: s.curvature}, **QUICK)
+    for i, start in enumerate((FIRST, SECOND)):
+        assert_close(run.params["y"][:, i], rising(start, run.steps), rtol=1e-3)
+    np.testing.assert_allclose(run.observables["curvature"][80:, :2], 2, rtol=1e-3)
+    # The second sharpness is within 10 % of the bound from step 13 on: the next look is at step 16.
+    np.testing.assert_array_equal(run.end.state.flow.since, [0, 16, -1, -1])
+    curvature = run.observables["curvature"]
+    assert curvature[16, 1] == 0 < curvature[17, 1]
+    assert run.warnings == ()
+    (note,) = [n for n in run.notes if "tracked" in n]
+    assert note.startswith("step from which 2 directions are tracked: 16. ")
+
+
+def test_one_direction_of_two_is_not_enough():
+    run = eomdl.solve(CentralFlow(two_loss, ETA, 1), TWO, 96, **QUICK)
+    assert run.params["y"][-1, 1] > 1.05 * 2 / ETA
+    assert any(w.startswith("curvature of the next direction") for w in run.warnings)
 
 
 # -------------------------------------------------------------- what it says
