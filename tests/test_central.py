@@ -47,6 +47,7 @@ OF_THREE: dict[str, Any] = {
     "observe": {"loss": triple_loss},
     "observe_state": {"curvature": lambda t, s, a: s.curvature, "variances": THREE.variances},
 }
+SGD = optax.sgd(ETA)
 QUICK = {"rtol": 1e-6, "atol": 1e-8, "estimate_error": False}
 
 
@@ -242,6 +243,60 @@ def test_one_direction_of_two_is_not_enough():
     run = eomdl.solve(CentralFlow(two_loss, ETA, 1), TWO, 96, **QUICK)
     assert run.params["y"][-1, 1] > 1.05 * 2 / ETA
     assert any(w.startswith("curvature of the next direction") for w in run.warnings)
+
+
+# -------------------------------------------- the oscillation of a real run
+
+
+def test_the_variance_of_a_run_that_jumps_from_side_to_side():
+    """At curvature 2/eta exactly GD multiplies by -1: the variance is the square of the start, along no other axis."""
+    curvature = jnp.array([2 / ETA, 0.0, 1.0])
+    real = eomdl.descend(lambda w, a: 0.5 * jnp.sum(curvature * w**2), jnp.array([0.3, 1.0, 0.0]), SGD, 12)
+    half = np.sqrt(0.5)
+    axes = np.array([[[1.0, 0, 0], [0, 1, 0], [half, half, 0], [0, 0, 0]]] * 2)
+    found = eomdl.errors.variances_along(real, [6, 11], axes, window=4)
+    np.testing.assert_allclose(found[0], [0.09, 0, 0.045, 0], atol=1e-15)
+    assert np.isnan(found[1]).all()  # the steps after the end
+
+
+def test_the_variance_that_it_predicts_is_that_of_the_real_run():
+    """In balance x jumps by sqrt(2 eps) and y stays: what the flow says, and the real run does."""
+    seen = {"variances": MINIMAL.variances, "axes": MINIMAL.axes}
+    path = eomdl.solve(MINIMAL, EDGE, 100, args=0.0, observe_state=seen, save_steps=25, **QUICK)
+    variances, axes = path.observables["variances"][1:], path.observables["axes"][1:]
+    np.testing.assert_allclose(np.abs(axes[:, 0, 0]), 1, rtol=1e-3)
+
+    def measured(x):
+        real = eomdl.descend(sharpening_loss, EDGE.at[0].set(x), SGD, 120, args=0.0)
+        return eomdl.errors.variances_along(real, path.steps[1:], axes, window=20)
+
+    np.testing.assert_allclose(variances, 2 * DRIVE, rtol=1e-2)
+    np.testing.assert_allclose(measured(np.sqrt(2 * DRIVE)), variances, rtol=5e-2)
+    # A run that does not oscillate is told apart.
+    assert np.max(measured(1e-4)[0]) < 0.1 * DRIVE
+
+
+def test_axes_are_orthonormal_and_diagonalize_the_covariance(path):
+    state = path.end.state.flow
+    axes, variances = THREE.axes(0.0, state, COUPLING), THREE.variances(0.0, state, COUPLING)
+    covariance = jnp.einsum("ij,ip,jq->pq", state.variance, state.vectors, state.vectors)
+    np.testing.assert_allclose(axes @ axes.T, np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(axes @ covariance @ axes.T, np.diag(variances), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": [6, 7]}, "axes: expected finite numbers, shape"),
+        ({"steps": [11]}, "steps: expected a step about which 6 steps were saved"),
+        ({"window": 0}, "window: expected an integer >= 1"),
+    ],
+)
+def test_wrong_axes_steps_and_windows(change, message):
+    real = eomdl.descend(sharpening_loss, EDGE, SGD, 12, args=0.0)
+    valid = {"steps": [6], "axes": np.zeros((1, 2, 2)), "window": 4}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        eomdl.errors.variances_along(real, **valid | change)
 
 
 # -------------------------------------------------------------- what it says

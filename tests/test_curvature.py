@@ -22,8 +22,8 @@ from helpers import (
 from jax.flatten_util import ravel_pytree
 
 import eomdl
-from eomdl.curvature.pairs import preconditioned_pairs
 from eomdl.curvature import eigenpairs, eigenvalue_gradient, third_derivative
+from eomdl.curvature.pairs import preconditioned_pairs
 
 
 def rows(vectors):

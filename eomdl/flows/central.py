@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -80,7 +81,8 @@ class CentralFlow(AbstractDescentFlow):
     $\Sigma = \max(0, 2 \langle -g, T \rangle / |T|^2)$ along u, $T = \nabla (u^\top H u)$. Where nothing is critical this is gradient flow.
 
     It predicts the smoothed path (its `target`), and of the oscillation around it `mean_loss`, `mean_squared_gradient`
-    and `variances`, to be recorded by `observe_state`: each is that of the step before its row.
+    and `variances` along `axes`, to be recorded by `observe_state`: each is that of the step before its row. `compare` holds the
+    first two against the real run under the name that they are recorded by, `eomdl.errors.variances_along` the variances.
 
     **Arguments:**
 
@@ -236,9 +238,17 @@ class CentralFlow(AbstractDescentFlow):
     def variances(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, " k"]:
         r"""The variances of the iterates around the path along the critical directions: eigenvalues of $\Sigma$, largest first."""
         del t, args
-        unused = jnp.diag((state.since < 0).astype(state.since.dtype))
-        root = jnp.linalg.cholesky(_tree.gram(state.vectors, state.vectors) + unused)
-        return jnp.linalg.eigvalsh(root.T @ state.variance @ root)[::-1]
+        return jnp.maximum(self._principal(state)[0], 0)
+
+    def axes(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, "k size"]:
+        r"""The directions of `variances`: orthonormal eigenvectors of $\Sigma$, 0 in places that are not in use.
+
+        In the order of `jax.flatten_util.ravel_pytree`, for `eomdl.errors.variances_along`. Rows of k times the number of
+        parameters: record them at a few steps.
+        """
+        del t, args
+        mixed = _tree.combine(self._principal(state)[1], state.vectors)
+        return jax.vmap(lambda u: ravel_pytree(u)[0])(mixed)
 
     def diagnostics(self, t: ArrayLike, state: CentralState, args: Args) -> dict[str, Diagnostic]:
         """Whether all critical directions are tracked and since when, whether they were found, and whether the bound could be held."""
@@ -271,6 +281,14 @@ class CentralFlow(AbstractDescentFlow):
                 f"More directions are critical than the {most} tracked. Raise `directions`.",
             )
         return found
+
+    def _principal(self, state: CentralState) -> tuple[jax.Array, jax.Array]:
+        r"""Eigenvalues of $\Sigma$, largest first, -1 in places not in use, and its eigenvectors in terms of the tracked ones."""
+        unused = jnp.diag((state.since < 0).astype(state.since.dtype))
+        root = jnp.linalg.cholesky(_tree.gram(state.vectors, state.vectors) + unused)
+        values, vectors = jnp.linalg.eigh(root.T @ state.variance @ root - unused)
+        mixed = jax.scipy.linalg.solve_triangular(root.T, vectors, lower=False).T
+        return values[::-1], mixed[::-1]
 
     def _most(self, params: Params) -> int:
         """How many directions there is room for."""
