@@ -224,7 +224,7 @@ def rising(start, steps):
     return np.minimum(start + ETA * RISE * np.asarray(steps), 2 / ETA)
 
 
-def test_directions_are_added_as_they_come_near():
+def test_directions_are_added_as_they_come_near(tmp_path):
     flow = CentralFlow(two_loss, ETA)
     run = eomdl.solve(flow, TWO, 96, observe_state={"curvature": lambda t, s, a: s.curvature}, **QUICK)
     for i, start in enumerate((FIRST, SECOND)):
@@ -237,6 +237,8 @@ def test_directions_are_added_as_they_come_near():
     assert run.warnings == ()
     (note,) = [n for n in run.notes if "tracked" in n]
     assert note.startswith("step from which 2 directions are tracked: 16. ")
+    run.save(tmp_path / "run.npz")
+    assert eomdl.Trajectory.load(tmp_path / "run.npz").notes == run.notes
 
 
 def test_one_direction_of_two_is_not_enough():
