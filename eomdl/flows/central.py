@@ -252,6 +252,7 @@ class CentralFlow(AbstractDescentFlow):
 
     def diagnostics(self, t: ArrayLike, state: CentralState, args: Args) -> dict[str, Diagnostic]:
         """Whether all critical directions are tracked and since when, whether they were found, and whether the bound could be held."""
+        del t
         most = self._most(state.params)
         found = {
             "residual of the tracked directions": Diagnostic(
@@ -274,9 +275,11 @@ class CentralFlow(AbstractDescentFlow):
                 is_fault=False,
             )
         if most < _tree.size(state.params):
-            grown = self._grown(t / self.learning_rate, state, args, _GLANCE, _ROUGH)
+            beyond = self._next(state, args, _COLD, _RTOL).values[0]
+            # While there is room for it, the next look takes it.
+            beyond = jnp.where(state.tracked < most, jnp.minimum(beyond, NEAR), beyond)
             found["curvature of the next direction"] = Diagnostic(
-                self._next(grown, args, _COLD, _RTOL).values[0],
+                beyond,
                 THRESHOLD * (1 - _RTOL / 10),
                 f"More directions are critical than the {most} tracked. Raise `directions`.",
             )
@@ -311,6 +314,8 @@ class CentralFlow(AbstractDescentFlow):
 
     def _watched(self, step: jax.Array, state: CentralState, args: Args) -> CentralState:
         """With the directions that have come near the bound, every few steps, while there is room for more."""
+        if len(state.since) == 1:  # else a loop is compiled that never runs
+            return state
         due = (step % _EVERY == 0) & (state.tracked < len(state.since))
         return jax.lax.cond(due, lambda: self._grown(step, state, args, _GLANCE, _ROUGH), lambda: state)
 

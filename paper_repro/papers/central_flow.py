@@ -1,8 +1,8 @@
 """The central flow against gradient descent and RMSProp on a network, through the edge of stability.
 
 MLP 64-32-32-10, tanh, 500 digits, 1,000 steps. RMSProp with squared error (rate 3e-4, decay 0.99), from step 100; gradient descent
-with squared error (0.162) and cross entropy (0.4), from where eta * sharpness first exceeds 1.9. The central flow adds directions as they become
-critical. Beside it the same flow without its oscillation: RMSProp's flow, or gradient flow. Both against the smoothed path
+with squared error (0.162) and cross entropy (0.4), from where eta * sharpness first exceeds 1.9. The central flow adds directions as they
+become critical. Beside it the same flow without its oscillation: RMSProp's flow, or gradient flow. Both against the smoothed path
 (w_{k-1} + 2 w_k + w_{k+1})/4; losses, squared gradients and variances of the real run are means over 32 steps.
 """
 
@@ -35,16 +35,17 @@ STEP: dict[str, Any] = {
 
 
 class Size(NamedTuple):
-    """Runs, steps past their starts, steps between rows, in which the edge must be reached; directions at most (or the default)."""
+    """Runs, steps past their starts, steps between rows, in which the edge must be reached; directions at most; notes."""
 
     runs: int = 3
     steps: int = 1000
     every: int = 5
     search: int = 600
     directions: int | None = None
+    diagnose: bool = True
 
 
-SMOKE = Size(runs=1, steps=60, search=100, directions=1)
+SMOKE = Size(runs=1, steps=60, search=100, directions=1, diagnose=False)
 
 
 class Run(NamedTuple):
@@ -87,7 +88,7 @@ def _follow(run: Run, size: Size, images: Images) -> Tables:
     last = int(begin.step) + size.steps
     common: dict[str, Any] = {"args": args, "resume": begin, "observe": observe}
     real = eomdl.descend(loss, start, run.optimizer, last + WINDOW, **common)
-    common |= {"save_steps": list(range(int(begin.step), last + 1, size.every))}
+    common |= {"save_steps": list(range(int(begin.step), last + 1, size.every)), "diagnose": size.diagnose}
     seen = {"mean loss": flow.mean_loss, "mean squared gradient": flow.mean_squared_gradient}
     seen |= {"variances": flow.variances, "axes": flow.axes, "curvature": runs.curvature_of(flow)}
     paths = {CENTRAL: eomdl.solve(flow, start, last, observe_state=seen, **common, **STEP)}
