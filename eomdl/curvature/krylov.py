@@ -71,6 +71,10 @@ def largest(
         part = Part(len(jax.tree.leaves(start)[0]), num_products)
     basis = _started(start, num_products, part.block)
 
+    def pairs(basis: Basis) -> Ritz:
+        there = jnp.arange(k) < part.block
+        return jax.tree.map(lambda x: jnp.where(there, x, 0), ritz(basis, k))
+
     def goes_on(carry: tuple[Basis, jax.Array]) -> jax.Array:
         basis, enough = carry
         return (basis.known < part.num_products) & ~enough
@@ -79,12 +83,12 @@ def largest(
         basis = _with_product(carry[0], product)
         whole = basis.known % basis.block == 0
         enough = jax.lax.cond(
-            whole, lambda: jnp.all(is_small(ritz(basis, k), rtol)), lambda: jnp.asarray(False)
+            whole, lambda: jnp.all(is_small(pairs(basis), rtol)), lambda: jnp.asarray(False)
         )
         return basis, enough
 
     basis, _ = jax.lax.while_loop(goes_on, advanced, (basis, jnp.asarray(False)))
-    found = ritz(basis, k)
+    found = pairs(basis)
     some = jax.tree.map(lambda leaf: leaf[:num_products], basis.vectors)
     return Found(found.values, _tree.combine(found.vectors.T, some), found.residuals, basis.known)
 
@@ -120,8 +124,7 @@ def ritz(basis: Basis, k: int) -> Ritz:
     # In the places still to come, an eigenvalue below all others.
     low = -2 * jnp.max(jnp.sum(jnp.abs(matrix), axis=1)) - 1
     values, vectors = jnp.linalg.eigh(matrix + jnp.diag(jnp.where(inside, 0, low)))
-    there = jnp.arange(k) < basis.block
-    values, vectors = jnp.where(there, values[::-1][:k], 0), jnp.where(there, vectors[:, ::-1][:, :k], 0)
+    values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
     outside = jnp.where(jnp.arange(len(basis.products))[:, None] < basis.known, 0, basis.products)
     left = jnp.matmul(outside, vectors, precision=jax.lax.Precision.HIGHEST)
     return Ritz(values, vectors, jnp.linalg.norm(left, axis=0))
