@@ -99,8 +99,8 @@ class CentralFlow(AbstractDescentFlow):
     Memory: $k(k+1)/2 + 6 k$ copies of the parameters.
 
     **Limits:** the model assumes that oscillations are small and in balance. Where they set in, the real run first
-    overshoots the bound for some tens of steps. A loss that is quadratic there has no balance: the diagnostic
-    `complementarity error` says so.
+    overshoots the bound for some tens of steps; where it is at the bound for a few steps only, it may not oscillate where the flow
+    does. A loss that is quadratic there has no balance: the diagnostic `complementarity error` says so.
 
     **Raises:** `ValueError` for a wrong argument, and for more directions than parameters.
 
