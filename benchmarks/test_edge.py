@@ -67,6 +67,8 @@ def flows(size: Size) -> dict[str, Entry]:
     for k, distance in ((1, 3.5e-3), (2, 7.7e-3), (3, 7.7e-3)):
         flow = CentralFlow(CASE.loss, eta, k)
         found[f"central, {k} directions"] = Entry(flow, QUICK, distance, 40.0, flow.mean_loss)
+    flow = CentralFlow(CASE.loss, eta)
+    found["central, as it is by default"] = Entry(flow, QUICK, 7.7e-3, 40.0, flow.mean_loss)
     return found
 
 

@@ -46,16 +46,18 @@ def result_where(condition: Any, this: Any, other: Any) -> Any:
 
 @record_type
 class Diagnostic:
-    """A number that tells whether a model is valid: it is while `value` stays below `limit`.
+    """A number that tells whether a model is valid: it is while `value` stays below `limit`. Or one that a reader should know.
 
     - `value`: a scalar; in `Stats`, shape (m,), at the start of the run, every 64 to 1024 steps, and at its end.
     - `limit`: where validity ends.
     - `meaning`: what it means to reach the limit, and what to do then.
+    - `is_fault`: whether the model is not valid from there on (`Trajectory.warnings`); else it is only told (`Trajectory.notes`).
     """
 
     value: Any
     limit: float = dataclasses.field(metadata=STATIC)
     meaning: str = dataclasses.field(metadata=STATIC)
+    is_fault: bool = dataclasses.field(metadata=STATIC, default=True)
 
     @property
     def exceeded(self) -> bool:
@@ -65,6 +67,8 @@ class Diagnostic:
     def note(self, name: str) -> str:
         """The finding in words."""
         most = np.max(self.value)
+        if not self.is_fault:
+            return f"{name}: {most:g}. {self.meaning}"
         return f"{name} reached {most:{'.2f' if abs(most) >= 0.01 else '.1e'}} along the path. {self.meaning}"
 
 

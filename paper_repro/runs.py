@@ -158,3 +158,43 @@ def turning(
         rate = eomdl.symmetry.effective_learning_rate(norm, eta, beta)
         parts.append(pd.DataFrame(columns | {"effective learning rate": np.asarray(rate)}))
     return pd.concat(parts)
+
+
+class Still(eomdl.AbstractFlow):
+    """The flow of a central flow's optimizer if nothing oscillated: gradient flow, or RMSProp's; against the smoothed path too."""
+
+    step_size: jax.Array
+    flow: eomdl.flows.CentralFlow
+
+    @property
+    def target(self) -> eomdl.flows.Target:
+        """The smoothed path."""
+        return self.flow.target
+
+    def init(self, params: Any, args: Any) -> Any:
+        """The state of the central flow before its first step."""
+        return self.flow.init(params, args)
+
+    def begin(self, params: Any, state: Any, args: Any) -> Any:
+        """The same, with a real run's moment."""
+        return self.flow.begin(params, state, args)
+
+    def params(self, state: Any) -> Any:
+        """The parameters."""
+        return state.params
+
+    def __call__(self, t: Any, state: Any, args: Any) -> Any:
+        """The velocity, with no oscillation ever found."""
+        return self.flow(t, state, args)
+
+
+def curvature_of(flow: eomdl.flows.CentralFlow) -> Callable:
+    """The largest eigenvalue of P^-1 H at a central flow's parameters, found anew and not from the directions that it tracks."""
+
+    def of(t: Any, state: Any, args: Any) -> jax.Array:
+        del t
+        diagonal = flow.preconditioner.diagonal(flow.learning_rate, state.moment, state.params)
+        options: dict[str, Any] = {"preconditioner": diagonal, "num_matvecs": 24, "rtol": 1e-3}
+        return eomdl.curvature.eigenpairs(flow.loss, state.params, args, 1, **options).values[0]
+
+    return of

@@ -299,6 +299,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.errors.observed_order,
         dict(learning_rates=[0.1, 0.05], errors=[0.2, 0.1]),
     ),
+    "errors.variances_along": (
+        eomdl.errors.variances_along,
+        dict(reference=RUN, steps=[6], axes=[[[1.0, 0.0]]], window=4),
+    ),
     "losses.GradientPenalty": (eomdl.losses.GradientPenalty, dict(loss=valley_loss, coefficient=0.1)),
     "losses.MeanOverChunks": (
         eomdl.losses.MeanOverChunks,

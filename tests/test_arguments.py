@@ -31,6 +31,7 @@ OPTIONAL = {
     "observe.EdgeTelemetry.along_every",
     "observe.EdgeTelemetry.edge_every",
     "geometry.dimension_along.steps",
+    "flows.CentralFlow.directions",
 }
 OPTIONAL |= {f"{verb}.observe" for verb in ("descend", "iterate", "solve")}
 ACCEPTED: dict[str, set[str]] = {

@@ -39,7 +39,7 @@ def triple_loss(w, coupling):
 
 EDGE = jnp.array([0.0, 2 / ETA])
 TRIPLE = jnp.array([0.0, 0.0, 0.0, 6.64, 6.62, 6.6])
-MINIMAL = CentralFlow(sharpening_loss, ETA)
+MINIMAL = CentralFlow(sharpening_loss, ETA, 1)
 THREE = CentralFlow(triple_loss, ETA, 3)
 # What all runs of it are given: they share one program.
 OF_THREE: dict[str, Any] = {
@@ -47,6 +47,7 @@ OF_THREE: dict[str, Any] = {
     "observe": {"loss": triple_loss},
     "observe_state": {"curvature": lambda t, s, a: s.curvature, "variances": THREE.variances},
 }
+SGD = optax.sgd(ETA)
 QUICK = {"rtol": 1e-6, "atol": 1e-8, "estimate_error": False}
 
 
@@ -201,6 +202,103 @@ def test_a_resumed_run_is_the_whole_one(path):
     first = eomdl.solve(THREE, TRIPLE, 30, **OF_THREE)
     whole = eomdl.solve(THREE, TRIPLE, 60, resume=first, **OF_THREE)
     assert_close(whole.final_params, path.final_params, rtol=1e-6)
+
+
+# -------------------------------------------------- directions that come later
+
+
+RISE, FIRST, SECOND = 0.05, 6.6, 5.8
+
+
+def two_loss(w, args):
+    """Two minimal examples side by side: one is critical at once, the other one much later."""
+    x, y = w["x"], w["y"]
+    return 0.5 * jnp.sum(y * x**2) - RISE * jnp.sum(y)
+
+
+TWO = {"x": jnp.zeros(2), "y": jnp.array([FIRST, SECOND])}
+
+
+def rising(start, steps):
+    """The sharpness of one of them: up at a constant rate, and then held."""
+    return np.minimum(start + ETA * RISE * np.asarray(steps), 2 / ETA)
+
+
+def test_directions_are_added_as_they_come_near(tmp_path):
+    flow = CentralFlow(two_loss, ETA)
+    run = eomdl.solve(flow, TWO, 96, observe_state={"curvature": lambda t, s, a: s.curvature}, **QUICK)
+    for i, start in enumerate((FIRST, SECOND)):
+        assert_close(run.params["y"][:, i], rising(start, run.steps), rtol=1e-3)
+    np.testing.assert_allclose(run.observables["curvature"][80:, :2], 2, rtol=1e-3)
+    # The second sharpness is within 10 % of the bound from step 13 on: the next look is at step 16.
+    np.testing.assert_array_equal(run.end.state.flow.since, [0, 16, -1, -1])
+    curvature = run.observables["curvature"]
+    assert curvature[16, 1] == 0 < curvature[17, 1]
+    assert run.warnings == ()
+    (note,) = [n for n in run.notes if "tracked" in n]
+    assert note.startswith("step from which 2 directions are tracked: 16. ")
+    run.save(tmp_path / "run.npz")
+    assert eomdl.Trajectory.load(tmp_path / "run.npz").notes == run.notes
+
+
+def test_one_direction_of_two_is_not_enough():
+    run = eomdl.solve(CentralFlow(two_loss, ETA, 1), TWO, 96, **QUICK)
+    assert run.params["y"][-1, 1] > 1.05 * 2 / ETA
+    assert any(w.startswith("curvature of the next direction") for w in run.warnings)
+
+
+# -------------------------------------------- the oscillation of a real run
+
+
+def test_the_variance_of_a_run_that_jumps_from_side_to_side():
+    """At curvature 2/eta exactly GD multiplies by -1: the variance is the square of the start, along no other axis."""
+    curvature = jnp.array([2 / ETA, 0.0, 1.0])
+    real = eomdl.descend(lambda w, a: 0.5 * jnp.sum(curvature * w**2), jnp.array([0.3, 1.0, 0.0]), SGD, 12)
+    half = np.sqrt(0.5)
+    axes = np.array([[[1.0, 0, 0], [0, 1, 0], [half, half, 0], [0, 0, 0]]] * 2)
+    found = eomdl.errors.variances_along(real, [6, 11], axes, window=4)
+    np.testing.assert_allclose(found[0], [0.09, 0, 0.045, 0], atol=1e-15)
+    assert np.isnan(found[1]).all()  # the steps after the end
+
+
+def test_the_variance_that_it_predicts_is_that_of_the_real_run():
+    """In balance x jumps by sqrt(2 eps) and y stays: what the flow says, and the real run does."""
+    seen = {"variances": MINIMAL.variances, "axes": MINIMAL.axes}
+    path = eomdl.solve(MINIMAL, EDGE, 100, args=0.0, observe_state=seen, save_steps=25, **QUICK)
+    variances, axes = path.observables["variances"][1:], path.observables["axes"][1:]
+    np.testing.assert_allclose(np.abs(axes[:, 0, 0]), 1, rtol=1e-3)
+
+    def measured(x):
+        real = eomdl.descend(sharpening_loss, EDGE.at[0].set(x), SGD, 120, args=0.0)
+        return eomdl.errors.variances_along(real, path.steps[1:], axes, window=20)
+
+    np.testing.assert_allclose(variances, 2 * DRIVE, rtol=1e-2)
+    np.testing.assert_allclose(measured(np.sqrt(2 * DRIVE)), variances, rtol=5e-2)
+    # A run that does not oscillate is told apart.
+    assert np.max(measured(1e-4)[0]) < 0.1 * DRIVE
+
+
+def test_axes_are_orthonormal_and_diagonalize_the_covariance(path):
+    state = path.end.state.flow
+    axes, variances = THREE.axes(0.0, state, COUPLING), THREE.variances(0.0, state, COUPLING)
+    covariance = jnp.einsum("ij,ip,jq->pq", state.variance, state.vectors, state.vectors)
+    np.testing.assert_allclose(axes @ axes.T, np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(axes @ covariance @ axes.T, np.diag(variances), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": [6, 7]}, "axes: expected finite numbers, shape"),
+        ({"steps": [11]}, "steps: expected a step about which 6 steps were saved"),
+        ({"window": 0}, "window: expected an integer >= 1"),
+    ],
+)
+def test_wrong_axes_steps_and_windows(change, message):
+    real = eomdl.descend(sharpening_loss, EDGE, SGD, 12, args=0.0)
+    valid = {"steps": [6], "axes": np.zeros((1, 2, 2)), "window": 4}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        eomdl.errors.variances_along(real, **valid | change)
 
 
 # -------------------------------------------------------------- what it says

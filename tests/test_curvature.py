@@ -23,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 import eomdl
 from eomdl.curvature import eigenpairs, eigenvalue_gradient, third_derivative
+from eomdl.curvature.pairs import preconditioned_pairs
 
 
 def rows(vectors):
@@ -236,3 +237,22 @@ def test_third_derivative_is_symmetric():
     uv, vu, wv = (third(label_loss, NET, LABEL_ARGS, *pair) for pair in ((u, v), (v, u), (w, v)))
     assert_close(uv, vu)
     np.testing.assert_allclose(flat(wv) @ flat(u), flat(uv) @ flat(w), rtol=1e-10)
+
+
+def test_part_of_a_block_and_what_is_beside_it():
+    """Two of four places in use give the two largest pairs; beside those two, the third is the largest."""
+    curvature = jnp.array([5.0, 4.0, 2.0, -1.0, 0.5])
+    weights = jnp.array([1.0, 2.0, 4.0, 0.5, 1.0])
+
+    def loss(w, args):
+        return 0.5 * jnp.sum(curvature * weights * w**2)
+
+    w = jnp.ones(5)
+    start = jnp.zeros((4, 5))
+    found = preconditioned_pairs(loss, w, None, 4, start, weights, 5, 1e-10, used=jnp.asarray(2))
+    np.testing.assert_allclose(found.values, [5.0, 4.0, 0.0, 0.0], atol=1e-9)
+    np.testing.assert_array_equal(found.vectors[2:], 0)
+    np.testing.assert_array_equal(found.residuals[2:], 0)
+    third = preconditioned_pairs(loss, w, None, 1, None, weights, 5, 1e-10, beside=found.vectors)
+    np.testing.assert_allclose(third.values, [2.0], atol=1e-9)
+    np.testing.assert_allclose(found.vectors @ jnp.diag(weights) @ third.vectors[0], 0, atol=1e-9)

@@ -37,44 +37,58 @@ class Found(NamedTuple):
     products: jax.Array  # how many were taken
 
 
+class Part(NamedTuple):
+    """How much is used of what there is room for, as traced numbers: start vectors, and products at most."""
+
+    block: ArrayLike
+    num_products: ArrayLike
+
+
 class Basis(NamedTuple):
     """An orthonormal stack of m + p vectors, and the products with the first of them in it, shape (m + p, m)."""
 
     vectors: Params
     products: jax.Array
     known: jax.Array  # how many
-
-    @property
-    def block(self) -> int:
-        """How many vectors the products are ahead."""
-        rows, columns = self.products.shape
-        return rows - columns
+    block: ArrayLike  # how many vectors the products are ahead: p, or fewer
 
 
 def largest(
-    product: Callable[[Params], Params], start: Params, k: int, num_products: int, rtol: jax.Array
+    product: Callable[[Params], Params],
+    start: Params,
+    k: int,
+    num_products: int,
+    rtol: jax.Array,
+    part: Part | None = None,
 ) -> Found:
     """The k largest eigenpairs from a stack of p >= k start vectors, in at most `num_products` products.
 
     `num_products` is at least k and at most the dimension. It stops where all residuals are at most `rtol` of the largest
-    eigenvalue in modulus; this is looked at after every p products.
+    eigenvalue in modulus; this is looked at after every p products. Of a `part` of the block as many pairs are found as
+    it has vectors, and the others are 0.
     """
-    basis = _started(start, num_products)
+    if part is None:
+        part = Part(len(jax.tree.leaves(start)[0]), num_products)
+    basis = _started(start, num_products, part.block)
+
+    def pairs(basis: Basis) -> Ritz:
+        there = jnp.arange(k) < part.block
+        return jax.tree.map(lambda x: jnp.where(there, x, 0), ritz(basis, k))
 
     def goes_on(carry: tuple[Basis, jax.Array]) -> jax.Array:
         basis, enough = carry
-        return (basis.known < num_products) & ~enough
+        return (basis.known < part.num_products) & ~enough
 
     def advanced(carry: tuple[Basis, jax.Array]) -> tuple[Basis, jax.Array]:
         basis = _with_product(carry[0], product)
         whole = basis.known % basis.block == 0
         enough = jax.lax.cond(
-            whole, lambda: jnp.all(is_small(ritz(basis, k), rtol)), lambda: jnp.asarray(False)
+            whole, lambda: jnp.all(is_small(pairs(basis), rtol)), lambda: jnp.asarray(False)
         )
         return basis, enough
 
     basis, _ = jax.lax.while_loop(goes_on, advanced, (basis, jnp.asarray(False)))
-    found = ritz(basis, k)
+    found = pairs(basis)
     some = jax.tree.map(lambda leaf: leaf[:num_products], basis.vectors)
     return Found(found.values, _tree.combine(found.vectors.T, some), found.residuals, basis.known)
 
@@ -87,7 +101,7 @@ def spectrum(
     The first coefficients squared are the weights that the eigenvalues have in the start vector.
     """
     basis = jax.lax.fori_loop(
-        0, num_products, lambda i, basis: _with_product(basis, product), _started(start, num_products)
+        0, num_products, lambda i, basis: _with_product(basis, product), _started(start, num_products, 1)
     )
     found = ritz(basis, num_products)
     return found.values, found.vectors
@@ -116,7 +130,7 @@ def ritz(basis: Basis, k: int) -> Ritz:
     return Ritz(values, vectors, jnp.linalg.norm(left, axis=0))
 
 
-def _started(start: Params, num_products: int) -> Basis:
+def _started(start: Params, num_products: int, used: ArrayLike) -> Basis:
     """The start vectors made orthonormal; random ones in place of those that depend on others."""
     block = len(jax.tree.leaves(start)[0])
     rows = num_products + block
@@ -124,18 +138,18 @@ def _started(start: Params, num_products: int) -> Basis:
 
     def with_next(vectors: Params, i: jax.Array) -> tuple[Params, None]:
         vector = jax.tree.map(lambda leaf: leaf[i], start)
-        return _extended(vectors, vector, i)[0], None
+        return jax.lax.cond(i < used, lambda: _extended(vectors, vector, i)[0], lambda: vectors), None
 
     vectors, _ = jax.lax.scan(with_next, empty, jnp.arange(block))
     products = jnp.zeros((rows, num_products), jnp.result_type(*jax.tree.leaves(start)))
-    return Basis(vectors, products, jnp.asarray(0))
+    return Basis(vectors, products, jnp.asarray(0), used)
 
 
 def _with_product(basis: Basis, product: Callable[[Params], Params]) -> Basis:
     i = basis.known
     image = product(jax.tree.map(lambda leaf: leaf[i], basis.vectors))
     vectors, column = _extended(basis.vectors, image, i + basis.block)
-    return Basis(vectors, basis.products.at[:, i].set(column), i + 1)
+    return basis._replace(vectors=vectors, products=basis.products.at[:, i].set(column), known=i + 1)
 
 
 def _extended(vectors: Params, new: Params, place: jax.Array) -> tuple[Params, jax.Array]:

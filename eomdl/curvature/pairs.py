@@ -85,9 +85,34 @@ def eigenpairs(
         preconditioner = _check.positive_like("preconditioner", preconditioner, "params", params)
     if preconditioner is None:
         return scaled_pairs(loss, params, args, k, start, None, num_matvecs, rtol)
+    return preconditioned_pairs(loss, params, args, k, start, preconditioner, num_matvecs, rtol)
+
+
+def preconditioned_pairs(
+    loss: Loss,
+    params: Params,
+    args: Args,
+    k: int,
+    start: Params | None,
+    preconditioner: Params,
+    num_matvecs: int,
+    rtol: ArrayLike,
+    used: ArrayLike | None = None,
+    beside: Params | None = None,
+) -> Eigenpairs:
+    """The pairs of P^-1 H. No argument is checked.
+
+    `used`: only so many of the start vectors, a traced number; so many pairs are found, the others are 0. `beside`: a stack of vectors
+    like those found; the pairs are those of H in what is left of the space without them.
+    """
     scale = jax.tree.map(lambda x: 1 / jnp.sqrt(x), preconditioner)
-    start = None if start is None else jax.vmap(lambda x: jax.tree.map(jnp.divide, x, scale))(start)
-    found = scaled_pairs(loss, params, args, k, start, scale, num_matvecs, rtol)
+
+    def scaled(vectors: Params | None) -> Params | None:
+        return None if vectors is None else jax.vmap(lambda x: jax.tree.map(jnp.divide, x, scale))(vectors)
+
+    found = scaled_pairs(
+        loss, params, args, k, scaled(start), scale, num_matvecs, rtol, used=used, beside=scaled(beside)
+    )
     return eqx.tree_at(lambda pairs: pairs.vectors, found, jax.vmap(_times, (None, 0))(scale, found.vectors))
 
 
@@ -101,10 +126,14 @@ def scaled_pairs(
     scale: Params | None,
     num_matvecs: int,
     rtol: ArrayLike,
+    *,
+    used: ArrayLike | None = None,
+    beside: Params | None = None,
 ) -> Eigenpairs:
     """The pairs of S H S, with S the diagonal matrix `scale` or the identity, and orthonormal vectors.
 
     Its eigenvalues are those of S S H, whose vectors are S times these. What is 0 in S is left out. No argument is checked.
+    `used` and `beside` as in `preconditioned_pairs`.
     """
     params = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
     block = _block(params, k, start)
@@ -113,10 +142,12 @@ def scaled_pairs(
     hessian = hessian_operator(loss, params, args)
 
     def product(vector: Params) -> Params:
-        return _times(scale, hessian(_times(scale, vector)))
+        return _without(beside, _times(scale, hessian(_times(scale, _without(beside, vector)))))
 
-    bound = min(num_matvecs * size, _tree.size(params))
-    found = krylov.largest(product, block, k, bound, jnp.asarray(rtol))
+    dimension = _tree.size(params)
+    bound = min(num_matvecs * size, dimension)
+    part = None if used is None else krylov.Part(used, jnp.minimum(num_matvecs * used, dimension))
+    found = krylov.largest(product, block, k, bound, jnp.asarray(rtol), part)
     return Eigenpairs(
         found.values, found.vectors, found.residuals, krylov.is_small(found, rtol), found.products
     )
@@ -131,6 +162,14 @@ def _block(params: Params, k: int, start: Params | None) -> Params:
     if start is None:
         return empty
     return jax.tree.map(lambda x, zero: zero.at[:given].set(x.astype(zero.dtype)), start, empty)
+
+
+def _without(beside: Params | None, vector: Params) -> Params:
+    """What a vector has outside of the span of orthonormal ones; rows of zeros take nothing."""
+    if beside is None:
+        return vector
+    within = _tree.gram(beside, jax.tree.map(lambda x: x[None], vector))[:, 0]
+    return jax.tree.map(lambda a, b: a - b.astype(a.dtype), vector, _tree.combine(within, beside))
 
 
 def _times(scale: Params | None, vector: Params) -> Any:

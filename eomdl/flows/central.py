@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -13,29 +13,32 @@ from eomdl import _check, _tree
 from eomdl._end import Diagnostic
 from eomdl._target import SMOOTHED, Target
 from eomdl._types import Args, Loss, Params
-from eomdl.curvature import Eigenpairs, eigenpairs, third_derivative
-from eomdl.flows.complementarity import Complementary, complementary, symmetric_basis
+from eomdl.curvature import Eigenpairs
+from eomdl.curvature.pairs import preconditioned_pairs
 from eomdl.flows.descent import AbstractDescentFlow
+from eomdl.flows.oscillation import NEAR, THRESHOLD, Balance
 from eomdl.flows.preconditioners import DESCENT, AbstractPreconditioner
 
 
-_THRESHOLD = 2.0  # of the curvature of P^-1 H: beyond it iterates oscillate and grow
-_NEAR = 0.9  # of that: directions below are far from it, and are left out of the complementarity problem
-_COLD, _WARM = 16, 4  # Hessian-vector products for each direction at the start, and at most at a step
-_RTOL = (
-    1e-2  # of the largest eigenvalue: the residual of a tracked pair; the value is wrong by about its square
-)
+_MOST = 4  # directions, where the user names no number
+# Hessian-vector products at most: for each tracked direction at a step, and for a look at the next one.
+_WARM, _COLD, _GLANCE = 4, 16, 8
+# Of the largest eigenvalue: the residual of a tracked pair, and of a look in passing. The value is wrong by about its square.
+_RTOL, _ROUGH = 1e-2, 5e-2
+_EVERY = 16  # steps from one look at the next direction to another
 
 
 class CentralState(NamedTuple):
     r"""Where a central flow is, and what it holds from one step to the next.
 
     - `params`; `moment`: $\nu$ of RMSProp, None for gradient descent.
-    - `vectors`: the k tracked directions, with $u_i^\top P u_j = \delta_{ij}$, a leading axis k on every leaf.
+    - `vectors`: the tracked directions, with $u_i^\top P u_j = \delta_{ij}$, a leading axis k on every leaf. As in all that follows,
+        places that are not in use are 0.
     - `force`: $\frac12 \nabla \langle H, \Sigma \rangle$, like the parameters.
     - `squares`: what oscillations add to the squared gradient that the moment averages.
     - `variance`: X, shape (k, k), with $\Sigma = \sum_{ij} X_{ij} u_i u_j^\top$.
     - `curvature`: eigenvalues of $P^{-1} H$ in the tracked directions, (k,), largest first; critical at 2.
+    - `since`: (k,), the step from which 1, 2, ... k directions are tracked, 0 for those from the start; -1 for a place not in use.
     - `worst`: of all steps so far, (2,): the largest residual of a pair near the threshold, as a part of the largest
         eigenvalue, and the largest error of the complementarity problem.
     """
@@ -47,14 +50,20 @@ class CentralState(NamedTuple):
     squares: Any
     variance: jax.Array
     curvature: jax.Array
+    since: jax.Array
     worst: jax.Array
+
+    @property
+    def tracked(self) -> jax.Array:
+        """How many directions are tracked."""
+        return jnp.sum(self.since >= 0)
 
 
 class CentralFlow(AbstractDescentFlow):
     r"""The smoothed path of gradient descent, of RMSProp or of scalar RMSProp through the edge of stability.
 
     ```python
-    flow = eomdl.flows.CentralFlow(loss, learning_rate=0.1, directions=2)
+    flow = eomdl.flows.CentralFlow(loss, learning_rate=0.1)
     path = eomdl.solve(flow, params, 1000, args=data, observe_state={"loss": flow.mean_loss})
     ```
 
@@ -72,22 +81,26 @@ class CentralFlow(AbstractDescentFlow):
     $\Sigma = \max(0, 2 \langle -g, T \rangle / |T|^2)$ along u, $T = \nabla (u^\top H u)$. Where nothing is critical this is gradient flow.
 
     It predicts the smoothed path (its `target`), and of the oscillation around it `mean_loss`, `mean_squared_gradient`
-    and `variances`, to be recorded by `observe_state`: each is that of the step before its row.
+    and `variances` along `axes`, to be recorded by `observe_state`: each is that of the step before its row. `compare` holds the
+    first two against the real run under the name that they are recorded by, `eomdl.errors.variances_along` the variances.
 
     **Arguments:**
 
     - `loss`; `learning_rate` $\eta$, a leaf of the pytree, and the time of a step.
-    - `directions`: k, how many directions are tracked. Directions beyond are not held at the bound: the diagnostic
+    - `directions`: k, the most that are tracked; by default 4, or all of a smaller space. The first is tracked from the start, another
+        one from where the next eigenvalue is within 10 % of the bound, which is looked at every 16 steps;
+        `Trajectory.notes` says from which step. Directions beyond k are not held at the bound: the diagnostic
         `curvature of the next direction` then says to raise it.
     - `preconditioner`: by default gradient descent's; `eomdl.flows.SecondMoment` is RMSProp's.
 
-    **Cost** of a step: about 1.2 k Hessian-vector products and, of the $m \le k$ directions within 10 % of the bound, $m(m+1)/2$ third
-    derivatives (3 gradients each on the benchmarks), at the start of the step; $\Sigma$ is held over it. Then one gradient
-    for each evaluation of the field. Memory: $k(k+1)/2 + 6 k$ copies of the parameters.
+    **Cost** of a step: for the $m \le k$ directions tracked about 1.2 m Hessian-vector products and, of those within 10 % of the bound,
+    $m(m+1)/2$ third derivatives (3 gradients each on the benchmarks), at the start of the step; $\Sigma$ is held over it. Then one
+    gradient for each evaluation of the field, and while m < k at most 8 Hessian-vector products every 16 steps.
+    Memory: $k(k+1)/2 + 6 k$ copies of the parameters.
 
     **Limits:** the model assumes that oscillations are small and in balance. Where they set in, the real run first
-    overshoots the bound for some tens of steps. A loss that is quadratic there has no balance: the diagnostic
-    `complementarity error` says so.
+    overshoots the bound for some tens of steps; where it is at the bound for a few steps only, it may not oscillate where the flow
+    does. A loss that is quadratic there has no balance: the diagnostic `complementarity error` says so.
 
     **Raises:** `ValueError` for a wrong argument, and for more directions than parameters.
 
@@ -98,8 +111,10 @@ class CentralFlow(AbstractDescentFlow):
 
     loss: Loss = eqx.field(converter=lambda f: _check.function("loss", f))
     learning_rate: jax.Array = eqx.field(converter=lambda x: _check.positive_scalar("learning_rate", x))
-    directions: int = eqx.field(
-        default=1, static=True, converter=lambda n: _check.integer("directions", n, 1)
+    directions: int | None = eqx.field(
+        default=None,
+        static=True,
+        converter=lambda n: None if n is None else _check.integer("directions", n, 1),
     )
     preconditioner: AbstractPreconditioner = eqx.field(
         default=DESCENT,
@@ -114,7 +129,7 @@ class CentralFlow(AbstractDescentFlow):
             self,
             loss: Loss,
             learning_rate: ArrayLike,
-            directions: int = 1,
+            directions: int | None = None,
             preconditioner: AbstractPreconditioner = DESCENT,
         ) -> None: ...
 
@@ -136,7 +151,7 @@ class CentralFlow(AbstractDescentFlow):
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the loss is no real number, or there are fewer parameters than directions."""
         _check.loss_is_scalar(self.loss, params, args)
-        _check.integer("directions", self.directions, 1, _tree.size(params))
+        _check.integer("directions", self._most(params), 1, _tree.size(params))
 
     def init(self, params: Params, args: Args) -> CentralState:
         """Nothing oscillates yet; the moment is the squared gradient."""
@@ -175,17 +190,21 @@ class CentralFlow(AbstractDescentFlow):
 
     def refresh(self, t: ArrayLike, state: CentralState, args: Args) -> CentralState:
         """Directions tracked from those there are, and the oscillation that holds their curvature over the step."""
-        del t
+        state = self._watched(jnp.round(t / self.learning_rate), state, args)
         diagonal = self._diagonal(state)
-        pairs = self._pairs(state, args, self.directions, _WARM)
-        problem = _Problem(self, state, diagonal, pairs, args)
-        is_near = pairs.values[0] >= _NEAR * _THRESHOLD
-        # By cond, so that third derivatives cost nothing where nothing is critical. NaN is near: the run has to stop.
-        found = jax.lax.cond(
-            is_near | jnp.isnan(pairs.values[0]), lambda: problem.solved(), lambda: problem.still()
-        )
+        pairs = self._pairs(state, args)
+        found = Balance(
+            self.loss,
+            self.preconditioner,
+            self.learning_rate,
+            state.params,
+            state.moment,
+            diagonal,
+            pairs,
+            args,
+        ).found()
         relative = pairs.residuals / jnp.max(jnp.abs(pairs.values))
-        residual = jnp.max(jnp.where(pairs.values >= _NEAR * _THRESHOLD, relative, 0))
+        residual = jnp.max(jnp.where(pairs.values >= NEAR, relative, 0))
         worst = jnp.stack([residual, found.error]).astype(state.worst.dtype)
         return state._replace(
             vectors=pairs.vectors,
@@ -202,7 +221,7 @@ class CentralFlow(AbstractDescentFlow):
         For gradient descent $L + \operatorname{tr} \Sigma / \eta$.
         """
         del t
-        return self.loss(state.params, args) + _THRESHOLD / 2 * jnp.trace(state.variance)
+        return self.loss(state.params, args) + THRESHOLD / 2 * jnp.trace(state.variance)
 
     def mean_squared_gradient(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, ""]:
         r"""The squared norm of the gradient averaged over the oscillation, $|g|^2 + 4 \operatorname{tr}(P \Sigma P)$.
@@ -212,21 +231,29 @@ class CentralFlow(AbstractDescentFlow):
         del t
         gradient = jax.grad(self.loss)(state.params, args)
         weighted = jax.vmap(lambda u: jax.tree.map(jnp.multiply, u, self._diagonal(state)))(state.vectors)
-        return _tree.vdot(gradient, gradient) + _THRESHOLD**2 * jnp.sum(
+        return _tree.vdot(gradient, gradient) + THRESHOLD**2 * jnp.sum(
             state.variance * _tree.gram(weighted, weighted)
         )
 
     def variances(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, " k"]:
         r"""The variances of the iterates around the path along the critical directions: eigenvalues of $\Sigma$, largest first."""
         del t, args
-        root = jnp.linalg.cholesky(_tree.gram(state.vectors, state.vectors))
-        return jnp.linalg.eigvalsh(root.T @ state.variance @ root)[::-1]
+        return jnp.maximum(self._principal(state)[0], 0)
+
+    def axes(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, "k size"]:
+        r"""The directions of `variances`: orthonormal eigenvectors of $\Sigma$, 0 in places that are not in use.
+
+        In the order of `jax.flatten_util.ravel_pytree`, for `eomdl.errors.variances_along`. Rows of k times the number of
+        parameters: record them at a few steps.
+        """
+        del t, args
+        mixed = _tree.combine(self._principal(state)[1], state.vectors)
+        return jax.vmap(lambda u: ravel_pytree(u)[0])(mixed)
 
     def diagnostics(self, t: ArrayLike, state: CentralState, args: Args) -> dict[str, Diagnostic]:
-        """Whether all critical directions are tracked, whether they were found, and whether the bound could be held."""
+        """Whether all critical directions are tracked and since when, whether they were found, and whether the bound could be held."""
         del t
-        more = min(self.directions + 1, _tree.size(state.params))
-        beyond = self._pairs(state, args, more, _COLD).values[self.directions :]
+        most = self._most(state.params)
         found = {
             "residual of the tracked directions": Diagnostic(
                 state.worst[0],
@@ -240,51 +267,96 @@ class CentralFlow(AbstractDescentFlow):
                 "there, or the steps are too large for the model. Lower the learning rate.",
             ),
         }
-        if more > self.directions:
+        for i in range(1, most):
+            found[f"step from which {i + 1} directions are tracked"] = Diagnostic(
+                state.since[i],
+                0.0,
+                "The curvature of that many came within 10 % of the bound.",
+                is_fault=False,
+            )
+        if most < _tree.size(state.params):
+            beyond = self._next(state, args, _COLD, _RTOL).values[0]
+            # While there is room for it, the next look takes it.
+            beyond = jnp.where(state.tracked < most, jnp.minimum(beyond, NEAR), beyond)
             found["curvature of the next direction"] = Diagnostic(
-                beyond[0],
-                _THRESHOLD * (1 - _RTOL / 10),
-                f"More directions are critical than the {self.directions} tracked. Raise `directions`.",
+                beyond,
+                THRESHOLD * (1 - _RTOL / 10),
+                f"More directions are critical than the {most} tracked. Raise `directions`.",
             )
         return found
 
+    def _principal(self, state: CentralState) -> tuple[jax.Array, jax.Array]:
+        r"""Eigenvalues of $\Sigma$, largest first, -1 in places not in use, and its eigenvectors in terms of the tracked ones."""
+        unused = jnp.diag((state.since < 0).astype(state.since.dtype))
+        root = jnp.linalg.cholesky(_tree.gram(state.vectors, state.vectors) + unused)
+        values, vectors = jnp.linalg.eigh(root.T @ state.variance @ root - unused)
+        mixed = jax.scipy.linalg.solve_triangular(root.T, vectors, lower=False).T
+        return values[::-1], mixed[::-1]
+
+    def _most(self, params: Params) -> int:
+        """How many directions there is room for."""
+        return min(_MOST, _tree.size(params)) if self.directions is None else self.directions
+
     def _started(self, params: Params, moment: Any, args: Args) -> CentralState:
-        k, dtype = self.directions, _tree.dtype(params)
-        stack = jax.tree.map(lambda x: jnp.zeros((k, *x.shape), x.dtype), params)
+        k, dtype = self._most(params), _tree.dtype(params)
         state = CentralState(
             params=params,
             moment=moment,
-            vectors=stack,
+            vectors=jax.tree.map(lambda x: jnp.zeros((k, *x.shape), x.dtype), params),
             force=_tree.zeros_like(params),
             squares=_tree.zeros_like(moment),
             variance=jnp.zeros((k, k), dtype),
             curvature=jnp.zeros(k, dtype),
+            since=jnp.full(k, -1, dtype),
             worst=jnp.zeros(2, dtype),
         )
-        # Rows of zeros are filled with random vectors.
-        pairs = self._pairs(state, args, k, _COLD)
-        return state._replace(vectors=pairs.vectors, curvature=pairs.values)
+        return self._grown(0, state, args, _COLD, _RTOL)
 
-    def _pairs(self, state: CentralState, args: Args, k: int, num_matvecs: int) -> Eigenpairs:
-        """The k largest pairs of P^-1 H in the dtype of the state."""
-        diagonal = self._diagonal(state)
-        found = eigenpairs(
-            self.loss,
-            state.params,
-            args,
-            k,
-            start=state.vectors,
-            preconditioner=diagonal,
-            num_matvecs=num_matvecs,
-            rtol=_RTOL,
+    def _watched(self, step: jax.Array, state: CentralState, args: Args) -> CentralState:
+        """With the directions that have come near the bound, every few steps, while there is room for more."""
+        if len(state.since) == 1:  # else a loop is compiled that never runs
+            return state
+        due = (step % _EVERY == 0) & (state.tracked < len(state.since))
+        return jax.lax.cond(due, lambda: self._grown(step, state, args, _GLANCE, _ROUGH), lambda: state)
+
+    @eqx.filter_jit  # begun on the host: compiled once
+    def _grown(
+        self, step: ArrayLike, state: CentralState, args: Args, num_matvecs: int, rtol: float
+    ) -> CentralState:
+        """With the next direction, and so on, as long as it is near the bound; the first is tracked wherever it is."""
+
+        def goes_on(carry: tuple[CentralState, jax.Array]) -> jax.Array:
+            return carry[1] & (carry[0].tracked < len(carry[0].since))
+
+        def advanced(carry: tuple[CentralState, jax.Array]) -> tuple[CentralState, jax.Array]:
+            state = carry[0]
+            found, place = self._next(state, args, num_matvecs, rtol), state.tracked
+            taken = (found.values[0] >= NEAR) | (place == 0)
+            new = (found.vectors, found.values, jnp.full(1, step, state.since.dtype))
+            vectors, curvature, since = jax.tree.map(
+                lambda old, x: old.at[place].set(jnp.where(taken, x[0], old[place])),
+                (state.vectors, state.curvature, state.since),
+                new,
+            )
+            return state._replace(vectors=vectors, curvature=curvature, since=since), taken
+
+        return jax.lax.while_loop(goes_on, advanced, (state, jnp.asarray(True)))[0]
+
+    def _next(self, state: CentralState, args: Args, num_matvecs: int, rtol: float) -> Eigenpairs:
+        """The largest pair of P^-1 H beside the tracked ones."""
+        diagonal, tracked = self._diagonal(state), state.vectors
+        found = preconditioned_pairs(
+            self.loss, state.params, args, 1, None, diagonal, num_matvecs, rtol, beside=tracked
         )
-        vectors = jax.tree.map(lambda x, like: x.astype(like.dtype), found.vectors, state.vectors)
-        dtype = state.curvature.dtype
-        return eqx.tree_at(
-            lambda p: (p.values, p.vectors, p.residuals),
-            found,
-            (found.values.astype(dtype), vectors, found.residuals.astype(dtype)),
+        return _as_in(state, found)
+
+    def _pairs(self, state: CentralState, args: Args) -> Eigenpairs:
+        """The tracked pairs of P^-1 H, from those of the step before."""
+        diagonal, k = self._diagonal(state), len(state.since)
+        found = preconditioned_pairs(
+            self.loss, state.params, args, k, state.vectors, diagonal, _WARM, _RTOL, used=state.tracked
         )
+        return _as_in(state, found)
 
     def _diagonal(self, state: CentralState) -> Params:
         return self.preconditioner.diagonal(self.learning_rate, state.moment, state.params)
@@ -293,100 +365,12 @@ class CentralFlow(AbstractDescentFlow):
         return self.learning_rate.astype(like.dtype)
 
 
-class _Oscillation(NamedTuple):
-    """What is held over a step, see `CentralState`."""
-
-    force: Params
-    squares: Any
-    variance: jax.Array
-    error: jax.Array
-
-
-class _Problem(eqx.Module):
-    """The complementarity problem at one point of the flow."""
-
-    flow: CentralFlow
-    state: CentralState
-    diagonal: Params
-    pairs: Eigenpairs
-    args: Args
-
-    def still(self) -> _Oscillation:
-        """Nothing oscillates."""
-        state = self.state
-        error = jnp.zeros((), state.variance.dtype)
-        force, squares = _tree.zeros_like(state.params), _tree.zeros_like(state.moment)
-        return _Oscillation(force, squares, _tree.zeros_like(state.variance), error)
-
-    def solved(self) -> _Oscillation:
-        r"""X in the basis $B_a$ of symmetric matrices: $T_a = \sum_{ij} B_{a,ij} T[u_i, u_j]$, $q_a = \sum_{ij} B_{a,ij} u_i u_j$."""
-        flow, optimizer = self.flow, self.flow.preconditioner
-        dtype = self.state.variance.dtype
-        gradient = jax.grad(flow.loss)(self.state.params, self.args)
-        thirds, products = self._thirds(), self._products()
-        divided = jax.vmap(lambda x: jax.tree.map(jnp.divide, x, self.diagonal))(thirds)
-        one = jax.tree.map(lambda x: x[None], gradient)
-        # How the curvature moves in a step: by the gradient, by each X_a, and as P moves.
-        drift = -_tree.gram(divided, one)[:, 0]
-        response = _tree.gram(divided, thirds) / 2
-        squares = jax.tree.map(jnp.square, gradient)
-        drift = drift - self._stiffening(products, optimizer.collected(squares), self.state.moment)
-        added = [self._squares(jax.tree.map(lambda x, a=a: x[a], products)) for a in range(len(drift))]
-        columns = [self._stiffening(products, extra, _tree.zeros_like(self.state.moment)) for extra in added]
-        response = response + jnp.stack(columns, axis=1)
-        # Any number > 0 where a direction is far: X is 0 there, and the problem stays regular.
-        response = response + jnp.diag(jnp.where(self._far(), jnp.trace(response) / len(response), 0))
-        basis = jnp.asarray(symmetric_basis(flow.directions), dtype)
-        constant = _THRESHOLD * jnp.eye(flow.directions) - jnp.diag(self.pairs.values)
-        constant = (constant - jnp.tensordot(drift, basis, 1)).astype(dtype)
-        found: Complementary = complementary(constant, ((response + response.T) / 2).astype(dtype))
-        x = jnp.tensordot(basis, found.matrix, 2)
-        force = _tree.combine(x / 2, thirds)
-        return _Oscillation(force, self._squares(_tree.combine(x, products)), found.matrix, found.error)
-
-    def _stiffening(self, products: Params, squares: Any, moment: Any) -> jax.Array:
-        r"""How P moving lowers the curvature in a step: $2 u_i^\top \dot P u_j$ at the threshold, for each $B_a$."""
-        optimizer = self.flow.preconditioner
-        rate = optimizer.rate(moment, squares)
-        moved = optimizer.diagonal_rate(self.flow.learning_rate, self.diagonal, rate)
-        return _THRESHOLD * _tree.gram(products, jax.tree.map(lambda x: x[None], moved))[:, 0]
-
-    def _squares(self, covariance: Params) -> Any:
-        r"""What an oscillation with this diagonal of $\Sigma$ adds to the squared gradient: $4 P^2 \operatorname{diag} \Sigma$."""
-        squares = jax.tree.map(lambda c, p: _THRESHOLD**2 * p**2 * c, covariance, self.diagonal)
-        return self.flow.preconditioner.collected(squares)
-
-    def _places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows, columns = np.triu_indices(self.flow.directions)
-        return rows, columns, np.where(rows == columns, 1.0, np.sqrt(2.0))
-
-    def _products(self) -> Params:
-        rows, columns, size = self._places()
-
-        def of(u: jax.Array) -> jax.Array:
-            scale = jnp.asarray(size, u.dtype).reshape(-1, *[1] * (u.ndim - 1))
-            return scale * u[rows] * u[columns]
-
-        return jax.tree.map(of, self.pairs.vectors)
-
-    def _thirds(self) -> Params:
-        """Third derivatives for pairs of directions near the threshold, one at a time; 0 for others."""
-        rows, columns, size = self._places()
-
-        def one(place: tuple) -> Params:
-            i, j, scale, far = place
-
-            def derivative() -> Params:
-                u, v = (jax.tree.map(lambda x, n=n: x[n], self.pairs.vectors) for n in (i, j))
-                third = third_derivative(self.flow.loss, self.state.params, self.args, u, v)
-                return _tree.scale(scale, third)
-
-            return jax.lax.cond(far, lambda: _tree.zeros_like(self.state.params), derivative)
-
-        return jax.lax.map(one, (*map(jnp.asarray, (rows, columns, size)), self._far()))
-
-    def _far(self) -> jax.Array:
-        """Of which elements of X a direction is far from the threshold."""
-        rows, columns, _ = self._places()
-        far = self.pairs.values < _NEAR * _THRESHOLD
-        return far[rows] | far[columns]
+def _as_in(state: CentralState, pairs: Eigenpairs) -> Eigenpairs:
+    """In the dtypes of the state."""
+    vectors = jax.tree.map(lambda x, like: x.astype(like.dtype), pairs.vectors, state.vectors)
+    dtype = state.curvature.dtype
+    return eqx.tree_at(
+        lambda p: (p.values, p.vectors, p.residuals),
+        pairs,
+        (pairs.values.astype(dtype), vectors, pairs.residuals.astype(dtype)),
+    )

@@ -88,16 +88,21 @@ class Trajectory:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Where the model left its validity, by its own diagnostics."""
-        return tuple(d.note(name) for name, d in self.stats.diagnostics.items() if d.exceeded)
+        return self._found(faults=True)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know: a run that failed, a model outside its validity, a stride, a target."""
+        """What a reader must know: a run that failed, a model outside its validity, a stride, a target, what a flow tells."""
         stride, target = self.stats.stride, self.stats.target
         between = f"a flow of stride {stride} predicts the multiples of {stride}; the steps between are those moved on by its map."
         predicts = f"the flow predicts the {target.name} of a real run, and is compared with that."
         said = {self.message: bool(self.message), between: stride > 1, predicts: target != ITERATES}
-        return (*[text for text, holds in said.items() if holds], *self.warnings)
+        return (*[text for text, holds in said.items() if holds], *self.warnings, *self._found(faults=False))
+
+    def _found(self, *, faults: bool) -> tuple[str, ...]:
+        """The diagnostics that reached their limits, in words."""
+        found = self.stats.diagnostics.items()
+        return tuple(d.note(name) for name, d in found if d.exceeded and d.is_fault == faults)
 
     def map_columns(self, function: Callable[[Any], Any]) -> "Trajectory":
         """A function of arrays with leading axis n applied to every column."""
@@ -197,7 +202,7 @@ class Trajectory:
         meta["stats"] = {
             k: v if isinstance(v, str | None) else np.asarray(v).item() for k, v in stats.items()
         }
-        meta["diagnostics"] = {name: [d.limit, d.meaning] for name, d in diagnostics.items()}
+        meta["diagnostics"] = {name: [d.limit, d.meaning, d.is_fault] for name, d in diagnostics.items()}
         write_npz(path, arrays, meta)
 
     @staticmethod

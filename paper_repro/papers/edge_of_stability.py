@@ -74,12 +74,17 @@ class Size(NamedTuple):
 SMOKE = Size(networks=1, steps=120, search=100)
 
 
-def setting(case: Case, images: Images, search: int = 600) -> tuple[Any, Any]:
-    """`(params, args)` where eta * sharpness first exceeds 1.9."""
+def data_of(case: Case, images: Images) -> tuple[Any, Any]:
+    """`(params, args)`: the initial parameters, and the data."""
     inputs, labels = images(case.images, None)
     if case.standardized:
         inputs = (inputs - jnp.mean(inputs)) / jnp.std(inputs)
-    args, params, eta = (inputs, labels), case.init(inputs.shape[1]), case.learning_rate
+    return case.init(inputs.shape[1]), (inputs, labels)
+
+
+def setting(case: Case, images: Images, search: int = 600) -> tuple[Any, Any]:
+    """`(params, args)` where eta * sharpness first exceeds 1.9."""
+    (params, args), eta = data_of(case, images), case.learning_rate
     options: dict[str, Any] = {"observe": {"sharpness": eomdl.sharpness(case.loss, 12)}, "save_steps": 4}
     before = eomdl.descend(case.loss, params, optax.sgd(eta), search, args=args, **options)
     beyond = np.flatnonzero(eta * before.observables["sharpness"] > 1.9)
