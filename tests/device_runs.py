@@ -3,6 +3,7 @@
 `test_devices.py` starts it, since the number of devices is fixed when JAX starts.
 """
 
+import dataclasses
 import json
 import tempfile
 
@@ -211,6 +212,38 @@ def predicted():
     return {"apart": max(float(np.max(np.abs(x - y))) for x, y in leaves), "kept": kept(found, params)}
 
 
+def watched(params, args):
+    """The telemetry of two steps of Adam: all numbers of its report, and the eigenvectors of the second look."""
+    telemetry = eomdl.observe.EdgeTelemetry(loss, ADAM, along_every=1, edge_every=1, k=2)
+    state = ADAM.init(params)
+    for step in range(2):
+        gradient = jax.grad(loss)(params, args)
+        telemetry.look(step, params, state, args, gradient=gradient)
+        updates, state = ADAM.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    report = dataclasses.asdict(telemetry.report())
+    return report, telemetry.vectors
+
+
+def telemetries():
+    """How far the numbers of each case are from those on one device, relative to them, and where the vectors are."""
+    every = cases()
+    reference, _ = watched(*every["one device"])
+    found = {}
+    for case in ("data", "parameters", "both"):
+        params, _ = every[case]
+        report, vectors = watched(*every[case])
+        pairs = zip(*map(jax.tree.leaves, (report, reference)), strict=True)
+        found[case] = {
+            "apart": max(float(np.max(np.abs(x - y * 1.0) / np.maximum(np.abs(y), 1e-3))) for x, y in pairs),
+            "kept": [
+                [x.shape[0], x.sharding.shard_shape(x.shape)[1:] == p.sharding.shard_shape(p.shape), spread_over(x)]
+                for x, p in zip(*map(jax.tree.leaves, (vectors, params)), strict=True)
+            ],
+        }
+    return found
+
+
 def collectives_over_chunks():
     """How often the compiled field of order 1 gathers, its data spread: by chunks that divide them evenly, and that do not."""
     params, args = cases()["data"]
@@ -240,6 +273,7 @@ def main():
     found["bytes"] = bytes_on_a_device()
     found["explicit"] = explicit()
     found["predicted"] = predicted()
+    found["telemetry"] = telemetries()
     found["chunks"] = collectives_over_chunks()
     print(json.dumps(found))
 

@@ -233,5 +233,5 @@ def _discreteness(
 
     velocity = moved(gradient)
     change = moved(hessian_vector_product(loss, params, args, velocity))
-    norms = [jnp.linalg.norm(jnp.ravel(leaf)) for leaf in jax.tree.leaves(change)]
+    norms = [_tree.norm(leaf) for leaf in jax.tree.leaves(change)]
     return factor / 2 * jnp.stack(norms), _tree.norm(velocity)
