@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import eomdl
 from eomdl.errors.carried import LeadingError, WithError, leaf_by_leaf
+from eomdl.observe.response import linear_response
 
 
 jax.config.update("jax_enable_x64", True)
@@ -213,33 +214,35 @@ def predicted():
 
 
 def watched(params, args):
-    """The telemetry of two steps of Adam: all numbers of its report, and the eigenvectors of the second look."""
-    telemetry = eomdl.observe.EdgeTelemetry(loss, ADAM, along_every=1, edge_every=1, k=2)
+    """The telemetry of two steps of Adam."""
+    telemetry = eomdl.observe.EdgeTelemetry(loss, ADAM, along_every=1, edge_every=1, k=2, num_matvecs=16)
     state = ADAM.init(params)
     for step in range(2):
         gradient = jax.grad(loss)(params, args)
         telemetry.look(step, params, state, args, gradient=gradient)
         updates, state = ADAM.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-    report = dataclasses.asdict(telemetry.report())
-    return report, telemetry.vectors
+    return telemetry
 
 
 def telemetries():
-    """How far the numbers of each case are from those on one device, relative to them, and where the vectors are."""
+    """How far all numbers of a report are from those on one device, where the eigenvectors are, and what the rates gather."""
     every = cases()
-    reference, _ = watched(*every["one device"])
+    reference = dataclasses.asdict(watched(*every["one device"]).report())
     found = {}
     for case in ("data", "parameters", "both"):
         params, _ = every[case]
-        report, vectors = watched(*every[case])
-        pairs = zip(*map(jax.tree.leaves, (report, reference)), strict=True)
+        telemetry = watched(*every[case])
+        pairs = zip(*map(jax.tree.leaves, (dataclasses.asdict(telemetry.report()), reference)), strict=True)
+        vectors = zip(*map(jax.tree.leaves, (telemetry._vectors, params)), strict=True)
+        response = jax.jit(lambda s, p: linear_response(ADAM, s, p, p)).lower(ADAM.init(params), params)
         found[case] = {
-            "apart": max(float(np.max(np.abs(x - y * 1.0) / np.maximum(np.abs(y), 1e-3))) for x, y in pairs),
+            "apart": max(float(np.max(np.abs(x - 1.0 * y) / np.maximum(np.abs(y), 1e-3))) for x, y in pairs),
             "kept": [
-                [x.shape[0], x.sharding.shard_shape(x.shape)[1:] == p.sharding.shard_shape(p.shape), spread_over(x)]
-                for x, p in zip(*map(jax.tree.leaves, (vectors, params)), strict=True)
+                [x.sharding.shard_shape(x.shape)[1:] == p.sharding.shard_shape(p.shape), spread_over(x)]
+                for x, p in vectors
             ],
+            "all-gather": response.compile().as_text().count("all-gather("),
         }
     return found
 

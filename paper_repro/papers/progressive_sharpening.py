@@ -1,9 +1,9 @@
 """Progressive sharpening to the threshold of the optimizer, and hovering there.
 
 An MLP 64-32-32-10 and a small CNN (tanh) on digits, full batch, by gradient descent, heavy ball (0.9) and Adam (0.9, 0.999). Squared error
-with 500 (MLP) or 300 (CNN) images; cross entropy with 1,000 images, 40 % of whose labels are drawn at random: heavy ball and Adam fit the true
-ones before they come to the edge. `EdgeTelemetry` looks at every tenth step: the largest eigenvalue of R H, with the optimizer's
-rate R of each parameter, over the threshold that it finds for the optimizer. Beside it runs of gradient descent with a tenth of the rate.
+with 500 (MLP) or 300 (CNN) images; cross entropy with 1,000 images, 40 % of whose labels are drawn at random: heavy ball and Adam fit
+the true ones before they come to the edge. `EdgeTelemetry` looks at every tenth step: the largest eigenvalue of R H, with the optimizer's
+rate R of each parameter, over the threshold that it finds for the optimizer. Beside it gradient descent with a tenth of the rate.
 """
 
 from collections.abc import Callable
@@ -99,11 +99,11 @@ SMOKE = Size(cases=1, optimizers=1, part=0.1)
 def measure(size: Size, images: Images) -> Tables:
     """Every run, with its telemetry."""
     runs = [
-        (case, optimizer)
-        for case in CASES[: size.cases]
-        for optimizer in list(case.runs)[: size.optimizers]
+        (case, optimizer) for case in CASES[: size.cases] for optimizer in list(case.runs)[: size.optimizers]
     ]
-    looks = pd.concat(_looked(*run, images, size.part) for run in tqdm(runs, desc="runs"))
+    looks = pd.concat(
+        _looked(case, optimizer, images, size.part) for case, optimizer in tqdm(runs, desc="runs")
+    )
     rows = [_summary(some) for _, some in looks.groupby(["case", "optimizer"], sort=False)]
     return {"looks": looks, "runs": pd.DataFrame(rows)}
 
