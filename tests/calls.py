@@ -498,7 +498,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "plotting.plot_spectral_density": (
         eomdl.plotting.plot_spectral_density,
-        dict(density=eomdl.curvature.spectral_density(valley_loss, VALLEY, None, 2, 2), width=0.1),
+        dict(density=eomdl.curvature.spectral_density(valley_loss, VALLEY, None, 2, 2), width=None),
     ),
     "runs.Crossing": (eomdl.runs.Crossing, dict(observable="loss", level=1.0, rising=True)),
     "runs.logarithmic_steps": (eomdl.runs.logarithmic_steps, dict(num_steps=10, per_decade=3)),
