@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from optax.tree import add, norm, size, sub, vdot, zeros_like
+from optax.tree import add, norm, size, sub, zeros_like
 
 
 __all__ = [
@@ -31,6 +31,15 @@ def scale(a: ArrayLike, x: Any) -> Any:
     if isinstance(a, float) and a == 1.0:
         return x
     return jax.tree.map(lambda leaf: jnp.asarray(a, leaf.dtype) * leaf, x)
+
+
+def vdot(a: Any, b: Any) -> jax.Array:
+    """The inner product of two vectors, over all axes of a leaf at once: `jnp.vdot` would gather what is spread, to flatten it."""
+
+    def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.tensordot(jnp.conj(x), y, jnp.ndim(x), precision=jax.lax.Precision.HIGHEST)
+
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(inner, a, b)))
 
 
 def gram(a: Any, b: Any) -> jax.Array:

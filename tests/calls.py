@@ -500,6 +500,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.plotting.plot_secants,
         dict(runs=eomdl.geometry.secants(runner, {"GD": valley_loss})),
     ),
+    "plotting.plot_spectral_density": (
+        eomdl.plotting.plot_spectral_density,
+        dict(density=eomdl.curvature.spectral_density(valley_loss, VALLEY, None, 2, 2), width=None),
+    ),
     "runs.Crossing": (eomdl.runs.Crossing, dict(observable="loss", level=1.0, rising=True)),
     "runs.logarithmic_steps": (eomdl.runs.logarithmic_steps, dict(num_steps=10, per_decade=3)),
     "runs.Trajectory.rows": (RUN.rows, dict(index=slice(2))),

@@ -3,6 +3,7 @@
 `test_devices.py` starts it, since the number of devices is fixed when JAX starts.
 """
 
+import dataclasses
 import json
 import tempfile
 
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import eomdl
 from eomdl.errors.carried import LeadingError, WithError, leaf_by_leaf
+from eomdl.observe.response import linear_response
 
 
 jax.config.update("jax_enable_x64", True)
@@ -211,6 +213,40 @@ def predicted():
     return {"apart": max(float(np.max(np.abs(x - y))) for x, y in leaves), "kept": kept(found, params)}
 
 
+def watched(params, args):
+    """The telemetry of two steps of Adam."""
+    telemetry = eomdl.observe.EdgeTelemetry(loss, ADAM, along_every=1, edge_every=1, k=2, num_matvecs=16)
+    state = ADAM.init(params)
+    for step in range(2):
+        gradient = jax.grad(loss)(params, args)
+        telemetry.look(step, params, state, args, gradient=gradient)
+        updates, state = ADAM.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return telemetry
+
+
+def telemetries():
+    """How far all numbers of a report are from those on one device, where the eigenvectors are, and what the rates gather."""
+    every = cases()
+    reference = dataclasses.asdict(watched(*every["one device"]).report())
+    found = {}
+    for case in ("data", "parameters", "both"):
+        params, _ = every[case]
+        telemetry = watched(*every[case])
+        pairs = zip(*map(jax.tree.leaves, (dataclasses.asdict(telemetry.report()), reference)), strict=True)
+        vectors = zip(*map(jax.tree.leaves, (telemetry._vectors, params)), strict=True)
+        response = jax.jit(lambda s, p: linear_response(ADAM, s, p, p)).lower(ADAM.init(params), params)
+        found[case] = {
+            "apart": max(float(np.max(np.abs(x - 1.0 * y) / np.maximum(np.abs(y), 1e-3))) for x, y in pairs),
+            "kept": [
+                [x.sharding.shard_shape(x.shape)[1:] == p.sharding.shard_shape(p.shape), spread_over(x)]
+                for x, p in vectors
+            ],
+            "all-gather": response.compile().as_text().count("all-gather("),
+        }
+    return found
+
+
 def collectives_over_chunks():
     """How often the compiled field of order 1 gathers, its data spread: by chunks that divide them evenly, and that do not."""
     params, args = cases()["data"]
@@ -240,6 +276,7 @@ def main():
     found["bytes"] = bytes_on_a_device()
     found["explicit"] = explicit()
     found["predicted"] = predicted()
+    found["telemetry"] = telemetries()
     found["chunks"] = collectives_over_chunks()
     print(json.dumps(found))
 

@@ -72,6 +72,14 @@ def test_the_error_predicted_on_eight_devices_is_that_on_one(found):
     assert found["predicted"]["kept"] == [[True, 8]] * 2
 
 
+@pytest.mark.parametrize(("case", "devices"), [("data", 1), ("parameters", 8), ("both", 8)])
+def test_telemetry_on_eight_devices_is_that_on_one(found, case, devices):
+    seen = found["telemetry"][case]
+    assert seen["apart"] <= 1e-10
+    assert seen["kept"] == [[True, devices]] * 2
+    assert seen["all-gather"] == 0  # inner products are of parameters where they are
+
+
 def test_means_over_chunks_gather_no_data(found):
     """A chunk size that divides the examples, and is a multiple of the devices, sends sums only."""
     even, uneven = found["chunks"]["even"], found["chunks"]["uneven"]

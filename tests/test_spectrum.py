@@ -46,6 +46,28 @@ def test_density_of_a_known_spectrum():
     assert found.num_params == 40
 
 
+def test_picture_of_a_density():
+    found = curvature.spectral_density(quadratic_loss, PARAMS, ARGS, num_samples=16, num_matvecs=20)
+    (axes,) = found.plot(0.1).axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == ["one standard error", "density", "one of 40 eigenvalues"]
+    assert axes.get_yscale() == "log"
+    points, drawn = axes.lines[0].get_data()
+    density, error = found.at(points, 0.1)
+    bottom, top = axes.get_ylim()
+    shown = density > bottom
+    np.testing.assert_allclose(drawn[shown], density[shown])
+    assert np.all(drawn[~shown] < bottom)
+    # nine and five stand alone, each about as high as the line of one eigenvalue
+    peaks = [drawn[np.argmin(np.abs(points - value))] for value in (5.0, 9.0)]
+    np.testing.assert_allclose(peaks, axes.lines[1].get_ydata()[0], rtol=0.5)
+    upper = axes.collections[0].get_paths()[0].vertices[:, 1].max()
+    np.testing.assert_allclose(upper, (density + error).max(), rtol=1e-6)
+    assert top > upper
+    flat = curvature.spectral_density(quadratic_loss, PARAMS, (jnp.eye(40), jnp.zeros(40)), 2, 4)
+    assert np.isfinite(flat.plot().axes[0].get_xlim()).all()
+
+
 def test_trace_has_a_standard_error_that_holds():
     found = [curvature.trace(quadratic_loss, PARAMS, ARGS, 64, seed) for seed in range(8)]
     off = np.array([(f.value - KNOWN.sum()) / f.standard_error for f in found])

@@ -111,6 +111,36 @@ def test_critical_multiple_of_a_network_by_bisection():
         assert int(found.evaluations) < 10
 
 
+def softmax_loss(params, args):
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(args[0] @ params, args[1]))
+
+
+def test_critical_multiples_along_a_run_are_those_by_bisection():
+    """Far from the edge, where f(c)/c rises ever slower: from one look to the next, in few passes."""
+    args, start = (normal(3, 12, 8), jnp.arange(12) % 4), normal(4, 8, 4)
+    telemetry = eomdl.observe.EdgeTelemetry(softmax_loss, optax.sgd(0.1), along_every=10, edge_every=None)
+    run = eomdl.descend(
+        softmax_loss, start, optax.sgd(0.1), 200, args=args, save_steps=10, telemetry=telemetry
+    )
+    report = telemetry.report()
+
+    @jax.jit
+    def bisected(params):
+        gradient, value = jax.grad(softmax_loss)(params, args), softmax_loss(params, args)
+
+        def halved(_, ends):
+            middle = sum(ends) / 2
+            is_lower = softmax_loss(params - 0.1 * middle * gradient, args) < value
+            return jnp.where(is_lower, middle, ends[0]), jnp.where(is_lower, ends[1], middle)
+
+        return jax.lax.fori_loop(0, 50, halved, (0.0, 1e5))[0]
+
+    exact = np.array([bisected(run.params[i]) for i in range(len(report.steps))])
+    assert exact.max() > 100
+    np.testing.assert_allclose(report.multiples, exact, rtol=0.05)
+    assert report.evaluations[1:].mean() < 3
+
+
 def test_a_step_upwards_and_a_step_without_end():
     up = along(net_loss, NET, jax.grad(net_loss)(NET, NET_ARGS), NET_ARGS)
     assert float(up.multiple) == 0
@@ -118,6 +148,9 @@ def test_a_step_upwards_and_a_step_without_end():
     down = along(lambda x, _: -jnp.sum(x), jnp.ones(2), jnp.ones(2), None)
     assert float(down.multiple) == np.inf
     assert int(down.evaluations) < 10
+    # a step whose change is lost in the rounding of the loss: the quadratic model's
+    lost = along(lambda x, _: 1 + jnp.sum(x**2), jnp.full(2, 1e-9), jnp.full(2, -1e-9), None)
+    np.testing.assert_allclose(lost.multiple, 2.0)
     wild = along(lambda x, _: jnp.sum(jnp.exp(x**4) - x), jnp.ones(2), 10 * jnp.ones(2), None)
     assert not np.isfinite(float(wild.drop))
 

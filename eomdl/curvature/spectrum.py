@@ -53,6 +53,12 @@ class SpectralDensity:
         found = np.sum(self.weights * bells, axis=2)
         return found.mean(axis=1), found.std(axis=1, ddof=1) / np.sqrt(found.shape[1])
 
+    def plot(self, width: float | None = None) -> Any:
+        """The density on a log scale with its standard error, as a matplotlib figure; see `eomdl.plotting.plot_spectral_density`."""
+        from eomdl.plotting import plot_spectral_density
+
+        return plot_spectral_density(self, width)
+
 
 def trace(loss: Loss, params: Params, args: Args, num_samples: int = 32, seed: int = 0) -> Estimate:
     r"""The trace of the Hessian, $\mathrm{tr} H = E[v^\top H v]$ over vectors v of random signs, with its standard error.

@@ -21,7 +21,7 @@ class EdgeReport:
     Along the step u, with f(c) the change of the loss in c times the step:
 
     - `steps`: shape (m,). `losses`: the loss before the step.
-    - `multiples`: the critical multiple, f(c) = 0; 0 where u leads upwards, infinite where none was found.
+    - `multiples`: the critical multiple, f(c) = 0; mostly to within 2 %; 0 where u leads upwards, infinite where none was found.
     - `curvatures`: $u^\top H u / |u|^2$. `drops`: -f(1), and `predicted_drops`: $-g \cdot u - u^\top H u / 2$.
     - `evaluations`: forward passes.
 

@@ -13,7 +13,7 @@ from eomdl import _blocks, _check, _tree
 from eomdl._autodiff import hessian_vector_product
 from eomdl._types import Args, Loss, Params, State
 from eomdl.curvature.pairs import scaled_pairs
-from eomdl.observe.along import Along, along
+from eomdl.observe.along import Along, Guess, along
 from eomdl.observe.edge import EdgeReport, report
 from eomdl.observe.response import Response, linear_response
 
@@ -97,8 +97,8 @@ class EdgeTelemetry:
         self._k = _check.integer("k", k, 1)
         self._num_matvecs = _check.integer("num_matvecs", num_matvecs, 1)
         self._names: list[str] = []
-        self._vectors: Params | None = None
-        self._guess = jnp.zeros(())  # of the critical multiple; 0 for none
+        self._vectors: Params = None
+        self._guess = Guess(jnp.zeros(()), jnp.ones(()))
         self._along: dict[int, Along] = {}
         self._edge: dict[int, Edge] = {}
 
@@ -124,10 +124,9 @@ class EdgeTelemetry:
         run = params, state, args, gradient
         if self._along_every and step % self._along_every == 0:
             self._along[step] = _looked_along(self._rest, self._arrays, run, self._guess)
-            self._guess = self._along[step].multiple
+            self._guess = Guess(self._along[step].multiple, self._along[step].power)
         if self._edge_every and step % self._edge_every == 0:
-            depth = FROM_SCRATCH if self._vectors is None else 1
-            depth = max(depth, self._num_matvecs)
+            depth = self._num_matvecs if self._edge else max(FROM_SCRATCH, self._num_matvecs)
             self._edge[step], self._vectors = _looked_at_edge(
                 self._rest, self._arrays, run, self._vectors, self._k, depth
             )
@@ -140,6 +139,8 @@ class EdgeTelemetry:
         if gradient is not None:
             _check.same_structure("gradient", gradient, "params", params)
         self._names = _blocks.names(params)
+        # Zeros are none: random vectors take their place. One program for all looks, if as many products are allowed in each.
+        self._vectors = jax.tree.map(lambda x: jnp.broadcast_to(0 * x, (self._k, *x.shape)), params)
 
     def report(self) -> EdgeReport:
         """What was seen so far."""
@@ -173,7 +174,7 @@ def _parted(tree: Any) -> tuple[list, _Rest]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _looked_along(rest: _Rest, arrays: list, run: Any, guess: jax.Array) -> Along:
+def _looked_along(rest: _Rest, arrays: list, run: Any, guess: Guess) -> Along:
     loss, optimizer = rest.joined(arrays)
     params, state, args, gradient = run
     gradient = jax.grad(loss)(params, args) if gradient is None else gradient
@@ -183,7 +184,7 @@ def _looked_along(rest: _Rest, arrays: list, run: Any, guess: jax.Array) -> Alon
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _looked_at_edge(
-    rest: _Rest, arrays: list, run: Any, vectors: Params | None, k: int, num_matvecs: int
+    rest: _Rest, arrays: list, run: Any, vectors: Params, k: int, num_matvecs: int
 ) -> tuple[Edge, Params]:
     loss, optimizer = rest.joined(arrays)
     params, state, args, gradient = run
@@ -232,5 +233,5 @@ def _discreteness(
 
     velocity = moved(gradient)
     change = moved(hessian_vector_product(loss, params, args, velocity))
-    norms = [jnp.linalg.norm(jnp.ravel(leaf)) for leaf in jax.tree.leaves(change)]
+    norms = [_tree.norm(leaf) for leaf in jax.tree.leaves(change)]
     return factor / 2 * jnp.stack(norms), _tree.norm(velocity)

@@ -12,6 +12,7 @@ from eomdl.plotting.predicted import plot_predicted_error
 from eomdl.plotting.rates import plot_largest_rate
 from eomdl.plotting.restricted_secant import plot_secants
 from eomdl.plotting.shape import plot_dimensions, plot_path_plane, plot_path_shape, plot_regions
+from eomdl.plotting.spectrum import plot_spectral_density
 
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "plot_predicted_error",
     "plot_regions",
     "plot_secants",
+    "plot_spectral_density",
 ]
