@@ -134,13 +134,14 @@ def _started(start: Params, num_products: int, used: ArrayLike) -> Basis:
     """The start vectors made orthonormal; random ones in place of those that depend on others."""
     block = len(jax.tree.leaves(start)[0])
     rows = num_products + block
-    empty = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), start)
+    # Zeros that XLA does not know to be such: else they take their memory long before they are used.
+    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(0 * leaf[:1], (rows, *leaf.shape[1:])), start)
 
-    def with_next(vectors: Params, i: jax.Array) -> tuple[Params, None]:
-        vector = jax.tree.map(lambda leaf: leaf[i], start)
-        return jax.lax.cond(i < used, lambda: _extended(vectors, vector, i)[0], lambda: vectors), None
+    def with_next(i: jax.Array, vectors: Params) -> Params:
+        return _extended(vectors, jax.tree.map(lambda leaf: leaf[i], start), i)[0]
 
-    vectors, _ = jax.lax.scan(with_next, empty, jnp.arange(block))
+    # Not by a condition in a loop over all: that takes a copy of the basis.
+    vectors = jax.lax.fori_loop(0, used, with_next, empty)
     products = jnp.zeros((rows, num_products), jnp.result_type(*jax.tree.leaves(start)))
     return Basis(vectors, products, jnp.asarray(0), used)
 

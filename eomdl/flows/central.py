@@ -310,37 +310,49 @@ class CentralFlow(AbstractDescentFlow):
             since=jnp.full(k, -1, dtype),
             worst=jnp.zeros(2, dtype),
         )
-        return self._grown(0, state, args, _COLD, _RTOL)
+        vectors, curvature, since = self._grown(0, state, args, _COLD, _RTOL)
+        return state._replace(vectors=vectors, curvature=curvature, since=since)
 
     def _watched(self, step: jax.Array, state: CentralState, args: Args) -> CentralState:
         """With the directions that have come near the bound, every few steps, while there is room for more."""
         if len(state.since) == 1:  # else a loop is compiled that never runs
             return state
         due = (step % _EVERY == 0) & (state.tracked < len(state.since))
-        return jax.lax.cond(due, lambda: self._grown(step, state, args, _GLANCE, _ROUGH), lambda: state)
+        # Of what changes only: all else of the state would be copied.
+        vectors, curvature, since = jax.lax.cond(
+            due,
+            lambda: self._grown(step, state, args, _GLANCE, _ROUGH),
+            lambda: (state.vectors, state.curvature, state.since),
+        )
+        return state._replace(vectors=vectors, curvature=curvature, since=since)
 
     @eqx.filter_jit  # begun on the host: compiled once
     def _grown(
         self, step: ArrayLike, state: CentralState, args: Args, num_matvecs: int, rtol: float
-    ) -> CentralState:
-        """With the next direction, and so on, as long as it is near the bound; the first is tracked wherever it is."""
+    ) -> tuple[Params, jax.Array, jax.Array]:
+        """Vectors, curvature and `since` with the next direction, and so on, as long as it is near the bound.
 
-        def goes_on(carry: tuple[CentralState, jax.Array]) -> jax.Array:
-            return carry[1] & (carry[0].tracked < len(carry[0].since))
+        The first one is tracked wherever it is.
+        """
 
-        def advanced(carry: tuple[CentralState, jax.Array]) -> tuple[CentralState, jax.Array]:
-            state = carry[0]
-            found, place = self._next(state, args, num_matvecs, rtol), state.tracked
+        def held(carry: tuple) -> CentralState:
+            return state._replace(vectors=carry[0], curvature=carry[1], since=carry[2])
+
+        def goes_on(carry: tuple) -> jax.Array:
+            return carry[3] & (held(carry).tracked < len(state.since))
+
+        def advanced(carry: tuple) -> tuple:
+            here, place = held(carry), held(carry).tracked
+            found = self._next(here, args, num_matvecs, rtol)
             taken = (found.values[0] >= NEAR) | (place == 0)
             new = (found.vectors, found.values, jnp.full(1, step, state.since.dtype))
-            vectors, curvature, since = jax.tree.map(
-                lambda old, x: old.at[place].set(jnp.where(taken, x[0], old[place])),
-                (state.vectors, state.curvature, state.since),
-                new,
+            kept = jax.tree.map(
+                lambda old, x: old.at[place].set(jnp.where(taken, x[0], old[place])), carry[:3], new
             )
-            return state._replace(vectors=vectors, curvature=curvature, since=since), taken
+            return *kept, taken
 
-        return jax.lax.while_loop(goes_on, advanced, (state, jnp.asarray(True)))[0]
+        start = (state.vectors, state.curvature, state.since, jnp.asarray(True))
+        return jax.lax.while_loop(goes_on, advanced, start)[:3]
 
     def _next(self, state: CentralState, args: Args, num_matvecs: int, rtol: float) -> Eigenpairs:
         """The largest pair of P^-1 H beside the tracked ones."""

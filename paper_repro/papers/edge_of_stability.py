@@ -77,8 +77,7 @@ SMOKE = Size(networks=1, steps=120, search=100)
 def data_of(case: Case, images: Images) -> tuple[Any, Any]:
     """`(params, args)`: the initial parameters, and the data."""
     inputs, labels = images(case.images, None)
-    if case.standardized:
-        inputs = (inputs - jnp.mean(inputs)) / jnp.std(inputs)
+    inputs = (inputs - jnp.mean(inputs)) / jnp.std(inputs) if case.standardized else inputs
     return case.init(inputs.shape[1]), (inputs, labels)
 
 
@@ -89,9 +88,7 @@ def setting(case: Case, images: Images, search: int = 600) -> tuple[Any, Any]:
     before = eomdl.descend(case.loss, params, optax.sgd(eta), search, args=args, **options)
     beyond = np.flatnonzero(eta * before.observables["sharpness"] > 1.9)
     if len(beyond) == 0:
-        raise ValueError(
-            f"{case.name}: expected eta * sharpness to pass 1.9 in {search} steps; use the default data"
-        )
+        raise ValueError(f"{case.name}: expected eta * sharpness > 1.9 in {search} steps; use the given data")
     return before.at(int(before.steps[beyond[0]])), args
 
 
@@ -114,9 +111,8 @@ def _follow(case: Case, images: Images, size: Size) -> Tables:
     moved = jax.tree.map(lambda leaf: leaf + PERTURBATION * rng.normal(size=leaf.shape), start)
     best = eomdl.flows.choose_points(step, start, steps, args=args, stride=2, max_points=6).points
     flows: dict[str, Any] = {FLOW: eomdl.GradientFlow(loss, eta)}
-    flows |= {
-        f"stride 2, {k} points": eomdl.InterpolatingFlow(step, eta, k, stride=2) for k in sorted({4, best})
-    }
+    for k in sorted({4, best}):
+        flows[f"stride 2, {k} points"] = eomdl.InterpolatingFlow(step, eta, k, stride=2)
     flows[BEFORE] = eomdl.InterpolatingFlow(step, eta, 3, stride=2, backward=3)
     paths = {MOVED: eomdl.descend(loss, moved, optimizer, steps, **common)}
     paths |= runs.solve_all(flows, start, steps, estimate_error=False, **common, **TOLERANCES)
