@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import diffrax
 import jax
 import numpy as np
 import optax
@@ -17,25 +16,8 @@ from eomdl._types import Args, Params
 from eomdl.flows import CentralFlow, EdgeFlow, RodFlow
 from paper_repro import networks
 from paper_repro.harness import Images
-from paper_repro.papers.edge_of_stability import CASES, Case, setting
-
-
-CASE = CASES[0]  # the MLP 64-32-32-10, squared error
-# A step of a refreshed flow is one of the optimizer: one of the solver, too, unless its error is larger than this.
-QUICK: dict[str, Any] = {
-    "solver": diffrax.Bosh3(),
-    "stepsize_controller": diffrax.PIDController(rtol=1e-3, atol=1e-6),
-}
-BOSH: dict[str, Any] = {"solver": diffrax.Bosh3(), "rtol": 1e-6, "atol": 1e-8}
-
-
-def euler(length: float) -> dict[str, Any]:
-    """Steps of one length, in steps of the optimizer."""
-    return {
-        "solver": diffrax.Euler(),
-        "stepsize_controller": diffrax.ConstantStepSize(),
-        "dt0": length,
-    }
+from paper_repro.papers.edge_flows import BOSH, CASE, QUICK, euler
+from paper_repro.papers.edge_of_stability import Case, setting
 
 
 class Entry(NamedTuple):
@@ -57,7 +39,7 @@ def flows(size: Size) -> dict[str, Entry]:
     step = eomdl.optimizer_step(CASE.loss, optax.sgd(eta))
     strided = eomdl.InterpolatingFlow(step, eta, 3, stride=2, backward=3)
     found = {
-        "edge, Euler 1": Entry(EdgeFlow(CASE.loss, eta), euler(1.0), time=5.0),
+        "edge, Euler 1/2": Entry(EdgeFlow(CASE.loss, eta), euler(1 / 2), time=5.0),
         "rod, Euler 1/3": Entry(RodFlow(step, eta), euler(1 / 3), time=20.0),
         "stride 2, 3 points and 3 back": Entry(strided, BOSH),
         "gradient flow": Entry(eomdl.GradientFlow(CASE.loss, eta), BOSH),

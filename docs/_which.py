@@ -103,7 +103,7 @@ def past_one() -> list[Row]:
 def for_the_edge(sgd: optax.GradientTransformation, at: str) -> list[Row]:
     """Flows that model the oscillation, or need none."""
     step = eomdl.optimizer_step(loss, sgd)
-    whole, edge = "a quadratic loss", "one direction alternates"
+    whole, edge = "a quadratic loss", "something alternates at the start"
     even = "GD; every 2nd step past 1"
     return [
         Row(

@@ -21,6 +21,7 @@ __all__ = [
     "scale",
     "size",
     "sub",
+    "unit",
     "vdot",
     "zeros_like",
 ]
@@ -40,6 +41,12 @@ def vdot(a: Any, b: Any) -> jax.Array:
         return jnp.tensordot(jnp.conj(x), y, jnp.ndim(x), precision=jax.lax.Precision.HIGHEST)
 
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(inner, a, b)))
+
+
+def unit(x: Any) -> Any:
+    """$x / |x|$; 0 for 0."""
+    length = norm(x)
+    return scale(jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), x)
 
 
 def gram(a: Any, b: Any) -> jax.Array:

@@ -175,9 +175,9 @@ class Still(eomdl.AbstractFlow):
         """The state of the central flow before its first step."""
         return self.flow.init(params, args)
 
-    def begin(self, params: Any, state: Any, args: Any) -> Any:
+    def begin(self, t: Any, params: Any, state: Any, args: Any) -> Any:
         """The same, with a real run's moment."""
-        return self.flow.begin(params, state, args)
+        return self.flow.begin(t, params, state, args)
 
     def params(self, state: Any) -> Any:
         """The parameters."""

@@ -174,7 +174,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.flows.EdgeFlow,
         dict(loss=valley_loss, learning_rate=0.05, direction=VALLEY, magnitude=0.1),
     ),
-    "flows.RodFlow": (eomdl.flows.RodFlow, dict(step_map=STEP, step_size=0.05, rods=1)),
+    "flows.RodFlow": (eomdl.flows.RodFlow, dict(step_map=STEP, step_size=0.05)),
     "flows.ReshufflingFlow": (eomdl.flows.ReshufflingFlow, dict(loss=valley_loss, learning_rate=0.05)),
     "flows.rmsprop_flow": (
         eomdl.flows.rmsprop_flow,

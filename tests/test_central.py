@@ -334,5 +334,5 @@ def test_rmsprop_begins_with_the_moment_of_a_real_run():
     optimizer = optax.rmsprop(0.01, 0.9)
     real = eomdl.descend(triple_loss, TRIPLE, optimizer, 5, args=COUPLING)
     flow = CentralFlow(triple_loss, 0.01, 1, SecondMoment(0.9))
-    state = flow.begin(real.final_params, real.end.state, COUPLING)
+    state = flow.begin(0.0, real.final_params, real.end.state, COUPLING)
     assert_identical(state.moment, optax.tree.get(real.end.state, "nu"))

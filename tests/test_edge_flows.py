@@ -7,12 +7,20 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_close, symmetric
+from jax.flatten_util import ravel_pytree
 
 import eomdl
 from eomdl.flows import ComplexPrincipalFlow, EdgeFlow, EdgeState, PrincipalFlow, RodFlow, RodState
 
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-13, "estimate_error": False, "diagnose": False}
+QUARTER = {
+    "solver": diffrax.Euler(),
+    "stepsize_controller": diffrax.ConstantStepSize(),
+    "dt0": 0.25,
+    "estimate_error": False,
+    "diagnose": False,
+}
 PLANE = (jnp.diag(jnp.array([1.0, 0.01])), jnp.zeros(2))
 START = jnp.array([-0.35, -0.2])
 
@@ -172,10 +180,10 @@ def test_both_flows_rest_on_the_orbit_of_period_two():
     np.testing.assert_allclose(edge.centre, [0, -0.1], atol=1e-12)
     flow = RodFlow(step, eta)
     centre = step.init(jnp.zeros(2))
-    frame = jax.tree.map(lambda x: u[None], centre)
-    rod = flow(0.0, RodState(centre, frame, jnp.ones((1, 1)), 0.5 * jnp.log(extent)), (s, q))
+    along = jax.tree.map(lambda x: u, centre)
+    rod = flow(0.0, RodState(centre, along, 0.5 * jnp.log(extent)), (s, q))
     np.testing.assert_allclose(rod.log_length, 0, atol=1e-10)
-    longer = flow(0.0, RodState(centre, frame, jnp.ones((1, 1)), 0.5 * jnp.log(1.1 * extent)), (s, q))
+    longer = flow(0.0, RodState(centre, along, 0.5 * jnp.log(1.1 * extent)), (s, q))
     assert float(longer.log_length) < -1e-2  # it comes back
 
 
@@ -184,49 +192,71 @@ def test_what_is_wrong_for_the_edge_flow_is_named():
         eomdl.solve(EdgeFlow(quadratic_loss, 0.5, direction=jnp.ones(3)), START, 2, args=PLANE)
 
 
-def test_a_second_critical_direction_is_told():
+def test_one_vector_follows_two_modes_past_the_edge():
+    """d' = (H - 2/eta) d: every mode grows at its own rate, and both are those of gradient descent at the start."""
+    eta, steps, curvatures = 1.0, 12, np.array([2.1, 2.05, 0.3])
+    args, start = (jnp.diag(jnp.asarray(curvatures)), jnp.zeros(3)), jnp.array([0.02, -0.03, 0.5])
+    flow = EdgeFlow(quadratic_loss, eta)
+    path = eomdl.solve(flow, start, steps, args=args, observe_state={"d": oscillation}, **TIGHT)
+    k, first = path.steps[:, None], np.asarray(start)
+    expected = np.where([1, 1, 0], np.exp(k * (eta * curvatures - 2)) * first, 0)
+    np.testing.assert_allclose(path.observables["d"], expected, atol=1e-9)
+    np.testing.assert_allclose(
+        path.params, np.where([1, 1, 0], 0, np.exp(-k * eta * curvatures) * first), atol=1e-9
+    )
+
+
+def oscillation(t, state, args):
+    u = state.direction
+    return jnp.exp(state.log_magnitude) * u / jnp.linalg.norm(u)
+
+
+def test_a_critical_mode_beside_the_oscillation_is_told():
     args = (jnp.diag(jnp.array([1.2, 1.1])), jnp.zeros(2))
-    flow = EdgeFlow(quadratic_loss, 1.9)
-    state = flow.init(START, args)
-    (found,) = flow.diagnostics(0.0, state, args).values()
-    assert float(found.value) == pytest.approx(1.9 * 1.1, rel=1e-3)
-    assert found.exceeded
-    (found,) = EdgeFlow(quadratic_loss, 1.7).diagnostics(0.0, state, args).values()
-    assert not found.exceeded
+    for start, rate, told in (
+        (START, 1.9, False),
+        (along_one := jnp.array([0.3, 0.0]), 1.9, True),
+        (along_one, 1.7, False),
+    ):
+        flow = EdgeFlow(quadratic_loss, rate)
+        (found,) = flow.diagnostics(0.0, flow.init(start, args), args).values()
+        assert found.exceeded == told
+    assert float(found.value) == pytest.approx(1.7 * 1.1, rel=1e-3)
 
 
 # ------------------------------------------------------------------ rod flow
 
 
-def covariance(state):
-    frame = np.asarray(jax.tree.leaves(state.frame)[0])
-    return frame.T @ np.asarray(state.extent) @ frame
-
-
-@pytest.mark.parametrize("rods", [1, 2])
-def test_rods_are_those_of_the_whole_covariance_on_a_quadratic(rods):
-    r"""Sigma' = eta^2/2 H Sigma H - 2 Sigma where the drift is left out; with one number (eta^2 S^2/2 - 2) Sigma."""
-    eta, hessian = 1.0, symmetric([0.1, 1.6, 1.9])
-    args = (jnp.asarray(hessian), jnp.zeros(3))
-    step = eomdl.optimizer_step(quadratic_loss, optax.sgd(eta))
-    flow = RodFlow(step, eta, rods)
-    state = flow.init(jnp.array([0.3, -0.2, 0.5]), args)
+def velocity_of_rod(flow, state, args):
     velocity = flow(0.0, state, args)
-    _, moved = jax.jvp(lambda x: jnp.exp(2 * x.log_length) * _combined(x), (state,), (velocity,))
-    _, vectors = np.linalg.eigh(hessian)
-    top = vectors[:, ::-1][:, :rods]
-    inside = top @ top.T
-    sigma = covariance(state)
-    expected = 0.5 * hessian @ sigma @ hessian - 2 * sigma
-    np.testing.assert_allclose(sigma, inside @ sigma @ inside, atol=1e-12)
-    np.testing.assert_allclose(moved, expected, atol=1e-9)
-    if rods == 1:
-        np.testing.assert_allclose(velocity.log_length, (1.9**2 / 2 - 2) / 2, rtol=1e-8)
+    return jax.jvp(
+        lambda u, l: jax.tree.map(lambda x: jnp.exp(l) * x, u),
+        (state.direction, state.log_length),
+        (velocity.direction, velocity.log_length),
+    )[1]
 
 
-def _combined(state):
-    frame = jax.tree.leaves(state.frame)[0]
-    return frame.T @ state.shape @ frame
+def test_the_rod_on_a_quadratic():
+    """At the start half a step along the modes that alternate; then d' = (H - b) d + (b^2/4 - 1) d, b = u'Hu."""
+    eta, hessian = 1.0, symmetric([0.1, 1.8, 1.9])
+    args, start = (jnp.asarray(hessian), jnp.zeros(3)), np.array([0.3, -0.2, 0.5])
+    step = eomdl.optimizer_step(quadratic_loss, optax.sgd(eta))
+    flow = RodFlow(step, eta)
+    state = flow.init(jnp.asarray(start), args)
+    values, vectors = np.linalg.eigh(hessian)
+    half = vectors @ (np.where(values > 1, values / 2, 0) * (vectors.T @ start))
+    rod = jax.tree.leaves(rod_of_tree(state))[0]
+    np.testing.assert_allclose(rod, half, atol=1e-12)
+    u = rod / np.linalg.norm(rod)
+    b = u @ hessian @ u
+    (velocity,) = jax.tree.leaves(velocity_of_rod(flow, state, args))
+    np.testing.assert_allclose(velocity, hessian @ rod - b * rod + (b**2 / 4 - 1) * rod, atol=1e-8)
+    along = state._replace(direction=jax.tree.map(lambda x: jnp.asarray(vectors[:, 2]), state.direction))
+    np.testing.assert_allclose(flow(0.0, along, args).log_length, (1.9**2 / 2 - 2) / 2, rtol=1e-7)
+
+
+def rod_of_tree(state):
+    return jax.tree.map(lambda x: jnp.exp(state.log_length) * x, state.direction)
 
 
 def test_the_rod_flow_of_heavy_ball_grows_at_its_threshold():
@@ -244,10 +274,53 @@ def test_the_rod_flow_of_heavy_ball_grows_at_its_threshold():
     assert rates[0] < -1e-3 < abs(rates[1]) + 1e-3 < rates[2]
 
 
-def test_more_rods_than_numbers_are_refused():
-    step = eomdl.optimizer_step(quadratic_loss, optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"^rods: expected at most the 2 numbers of the state, got 3"):
-        eomdl.solve(RodFlow(step, 0.1, 3), START, 2, args=PLANE)
+def test_the_rod_turns_in_the_plane_of_a_complex_pair():
+    """Shortly before the edge of heavy ball: up to its length d is that of d' = -f' d."""
+    beta, product = 0.5, 2.88
+    step = eomdl.optimizer_step(quadratic_loss, optax.sgd(product, momentum=beta))
+    flow, start = RodFlow(step, product / (1 - beta)), jnp.array([0.1, 0.0])
+    observe = {"d": lambda t, state, args: ravel_pytree(state.direction)[0]}
+    path = eomdl.solve(flow, start, 10, args=PLANE, observe_state=observe, **TIGHT)
+    flat, unflatten = ravel_pytree(step.init(start))
+    matrix = jax.jacobian(lambda x: ravel_pytree(step.increment(unflatten(x), PLANE, 0.0))[0])(flat)
+    found = path.observables["d"] / np.linalg.norm(path.observables["d"], axis=1, keepdims=True)
+    for k in (1, 5, 10):
+        expected = jax.scipy.linalg.expm(-k * matrix) @ found[0]
+        np.testing.assert_allclose(found[k], expected / np.linalg.norm(expected), atol=1e-8)
+    assert abs(found[0] @ found[10]) < 0.99
+
+
+def test_the_rod_begins_at_the_step_of_the_real_run():
+    """The centre is the midpoint of the next step, which with Adam's bias correction is another at step 0."""
+    optimizer = optax.adam(0.1, 0.5, 0.9)
+    end = eomdl.descend(quadratic_loss, START, optimizer, 3, args=PLANE).end
+    real = eomdl.descend(quadratic_loss, START, optimizer, 4, args=PLANE, resume=end)
+    flow = RodFlow(eomdl.optimizer_step(quadratic_loss, optimizer), 0.1)
+    state = flow.begin(0.3, end.params, end.state, args=PLANE)
+    middle = 0.5 * (real.at(3) + real.at(4))
+    np.testing.assert_allclose(flow.params(state), middle, rtol=1e-6)  # optax corrects the bias in float32
+    wrong = flow.begin(0.0, end.params, end.state, args=PLANE)
+    assert np.max(np.abs(flow.params(wrong) - middle)) > 1e-4
+
+
+def test_the_rod_flow_of_a_map_that_changes_with_time():
+    """x_{k+1} = x_k + k has the midpoints x_0 + k^2/2."""
+    flow = RodFlow(lambda state, args, k: state + jnp.asarray(k, state.dtype), 0.5)
+    path = eomdl.solve(flow, jnp.zeros(2), 6, **TIGHT)
+    np.testing.assert_allclose(path.params[:, 0], path.steps**2 / 2, atol=1e-10)
+
+
+def test_a_growing_mode_beside_the_rod_is_told():
+    args = (jnp.diag(jnp.array([1.2, 1.1])), jnp.zeros(2))
+    for start, rate, told in (
+        (START, 1.9, False),
+        (jnp.array([0.3, 0.0]), 1.9, True),
+        (jnp.array([0.3, 0.0]), 1.7, False),
+    ):
+        flow = RodFlow(eomdl.optimizer_step(quadratic_loss, optax.sgd(rate)), rate)
+        (found,) = flow.diagnostics(0.0, flow.init(start, args), args).values()
+        assert found.exceeded == told
+    assert float(found.value) == pytest.approx(1.7 * 1.1, rel=1e-6)
 
 
 # ------------------------------------------------------------------ through the edge
@@ -257,20 +330,28 @@ def test_both_flows_follow_the_middle_of_the_valley_through_the_edge():
     eta, start = 0.3, {"x": jnp.array(0.02, float), "y": jnp.array(6.3, float)}
     real = eomdl.descend(minimal_loss, start, optax.sgd(eta), 101)
     step = eomdl.optimizer_step(minimal_loss, optax.sgd(eta))
-    quarter = {
-        "solver": diffrax.Euler(),
-        "stepsize_controller": diffrax.ConstantStepSize(),
-        "dt0": 0.25,
-        "estimate_error": False,
-        "diagnose": False,
-    }
     paths = {
-        "edge": eomdl.solve(EdgeFlow(minimal_loss, eta), start, 100, **quarter),
-        "rod": eomdl.solve(RodFlow(step, eta), start, 100, **quarter),
+        "edge": eomdl.solve(EdgeFlow(minimal_loss, eta), start, 100, **QUARTER),
+        "rod": eomdl.solve(RodFlow(step, eta), start, 100, **QUARTER),
     }
-    plain = eomdl.solve(eomdl.GradientFlow(minimal_loss, eta), start, 100, **quarter)
+    plain = eomdl.solve(eomdl.GradientFlow(minimal_loss, eta), start, 100, **QUARTER)
     target = real.averaged(eomdl.flows.SMOOTHED)
     apart = eomdl.compare(target, {"gradient flow": plain}).distance["gradient flow"]
     for name, path in paths.items():
         found = eomdl.compare(real, {name: path}).distance[name]
         assert found[-1] < 0.3 * apart[-1], (name, found[-1], apart[-1])
+
+
+def test_the_rod_flow_goes_through_the_edge_of_adam():
+    optimizer, start = (
+        optax.adam(0.1, 0.5, 0.999, 0.1),
+        {"x": jnp.array(0.02, float), "y": jnp.array(4.0, float)},
+    )
+    end = eomdl.descend(minimal_loss, start, optimizer, 30).end
+    real = eomdl.descend(minimal_loss, start, optimizer, 181, resume=end)
+    step = eomdl.optimizer_step(minimal_loss, optimizer)
+    path = eomdl.solve(RodFlow(step, 0.1), start, 180, resume=end, **QUARTER)
+    (apart,) = eomdl.compare(real, {"rod": path}).distance.values()
+    assert apart[49] < 1e-4  # before the edge
+    assert np.abs(np.diff(real.params["x"], 2)).max() > 0.2
+    assert apart[-1] < 2e-3  # 2e-2 without the rod

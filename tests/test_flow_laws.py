@@ -185,7 +185,7 @@ def law_of_the_discrete_step(entry):
     start, begin = begun(entry, rate)
     state = flow.init(VALLEY, entry.args)
     if start is not None:
-        state = flow.begin(start.params, start.state, entry.args)
+        state = flow.begin(begin * flow.step_size, start.params, start.state, entry.args)
     for n in range(flow.stride):
         state = flow.step((begin + n) * flow.step_size, state, entry.args)
         assert state is not None

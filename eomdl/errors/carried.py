@@ -137,9 +137,9 @@ class LinearizedError(AbstractFlow):
         """No error at the start."""
         return _without_error(self.flow.init(params, args))
 
-    def begin(self, params: Params, state: State, args: Args) -> Linearized:
+    def begin(self, t: ArrayLike, params: Params, state: State, args: Args) -> Linearized:
         """No error where a real run ended."""
-        return _without_error(self.flow.begin(params, state, args))
+        return _without_error(self.flow.begin(t, params, state, args))
 
     def params(self, state: Linearized) -> Params:
         """Those on the flow."""

@@ -68,9 +68,9 @@ class AbstractFlow(eqx.Module):
         del args
         return params
 
-    def begin(self, params: Params, state: State, args: Args) -> State:
-        """The state that goes on where a real run ended with `params`, carrying `state`."""
-        del state
+    def begin(self, t: ArrayLike, params: Params, state: State, args: Args) -> State:
+        """The state that goes on where a real run ended at time t with `params`, carrying `state`."""
+        del t, state
         return self.init(params, args)
 
     def params(self, state: State) -> Params:

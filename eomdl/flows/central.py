@@ -157,8 +157,9 @@ class CentralFlow(AbstractDescentFlow):
         """Nothing oscillates yet; the moment is the squared gradient."""
         return self._started(params, self.preconditioner.init(jax.grad(self.loss)(params, args)), args)
 
-    def begin(self, params: Params, state: Any, args: Args) -> CentralState:
+    def begin(self, t: ArrayLike, params: Params, state: Any, args: Args) -> CentralState:
         """From where a real run ended, with its moment."""
+        del t
         return self._started(params, self.preconditioner.read(state), args)
 
     def params(self, state: CentralState) -> Params:

@@ -130,9 +130,9 @@ class InterpolatingFlow(AbstractFlow):
         del args
         return self.step_map.init(params)
 
-    def begin(self, params: Params, state: State, args: Args) -> State:
+    def begin(self, t: ArrayLike, params: Params, state: State, args: Args) -> State:
         """The state of the step map where a real run ended in `state`, with `params` in it."""
-        del args
+        del t, args
         return self.step_map.restore(state, params)
 
     def params(self, state: State) -> Params:

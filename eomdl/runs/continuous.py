@@ -171,7 +171,7 @@ def _begun(setup: Setup, flow: AbstractFlow, state: State, estimate: bool) -> tu
             f"resume: expected a real run of a multiple of the flow's stride {flow.stride}, got {end.step} steps"
         )
     if end.state is not None:
-        state = flow.begin(setup.starting_params, end.state, setup.data.example)
+        state = flow.begin(end.step * flow.step_size, setup.starting_params, end.state, setup.data.example)
     if before is not None:
         steps = np.asarray(before.steps)
         error = np.zeros(len(steps)) if before.ode_error is None else before.ode_error
