@@ -27,7 +27,7 @@ def test_a_wrong_argument_is_named(entry):
         if eqx.is_array(value) and value.ndim == 0:
             wrong = [*NO_NUMBER, *[0, 0.0] * (field.name in CLOCKS)]
         elif isinstance(value, int) and not isinstance(value, bool):
-            wrong = [-1, 1.5, 2.0, "2", None, True]
+            wrong = [-1, 1.5, 2.0, "2", True, *[None] * (field.default is not None)]
         else:
             continue
         numbers += 1

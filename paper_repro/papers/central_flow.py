@@ -146,9 +146,10 @@ def _claims(run: str, paths: pd.DataFrame, variances: pd.DataFrame) -> list[made
     totals = variances.dropna()[["measured", "predicted"]].sum()
     ratio = totals["measured"] / totals["predicted"]
     if len(held) < BRIEF * len(central):
+        # A finding, made after the run: what is claimed of the others was asserted of this one too, and failed.
         text = f"{run}: the real run does not oscillate where the flow does, for a few steps; what is claimed of the others fails here."
         said = f"{len(held)} of {len(central)} rows; variance measured / predicted {ratio:.0e}; distance {near:.1e}, without {far:.1e}."
-        return [made.Claim(text, said, bool(ratio < 0.1 and near > far))]
+        return [made.Claim(text, said, None)]
     options: dict[str, Any] = {"full_only": True}
     text = f"{run}: on the mean over the run it is nearer to the smoothed path than the flow without its oscillation."
     what = f"times nearer, {near:.1e} and {far:.1e} of the distance travelled"
