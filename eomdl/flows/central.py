@@ -187,7 +187,7 @@ class CentralFlow(AbstractDescentFlow):
         squares = self.preconditioner.collected(jax.tree.map(jnp.square, gradient))
         rate = self.preconditioner.rate(state.moment, _tree.add(squares, state.squares))
         return still._replace(
-            params=jax.tree.map(lambda g, p: -g / (p * self._rate(g)), whole, diagonal),
+            params=jax.tree.map(lambda g, p: -g / (p * self.learning_rate.astype(g.dtype)), whole, diagonal),
             moment=_tree.scale(1 / self.learning_rate, rate),
         )
 
@@ -342,10 +342,7 @@ class CentralFlow(AbstractDescentFlow):
     def _grown(
         self, step: ArrayLike, state: CentralState, args: Args, look: _Look
     ) -> tuple[Params, jax.Array, jax.Array]:
-        """Vectors, curvature and `since` with the next direction, and so on, as long as it is near the bound.
-
-        The first one is tracked wherever it is.
-        """
+        """Vectors, curvature and `since` with the next directions that are near the bound; the first one wherever it is."""
 
         def held(carry: tuple) -> CentralState:
             return state._replace(vectors=carry[0], curvature=carry[1], since=carry[2])
@@ -392,16 +389,9 @@ class CentralFlow(AbstractDescentFlow):
     def _diagonal(self, state: CentralState) -> Params:
         return self.preconditioner.diagonal(self.learning_rate, state.moment, state.params)
 
-    def _rate(self, like: jax.Array) -> jax.Array:
-        return self.learning_rate.astype(like.dtype)
-
 
 def _as_in(state: CentralState, pairs: Eigenpairs) -> Eigenpairs:
     """In the dtypes of the state."""
     vectors = jax.tree.map(lambda x, like: x.astype(like.dtype), pairs.vectors, state.vectors)
-    dtype = state.curvature.dtype
-    return eqx.tree_at(
-        lambda p: (p.values, p.vectors, p.residuals),
-        pairs,
-        (pairs.values.astype(dtype), vectors, pairs.residuals.astype(dtype)),
-    )
+    values, residuals = (x.astype(state.curvature.dtype) for x in (pairs.values, pairs.residuals))
+    return Eigenpairs(values, vectors, residuals, pairs.converged, pairs.matvecs)
