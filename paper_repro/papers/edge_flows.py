@@ -25,7 +25,7 @@ from paper_repro.papers.edge_of_stability import CASES, setting
 
 
 SOURCE = "Flows: Cohen et al. 2025, Regis & Chewi 2026, Marion 2026; the flow of stride 2 is our own."
-SECONDS = 200
+SECONDS = 100
 CASE = CASES[0]  # the MLP 64-32-32-10, squared error
 FLOW, EDGE, ROD, CENTRAL, STRIDE = "gradient flow", "edge flow", "rod flow", "central flow", "stride 2"
 # A step of a refreshed flow is one of the optimizer: one of the solver, too, unless its error is larger than this.
@@ -43,14 +43,16 @@ def euler(length: float) -> dict[str, Any]:
 
 
 class Size(NamedTuple):
-    """Where distances are compared, the last at the end of the run; how many steps lie between two rows; steps to the edge."""
+    """Where distances are compared, the last at the end; steps between two rows, to the edge; what takes long to compile."""
 
     at: tuple[int, ...] = (200, 400, 1000)
     every: int = 10
     search: int = 600
+    diagnose: bool = True
+    directions: int = 2
 
 
-SMOKE = Size(at=(60, 120), every=20, search=100)
+SMOKE = Size(at=(60, 120), every=20, search=100, diagnose=False, directions=1)
 
 
 class Model(NamedTuple):
@@ -61,11 +63,11 @@ class Model(NamedTuple):
     mean_loss: Callable | None = None
 
 
-def models() -> dict[str, Model]:
+def models(directions: int) -> dict[str, Model]:
     """All flows, by name."""
     loss, eta = CASE.loss, CASE.learning_rate
     step = eomdl.optimizer_step(loss, optax.sgd(eta))
-    central = eomdl.flows.CentralFlow(loss, eta, 2)
+    central = eomdl.flows.CentralFlow(loss, eta, directions)
     return {
         FLOW: Model(eomdl.GradientFlow(loss, eta), BOSH),
         CENTRAL: Model(central, QUICK, central.mean_loss),
@@ -92,8 +94,9 @@ def measure(size: Size, images: Images) -> Tables:
     )
     table = [_table("GD", real.rows(np.isin(real.steps, rows)), args)]
     notes = []
-    for name, (flow, options, mean_loss) in tqdm(models().items(), desc="flows", leave=False):
+    for name, (flow, options, mean_loss) in tqdm(models(size.directions).items(), desc="flows", leave=False):
         common: dict[str, Any] = {"args": args, "save_steps": rows, "estimate_error": False, **options}
+        common |= {"diagnose": size.diagnose}
         state = {} if mean_loss is None else {"mean loss": mean_loss}
         path = eomdl.solve(flow, start, size.at[-1], observe_state=state, **common)
         predicted = real.averaged(flow.target)
