@@ -38,6 +38,8 @@ gc.set_threshold(200_000, 50, 1000)
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
+    # Another worker may still be writing the entry: JAX then compiles the program itself.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
 
 
 @pytest.fixture(scope="module", autouse=True)

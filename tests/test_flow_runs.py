@@ -10,9 +10,6 @@ from registry import KINDS, TIGHT, Flow, begun, made
 import eomdl
 
 
-OPTIONS = {**TIGHT, "estimate_error": False, "diagnose": False}
-
-
 @KINDS
 def test_jit_and_vmap_change_nothing(entry):
     start, begin = begun(entry, entry.rates[0])
@@ -20,7 +17,9 @@ def test_jit_and_vmap_change_nothing(entry):
     num_steps = begin + 8
 
     def path(flow):
-        run = eomdl.solve(flow, VALLEY, num_steps, args=entry.args, resume=start, **OPTIONS)
+        run = eomdl.solve(
+            flow, VALLEY, num_steps, args=entry.args, resume=start, estimate_error=False, **TIGHT
+        )
         return run.params, run.times
 
     arrays, rest = zip(*(eqx.partition(flow, eqx.is_array) for flow in flows), strict=True)
@@ -61,9 +60,10 @@ def a_batch_for_each_step(entry: Flow, num_steps: int) -> jax.Array:
 def test_minibatches_are_seen_each_in_its_own_step(entry):
     flow, num_steps = made(entry), 8
     batches = a_batch_for_each_step(entry, num_steps)
+    options = {"estimate_error": False, **TIGHT}
 
     def path(batches):
-        return flat_rows(eomdl.solve(flow, VALLEY, num_steps, batches=batches, **OPTIONS))
+        return flat_rows(eomdl.solve(flow, VALLEY, num_steps, batches=batches, diagnose=False, **options))
 
     rows = path(batches)
     ahead = max(
@@ -77,7 +77,7 @@ def test_minibatches_are_seen_each_in_its_own_step(entry):
         assert np.all(np.linalg.norm(other[end:] - rows[end:], axis=1) > 1e-6)
     # The same batch in every step is no batches at all.
     constant = path(jnp.broadcast_to(entry.args, batches.shape))
-    whole = flat_rows(eomdl.solve(flow, VALLEY, num_steps, args=entry.args, **OPTIONS))
+    whole = flat_rows(eomdl.solve(flow, VALLEY, num_steps, args=entry.args, **options))
     np.testing.assert_allclose(constant, whole, rtol=1e-9)
 
 
