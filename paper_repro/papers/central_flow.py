@@ -9,7 +9,6 @@ become critical. Beside it the same flow without its oscillation: RMSProp's flow
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffrax
 import jax
 import numpy as np
 import optax
@@ -21,6 +20,7 @@ import eomdl
 from eomdl.flows import CentralFlow, SecondMoment
 from paper_repro import claims as made, pictures as draw, runs
 from paper_repro.harness import Images, Tables
+from paper_repro.papers.edge_flows import QUICK
 from paper_repro.papers.edge_of_stability import CASES, Case, data_of, setting
 
 
@@ -29,10 +29,6 @@ SECONDS = 200
 REAL, CENTRAL, STILL = "real run", "central flow", "without oscillation"
 WINDOW = 32  # steps, over which the real run is averaged: its oscillation swells and dies in as many
 BRIEF = 0.05  # of the rows: a run that oscillates in fewer touches the edge in passing
-STEP: dict[str, Any] = {
-    "solver": diffrax.Bosh3(),
-    "stepsize_controller": diffrax.PIDController(rtol=1e-3, atol=1e-6),
-}
 
 
 class Size(NamedTuple):
@@ -92,7 +88,7 @@ def _follow(run: Run, size: Size, images: Images) -> Tables:
     common |= {"save_steps": list(range(int(begin.step), last + 1, size.every)), "diagnose": size.diagnose}
     seen = {"mean loss": flow.mean_loss, "mean squared gradient": flow.mean_squared_gradient}
     seen |= {"variances": flow.variances, "axes": flow.axes, "curvature": runs.curvature_of(flow)}
-    paths = {CENTRAL: eomdl.solve(flow, start, last, observe_state=seen, **common, **STEP)}
+    paths = {CENTRAL: eomdl.solve(flow, start, last, observe_state=seen, **common, **QUICK)}
     still = runs.Still(flow.step_size, flow)
     options: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-8, "estimate_error": False}
     paths[STILL] = eomdl.solve(still, start, last, **common, **options)
