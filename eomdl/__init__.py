@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from eomdl import (
+    choice,
     curvature,
     errors,
     flows,
@@ -11,19 +12,30 @@ from eomdl import (
     maps,
     observe,
     plotting,
-    reports,
     runs,
     series,
     symmetry,
+    telemetry,
 )
-from eomdl.errors import Comparison, compare
-from eomdl.flows import AbstractFlow, EquationOfMotion, GradientFlow, InterpolatingFlow, citation
-from eomdl.losses import WeightDecay
-from eomdl.maps import Ensemble, StepMap, optimizer_step
-from eomdl.observe import on_batch, sharpness
-from eomdl.reports import report
-from eomdl.runs import RESULTS, Checkpoints, Trajectory, descend, iterate, solve
-from eomdl.series import counterterms
+from eomdl._end import RESULTS
+from eomdl.errors.comparison import Comparison, compare
+from eomdl.flows.base import AbstractFlow
+from eomdl.flows.equation_of_motion import EquationOfMotion
+from eomdl.flows.gradient import GradientFlow
+from eomdl.flows.interpolating import InterpolatingFlow
+from eomdl.flows.references import citation
+from eomdl.losses.penalties import WeightDecay
+from eomdl.maps.optimizer import optimizer_step
+from eomdl.maps.step_map import StepMap
+from eomdl.observe.batch import on_batch
+from eomdl.observe.curvature import sharpness
+from eomdl.reports.written import report
+from eomdl.runs.checkpoints import Checkpoints
+from eomdl.runs.continuous import solve
+from eomdl.runs.discrete import descend, iterate
+from eomdl.runs.ensemble import Ensemble
+from eomdl.runs.trajectory import Trajectory
+from eomdl.series.euler import counterterms
 
 
 __version__ = _version("eomdl")
@@ -41,6 +53,7 @@ __all__ = [
     "Trajectory",
     "WeightDecay",
     "__version__",
+    "choice",
     "citation",
     "compare",
     "counterterms",
@@ -57,10 +70,10 @@ __all__ = [
     "optimizer_step",
     "plotting",
     "report",
-    "reports",
     "runs",
     "series",
     "sharpness",
     "solve",
     "symmetry",
+    "telemetry",
 ]

@@ -30,7 +30,7 @@ FILE.py is imported (what stands under `if __name__ == "__main__":` is not run).
   args                the data that the loss takes (optional)
   optimizer           a function learning_rate -> optax optimizer, such as optax.adam or
                       lambda rate: optax.sgd(rate, momentum=0.9); or an optax optimizer that has
-                      the same learning rate (optional; plain gradient descent)
+                      the same learning rate (optional; gradient descent)
   batches             one batch for each step: a list, an iterator, arrays with a leading axis of
                       steps, or a function of the number of steps (optional; `args` every step)
 
@@ -45,7 +45,7 @@ example:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, and where there is more."""
+        """Exit with one line that says where there is more."""
         self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -93,19 +93,19 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=_writable, default=Path("report.html"), metavar="PAGE", help="default: %(default)s"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="look at fewer points, for an answer in a minute"
+        "--quick", action="store_true", help="measure fewer points, for an answer in a minute"
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code: 0, 2 for a wrong argument or file, 130 at Ctrl-C."""
+    """Run the command and return its exit code: 0, 2 for a wrong argument or file, 130 at Ctrl-C."""
     parser = _parser()
     options = parser.parse_args(argv)
     try:
         problem = read_problem(options.file, options.steps)
         _mention(problem)
-        found = report(
+        page = report(
             problem.loss,
             problem.params,
             options.learning_rate,
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             quick=options.quick,
             progress=True,
         )
-        found.save(options.out)
+        page.save(options.out)
     except WrongFile as error:
         sys.stderr.write(error.details)
         sys.stderr.write(f"{parser.prog}: error: {error}\n")
@@ -125,18 +125,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{parser.prog}: error: {error}: the pictures come with pip install 'eomdl[plot]'\n")
         return USAGE
     except (ValueError, OSError) as error:
-        said = " ".join(str(error).split())
-        sys.stderr.write(f"{parser.prog}: error: {said}\n")
+        one_line = " ".join(str(error).split())
+        sys.stderr.write(f"{parser.prog}: error: {one_line}\n")
         return USAGE
     except KeyboardInterrupt:
         sys.stderr.write(f"{parser.prog}: interrupted, nothing written\n")
         return INTERRUPTED
-    print("\n".join([*found.summary, f"All of it: {options.out}"]))
+    print("\n".join([*page.summary, f"All of it: {options.out}"]))
     return 0
 
 
 def _mention(problem: Problem) -> None:
-    """What the file printed, so that it is not taken for ours."""
+    """Repeat what the file printed, so that it is not taken for ours."""
     lines = problem.printed.splitlines()
     if lines:
         more = f" (and {len(lines) - 3} lines more)" if len(lines) > 3 else ""

@@ -14,14 +14,14 @@ Where: TypeAlias = str | Callable[[Params], Any]
 
 
 def names(params: Params) -> list[str]:
-    """Names of all leaves: the keys of their paths, joined by dots."""
+    """Return the names of all leaves: the keys of their paths, joined by dots."""
     return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def select(params: Params, where: Where) -> Any:
-    """The block: a leaf, or a subtree (of a name that several leaves begin with, their tuple).
+    """Return the block: a leaf, a subtree, or for a name that several leaves begin with the tuple of them.
 
-    Raises `ValueError` that suggests the nearest names.
+    **Raises:** `ValueError` that suggests the nearest names.
     """
     if callable(where):
         return where(params)
@@ -39,7 +39,7 @@ def select(params: Params, where: Where) -> Any:
 
 
 def label(where: Where) -> str:
-    """How to call a block in words."""
+    """Return what a block is called in tables and pictures."""
     return where if isinstance(where, str) else getattr(where, "__name__", "block")
 
 

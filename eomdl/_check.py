@@ -1,6 +1,6 @@
 """Argument checks: one `ValueError` form, "name: expected ..., got ...".
 
-Traced values are not known and pass; shapes and dtypes are always checked.
+Each function returns the argument, converted, or raises. Traced values pass; shapes and dtypes are always checked.
 """
 
 import operator
@@ -23,22 +23,22 @@ def _wrong(name: str, expected: str, got: Any) -> ValueError:
 
 
 def finite_scalar(name: str, value: Any) -> jax.Array:
-    """A finite scalar as a floating-point array."""
+    """Return a finite scalar as a floating-point array."""
     return _scalar(name, value, "a finite number", lambda x: True)
 
 
 def positive_scalar(name: str, value: Any) -> jax.Array:
-    """A finite scalar > 0 as a floating-point array."""
+    """Return a finite scalar > 0 as a floating-point array."""
     return _scalar(name, value, "a finite number > 0", lambda x: x > 0)
 
 
 def nonnegative_scalar(name: str, value: Any) -> jax.Array:
-    """A finite scalar >= 0 as a floating-point array."""
+    """Return a finite scalar >= 0 as a floating-point array."""
     return _scalar(name, value, "a finite number >= 0", lambda x: x >= 0)
 
 
 def fraction(name: str, value: Any) -> jax.Array:
-    """A scalar in [0, 1)."""
+    """Return a scalar in [0, 1) as a floating-point array."""
     return _scalar(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
@@ -67,9 +67,9 @@ def numbers(
     holds: Callable[[np.ndarray], Any] = np.isfinite,
     ndim: int | None = None,
 ) -> Array:
-    """A real array, floating-point, of any shape but an empty one; `holds` must be true of every number.
+    """Return a real floating-point array that is not empty; `holds` must be true of every number.
 
-    What is no JAX array stays with NumPy: without x64 JAX would cut it to float32.
+    What is no JAX array becomes a NumPy array: without x64 JAX would cut it to float32.
     """
     try:
         array = value if isinstance(value, jax.Array) else np.asarray(value)
@@ -86,43 +86,43 @@ def numbers(
 
 
 def positive_numbers(name: str, value: Any) -> Array:
-    """Finite numbers > 0."""
+    """Return an array of finite numbers > 0."""
     return numbers(name, value, "finite numbers > 0", lambda x: np.isfinite(x) & (x > 0))
 
 
 def nonnegative_numbers(name: str, value: Any) -> Array:
-    """Finite numbers >= 0."""
+    """Return an array of finite numbers >= 0."""
     return numbers(name, value, "finite numbers >= 0", lambda x: np.isfinite(x) & (x >= 0))
 
 
 def fractions(name: str, value: Any) -> Array:
-    """Numbers in [0, 1)."""
+    """Return an array of numbers in [0, 1)."""
     return numbers(name, value, "numbers in [0, 1)", lambda x: (x >= 0) & (x < 1))
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False."""
+    """Return True or False."""
     if not isinstance(value, bool | np.bool_):
         raise _wrong(name, "True or False", f"{value!r:.80}")
     return bool(value)
 
 
 def kind(name: str, value: Any, cls: Any, expected: str) -> Any:
-    """An instance of a class."""
+    """Return the value, an instance of a class."""
     if not isinstance(value, cls):
         raise _wrong(name, expected, f"{type(value).__name__}: {value!r:.80}")
     return value
 
 
 def mapping(name: str, value: Any, cls: Any, expected: str) -> Mapping[str, Any]:
-    """A dict, not empty, of instances of a class."""
+    """Return the value, a dict of instances of a class that is not empty."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(v, cls) for v in value.values()):
         raise _wrong(name, f"a dict {{name: {expected}}}", f"{value!r:.80}")
     return value
 
 
 def step_numbers(name: str, value: Any) -> list[int]:
-    """Step numbers, at least one."""
+    """Return step numbers, at least one."""
     try:
         steps = np.asarray(value)
     except ValueError:  # rows of several lengths
@@ -133,24 +133,24 @@ def step_numbers(name: str, value: Any) -> list[int]:
 
 
 def seed(name: str, value: Any) -> int:
-    """The seed of a random number generator."""
+    """Return the seed of a random number generator."""
     return integer(name, value, 0, 2**63 - 1)
 
 
 def path(name: str, value: Any) -> Path:
-    """A path in the file system."""
+    """Return a path in the file system."""
     return Path(kind(name, value, str | os.PathLike, "a path, a string or a pathlib.Path"))
 
 
 def where(name: str, value: Any) -> Any:
-    """The name of a block of the parameters, or a function that selects it."""
+    """Return the name of a block of the parameters, or a function that selects it."""
     if not isinstance(value, str) and not callable(value):
         raise _wrong(name, "the name of a block, or a function params -> block", f"{value!r:.80}")
     return value
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> int:
-    """A Python integer from `minimum` to `maximum`."""
+    """Return a Python integer from `minimum` to `maximum`."""
     expected = f"an integer >= {minimum}" + (f" and <= {maximum}" if maximum < 2**31 - 1 else "")
     if isinstance(value, bool | np.bool_):
         raise _wrong(name, expected, repr(value))
@@ -164,7 +164,7 @@ def integer(name: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> in
 
 
 def params(name: str, value: Params) -> Params:
-    """A pytree of real floating-point arrays; Python floats become arrays."""
+    """Return a pytree of real floating-point arrays; Python floats become arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(value)
     expected = "a pytree of real floating-point arrays"
     if not leaves:
@@ -182,9 +182,9 @@ def params(name: str, value: Params) -> Params:
 
 
 def wide_enough(name: str, state: Any) -> None:
-    """No floating-point leaf of 16 bits or less: an ODE solver's steps drown in their rounding."""
+    """Raise for a floating-point leaf of 16 bits or less, whose rounding is larger than an ODE solver's steps."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if jnp.finfo(leaf.dtype).bits < 32:
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32:
             where = f"{name}{jax.tree_util.keystr(path)}"
             raise _wrong(where, "float32 or float64 to integrate in", f"{leaf.dtype}; cast it before `solve`")
 
@@ -192,35 +192,35 @@ def wide_enough(name: str, state: Any) -> None:
 def shape_of(
     name: str, expected: str, function: Callable, *inputs: Any, names: Sequence[str] = ("params", "args")
 ) -> Any:
-    """Shape and dtype of the function's output, without evaluating it. `names`: of its inputs, for the message."""
-    return _tried(name, expected, eqx.filter_eval_shape, function, *inputs, names=names)
+    """Return shape and dtype of the function's output, without evaluating it. `names`: of its inputs, for the message."""
+    return _try(name, expected, eqx.filter_eval_shape, function, *inputs, names=names)
 
 
-def _tried(
+def _try(
     name: str, expected: str, call: Callable, function: Callable, *inputs: Any, names: Sequence[str]
 ) -> Any:
     try:
         return call(function, *inputs)
     except Exception as error:
-        said = [f"{n} = {eqx.tree_pformat(x, width=1000):.120}" for n, x in zip(names, inputs, strict=True)]
-        hint = "; was the data not passed?" if "args = None" in said else ""
+        given = [f"{n} = {eqx.tree_pformat(x, width=1000):.120}" for n, x in zip(names, inputs, strict=True)]
+        hint = "; was the data not passed?" if "args = None" in given else ""
         if "harding" in f"{type(error).__name__}: {error}":
             hint += "; on a mesh with AxisType.Explicit name the sharding of every product (`out_sharding=`), or use AxisType.Auto"
-        got = f"a function that raised {type(error).__name__}: {error} ({', '.join(said)}{hint})"
+        got = f"a function that raised {type(error).__name__}: {error} ({', '.join(given)}{hint})"
         raise _wrong(name, expected, got) from error
 
 
 def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args") -> None:
-    """The loss is one real number and, where it can be evaluated, finite at the start.
+    """Raise unless the loss is one real number and, where it can be evaluated, finite at the start.
 
-    `source`: where the data come from.
+    `source`: where the data come from, for the message.
     """
     expected = "a function (params, args) -> real scalar"
     if not callable(loss):
         raise _wrong("loss", expected, repr(loss))
     traced = _tree.is_traced(loss, params, args)
-    call = eqx.filter_eval_shape if traced else _value
-    out = _tried("loss", expected, call, loss, params, args, names=("params", source))
+    call = eqx.filter_eval_shape if traced else _evaluate
+    out = _try("loss", expected, call, loss, params, args, names=("params", source))
     if not isinstance(out, float) and getattr(out, "shape", None) != ():
         raise _wrong("loss", expected, f"output of shape {getattr(out, 'shape', None)}: {out!r:.80}")
     if not jnp.issubdtype(jnp.result_type(out), jnp.floating):
@@ -230,25 +230,25 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args")
 
 
 @eqx.filter_jit
-def _value(loss: Loss, params: Params, args: Args) -> Any:
-    """What the loss gives. Compiled, since one program compiles sooner than the operations of the loss one by one."""
+def _evaluate(loss: Loss, params: Params, args: Args) -> Any:
+    # One program compiles sooner than the operations of the loss one by one.
     return loss(params, args)
 
 
 def function(name: str, value: Any, expected: str = "a function (params, args) -> real scalar") -> Any:
-    """Something to call."""
+    """Return the value, something to call."""
     if not callable(value):
         raise _wrong(name, expected, f"{value!r:.80}")
     return value
 
 
 def observable(name: str, value: Any) -> Observable:
-    """Something to call as an observable."""
+    """Return the value, something to call as an observable."""
     return function(name, value, "a function (params, args) -> array")
 
 
 def optimizer(value: Any) -> None:
-    """An optax optimizer."""
+    """Raise unless the value is an optax optimizer."""
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
         raise _wrong("optimizer", "an optax.GradientTransformation", repr(value))
 
@@ -256,48 +256,48 @@ def optimizer(value: Any) -> None:
 def observables(
     observe: Mapping[str, Observable] | None, params: Params, seen_by: Callable[[Observable], Args]
 ) -> dict[str, Observable]:
-    """Named functions `(params, args) -> array`, tried once on shapes only, each with the data that it sees."""
-    if observe is None:
-        return {}
-    if not isinstance(observe, Mapping):
-        raise _wrong("observe", "a dict {name: function (params, args) -> array}", repr(observe))
-    for name, function in observe.items():
-        _require_name("observe", name)
+    """Named functions `(params, args) -> arrays`, tried once on shapes only, each with the data that it sees."""
+    expected = "a function (params, args) -> array or pytree of arrays"
+    _named_functions("observe", observe, expected)
+    for name, function in (observe or {}).items():
+        place = f"observe[{name!r}]"
+        _only_arrays(place, shape_of(place, expected, function, params, seen_by(function)))
+    return dict(observe or {})
+
+
+def _named_functions(argument: str, value: Any, expected: str) -> None:
+    """Raise for anything but None or a dict of functions by name."""
+    if value is not None and not isinstance(value, Mapping):
+        raise _wrong(argument, f"a dict {{name: {expected.removeprefix('a ')}}}", repr(value))
+    for name, function in (value or {}).items():
+        if not isinstance(name, str):
+            raise _wrong(argument, "names that are strings", repr(name))
         if not callable(function):
-            raise _wrong(f"observe[{name!r}]", "a function (params, args) -> array", repr(function))
-        expected = "a function (params, args) -> array"
-        out = shape_of(f"observe[{name!r}]", expected, function, params, seen_by(function))
-        if not hasattr(out, "shape"):
-            raise _wrong(f"observe[{name!r}]", "one array", f"{out}")
-    return dict(observe)
+            raise _wrong(f"{argument}[{name!r}]", expected, repr(function))
 
 
-def _require_name(argument: str, name: Any) -> None:
-    if not isinstance(name, str):
-        raise _wrong(argument, "names that are strings", repr(name))
+def _only_arrays(place: str, shapes: Any) -> None:
+    leaves = jax.tree.leaves(shapes, is_leaf=lambda x: x is None)
+    if not leaves or not all(hasattr(leaf, "shape") for leaf in leaves):
+        raise _wrong(place, "an array or a pytree of arrays", f"{shapes}")
 
 
 def state_observables(
     observe: Mapping[str, StateObservable] | None, state: Any, args: Args
 ) -> dict[str, StateObservable]:
-    """Named functions `(t, state, args) -> array`, tried once on shapes only."""
-    expected = "a dict {name: function (t, state, args) -> array}"
-    if observe is not None and not isinstance(observe, Mapping):
-        raise _wrong("observe_state", expected, repr(observe))
+    """Named functions `(t, state, args) -> arrays`, tried once on shapes only."""
+    expected = "a function (t, state, args) -> array or pytree of arrays"
+    _named_functions("observe_state", observe, expected)
+    t = jnp.zeros((), jnp.result_type(float))
     for name, function in (observe or {}).items():
-        _require_name("observe_state", name)
-        if not callable(function):
-            raise _wrong(f"observe_state[{name!r}]", expected, repr(function))
-        t = jnp.zeros((), jnp.result_type(float))
-        inputs = ("t", "state", "args")
-        out = shape_of(f"observe_state[{name!r}]", expected, function, t, state, args, names=inputs)
-        if not hasattr(out, "shape"):
-            raise _wrong(f"observe_state[{name!r}]", "one array", f"{out}")
+        place = f"observe_state[{name!r}]"
+        shapes = shape_of(place, expected, function, t, state, args, names=("t", "state", "args"))
+        _only_arrays(place, shapes)
     return dict(observe or {})
 
 
 def num_examples(name: str, value: Any) -> int:
-    """The length that the leading axes of all leaves have in common, at least 1."""
+    """Return the length that the leading axes of all leaves have in common, at least 1."""
     expected = "arrays whose leading axis counts the examples"
     leaves = jax.tree_util.tree_leaves_with_path(value)
     if not leaves:
@@ -308,13 +308,13 @@ def num_examples(name: str, value: Any) -> int:
             hint = "what belongs to no example is a field of the loss (an equinox.Module)"
             raise _wrong(place, expected, "no examples" if length else f"a scalar; {hint}")
     if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{place}: {length}" for place, (length,) in lengths.items())
-        raise _wrong(name, f"{expected}, as many in each", said)
+        counts = ", ".join(f"{place}: {length}" for place, (length,) in lengths.items())
+        raise _wrong(name, f"{expected}, as many in each", counts)
     return next(iter(lengths.values()))[0]
 
 
 def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
-    """Same pytree structure and leaf shapes."""
+    """Raise unless both have the same pytree structure and leaf shapes."""
     if jax.tree.structure(value) != jax.tree.structure(like):
         raise _wrong(
             name,
@@ -331,7 +331,7 @@ def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
 
 
 def stack(name: str, value: Any, like_name: str, like: Any) -> Any:
-    """Vectors like a pytree, in one with a leading axis on every leaf that counts them; at most as many as its dimension."""
+    """Return a stack of vectors like a pytree, at most as many as its dimension: a leading axis on every leaf counts them."""
     value = params(name, value)
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(value)}
     if len(lengths) != 1 or lengths & {(), (0,)} or max(lengths)[0] > _tree.size(like):
@@ -342,7 +342,7 @@ def stack(name: str, value: Any, like_name: str, like: Any) -> Any:
 
 
 def positive_like(name: str, value: Any, like_name: str, like: Any) -> Any:
-    """A pytree like another, of finite numbers > 0."""
+    """Return a pytree like another, of finite numbers > 0."""
     value = params(name, value)
     same_structure(name, value, like_name, like)
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):

@@ -13,23 +13,23 @@ def on_host(tree: Any) -> Any:
 
     What is spread over processes is gathered one leaf at a time, on their devices first: all processes must call it.
     """
-    return jax.device_get(jax.tree.map(lambda x: x if _is_at_hand(x) else _gathered(x), tree))
+    return jax.device_get(jax.tree.map(lambda x: x if _is_addressable(x) else _gather(x), tree))
 
 
 def rows_on_host(tree: Any, count: int) -> Any:
     """The first rows of arrays with a leading axis of rows; of what is spread over processes one row at a time."""
 
     def rows(x: Any) -> Any:
-        return x if _is_at_hand(x) else np.stack([_gathered(x[i]) for i in range(count)])
+        return x if _is_addressable(x) else np.stack([_gather(x[i]) for i in range(count)])
 
     return jax.tree.map(lambda x: x[:count], jax.device_get(jax.tree.map(rows, tree)))
 
 
-def _is_at_hand(x: Any) -> bool:
+def _is_addressable(x: Any) -> bool:
     return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
 
 
-def _gathered(x: jax.Array) -> np.ndarray:
+def _gather(x: jax.Array) -> np.ndarray:
     return process_allgather(x, tiled=True)
 
 
@@ -38,7 +38,7 @@ def put(array: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def layout(tree: Any) -> tuple[NamedSharding | None, ...]:
+def shardings(tree: Any) -> tuple[NamedSharding | None, ...]:
     """The sharding of every leaf spread over several devices of an Auto mesh, None for others; () if there is none."""
     found = tuple(map(_spread, jax.tree.leaves(tree)))
     return found if any(found) else ()
@@ -66,7 +66,7 @@ def require_auto(name: str, tree: Any) -> None:
             )
 
 
-def laid_out(tree: Any, shardings: tuple[NamedSharding | None, ...]) -> Any:
+def with_shardings(tree: Any, shardings: tuple[NamedSharding | None, ...]) -> Any:
     """A tree in a compiled program held to a layout, which the compiler else chooses as it likes."""
     if not shardings:
         return tree

@@ -51,7 +51,7 @@ class Diagnostic:
     - `value`: a scalar; in `Stats`, shape (m,), at the start of the run, every 64 to 1024 steps, and at its end.
     - `limit`: where validity ends.
     - `meaning`: what it means to reach the limit, and what to do then.
-    - `is_fault`: whether the model is not valid from there on (`Trajectory.warnings`); else it is only told (`Trajectory.notes`).
+    - `is_fault`: whether the model is not valid from there on (then its note in `Trajectory.notes` is a fault); else it is only told.
     """
 
     value: Any
@@ -65,7 +65,7 @@ class Diagnostic:
         return not bool(np.all(np.asarray(self.value) < self.limit))
 
     def note(self, name: str) -> str:
-        """The finding in words."""
+        """Return what it means that the limit was reached, in words."""
         most = np.max(self.value)
         if not self.is_fault:
             return f"{name}: {most:g}. {self.meaning}"
@@ -82,7 +82,7 @@ class Stats:
     - `rtol`, `atol`: tolerances of the ODE solver, or None.
     - `stride`: the flow passes through every m-th step.
     - `target`: what the flow predicts of a real run, an `eomdl.flows.Target`.
-    - `flow`: which flow, with its numbers; empty for a real run.
+    - `flow`: the flow's fingerprint; empty for a real run.
     - `run`: which run, a checksum of its beginning; 0 if it was not written to checkpoints.
     - `data`: the fingerprint of data on the host (`eomdl.losses.OnHost`) in a run written to checkpoints, else empty.
     - `diagnostics`: `{name: Diagnostic}` measured along the path.
@@ -101,12 +101,12 @@ class Stats:
     data: str = dataclasses.field(metadata=STATIC, default="")
     diagnostics: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
 
-    def plus(self, counts: Mapping[str, Any]) -> "Stats":
-        """With these counts added."""
+    def with_counts(self, counts: Mapping[str, Any]) -> "Stats":
+        """Return these stats with counts added, by the names of fields."""
         return dataclasses.replace(self, **{k: getattr(self, k) + v for k, v in counts.items()})
 
-    def diagnosed(self, found: Mapping[str, Diagnostic]) -> "Stats":
-        """With these diagnostics after those there are."""
+    def with_diagnostics(self, found: Mapping[str, Diagnostic]) -> "Stats":
+        """Return these stats with the values of diagnostics appended."""
         if not found:
             return self
         longer = {

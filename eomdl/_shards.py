@@ -1,4 +1,4 @@
-"""Arrays that are spread over devices, on disk: each process writes its part, each reads what it is to hold."""
+"""Arrays that are spread over devices, on disk: each process writes and reads the part on its own devices."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ def is_spread(x: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Elsewhere:
-    """An array in a folder of its own, not read yet.
+class StoredArray:
+    """An array in a folder of its own that is not read yet.
 
-    A leaf of a pytree; `numpy.asarray` reads it whole, `read` onto the devices of a sharding.
+    It is a leaf of a pytree. `numpy.asarray` reads it whole; `read` reads it onto the devices of a sharding.
     """
 
     folder: Path
@@ -29,14 +29,14 @@ class Elsewhere:
     dtype: Any
 
     def read(self, sharding: Any) -> jax.Array:
-        """The array on these devices, each reading its part; all their processes must call it."""
-        return self._restored(orbax().ArrayRestoreArgs(sharding=sharding, dtype=self.dtype))
+        """Return the array on these devices, each process reading its part. All their processes must call it."""
+        return self._restore(orbax().ArrayRestoreArgs(sharding=sharding, dtype=self.dtype))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy
-        return np.asarray(self._restored(orbax().RestoreArgs(restore_type=np.ndarray)), dtype)
+        return np.asarray(self._restore(orbax().RestoreArgs(restore_type=np.ndarray)), dtype)
 
-    def _restored(self, how: Any) -> Any:
+    def _restore(self, how: Any) -> Any:
         ocp = orbax()
         wanted = jax.ShapeDtypeStruct(self.shape, self.dtype)
         arguments = ocp.args.PyTreeRestore({self.name: wanted}, {self.name: how}, partial_restore=True)
@@ -45,14 +45,14 @@ class Elsewhere:
 
 
 def write(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
-    """Write arrays into a folder, which is there when it is whole. All their processes must call it."""
+    """Write arrays into a folder, which appears when all are written. All their processes must call it."""
     ocp = orbax()
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(dict(arrays)), force=True)
 
 
 def orbax() -> Any:
-    """The library, or an error that names the extra."""
+    """Return the library `orbax.checkpoint`. **Raises:** `ImportError` that names the extra."""
     # Imported here: an extra, and long to import.
     try:
         import orbax.checkpoint as ocp

@@ -1,4 +1,4 @@
-"""The structure of a pytree in words: what survives the disk, and what two states are compared by.
+"""The structure of a pytree as JSON: it is written to files, and two states are compared by it.
 
 A node is described as `[kind, [[key, child], ...]]`, a leaf as "*", None as None. Lists, tuples, dicts and
 named tuples come back from the disk as they were; any other node comes back as a `Node`, which has the
@@ -14,11 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _devices
-from eomdl._shards import Elsewhere
+from eomdl._shards import StoredArray
 
 
 LEAF = "*"
 _PLAIN: dict[type, str] = {dict: "dict", list: "list", tuple: "tuple"}
+# Named tuples of earlier versions, by their place in the package: where they are now, and their fields that have another name.
+_MOVED: dict[str, tuple[str, dict[Any, str]]] = {
+    "runs.continuous:FlowState": ("runs.ode:FlowState", {"looser": "coarse"}),
+    "maps.ensemble:EnsembleState": ("runs.ensemble_dynamics:EnsembleState", {}),
+}
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -44,7 +49,7 @@ class Node:
 
 
 def describe(tree: Any) -> Any:
-    """The structure in lists and strings that JSON keeps."""
+    """Return the structure in lists and strings that JSON keeps."""
     if tree is None:
         return None
     children, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
@@ -60,15 +65,15 @@ def _kind(node: Any) -> str:
 
 
 class _Repr(str):
-    """Stands for a key of a dict that JSON cannot say."""
+    """The `repr` of a key of a dict that has no other encoding in JSON."""
 
 
 def _key(entry: Any) -> Any:
-    return _said(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))))
+    return _encode(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))))
 
 
-def _said(key: Any) -> Any:
-    """A key in JSON: strings and integers as they are, others as `[type, value]`."""
+def _encode(key: Any) -> Any:
+    """Return a key as JSON: strings and integers as they are, others as `[type, value]`."""
     if isinstance(key, _Repr):
         return ["repr", str(key)]
     if isinstance(key, str):
@@ -80,29 +85,36 @@ def _said(key: Any) -> Any:
     if isinstance(key, float):
         return ["float", key.hex()]
     if isinstance(key, tuple):
-        return ["tuple", [_said(k) for k in key]]
+        return ["tuple", [_encode(k) for k in key]]
     return ["repr", repr(key)]
 
 
-def _meant(said: Any) -> Any:
-    """The key that `_said` says: equal to it, but for a `repr`."""
-    if not isinstance(said, list):
-        return said
-    kind, value = said
+def _decode(encoded: Any) -> Any:
+    """Return the key that `_encode` was given, or its `_Repr`."""
+    if not isinstance(encoded, list):
+        return encoded
+    kind, value = encoded
     if kind == "tuple":
-        return tuple(_meant(k) for k in value)
-    read: dict[str, Callable[[str], Any]] = {"bytes": bytes.fromhex, "float": float.fromhex, "repr": _Repr}
-    return read[kind](value)
+        return tuple(_decode(k) for k in value)
+    decoders: dict[str, Callable[[str], Any]] = {
+        "bytes": bytes.fromhex,
+        "float": float.fromhex,
+        "repr": _Repr,
+    }
+    return decoders[kind](value)
 
 
 def rebuild(description: Any, leaves: Iterator[Any]) -> Any:
-    """The pytree of a description; leaves are taken in its order."""
+    """Return the pytree of a description, its leaves taken in order."""
     if description is None:
         return None
     if description == LEAF:
         return next(leaves)
     kind, items = description
-    keys = [_meant(key) for key, _ in items]
+    keys = [_decode(key) for key, _ in items]
+    if kind.removeprefix("eomdl.") in _MOVED:
+        place, renamed = _MOVED[kind.removeprefix("eomdl.")]
+        kind, keys = f"eomdl.{place}", [renamed.get(key, key) for key in keys]
     children = [rebuild(child, leaves) for _, child in items]
     if kind == "dict":
         return dict(zip(keys, children, strict=True))
@@ -115,7 +127,7 @@ def rebuild(description: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _named_tuple(kind: str) -> Any:
-    """The class, where it is a named tuple of a module that is imported already: a file imports nothing."""
+    """Return the class if it is a named tuple of a module that is imported already: reading a file imports nothing."""
     module, _, name = kind.partition(":")
     found: Any = sys.modules.get(module)
     for part in name.split("."):
@@ -125,11 +137,11 @@ def _named_tuple(kind: str) -> Any:
 
 
 def difference(a: Any, b: Any, where: str = "") -> str | None:
-    """The first place at which two descriptions differ, in words; None if they are the same."""
+    """Return the first place at which two descriptions differ, in words; None if they are the same."""
     if a == b:
         return None
     if not isinstance(a, list) or not isinstance(b, list) or a[0] != b[0]:
-        return f"{_word(a)} in place of {_word(b)}{f' at {where}' if where else ''}"
+        return f"{_class_name(a)} in place of {_class_name(b)}{f' at {where}' if where else ''}"
     if [key for key, _ in a[1]] != [key for key, _ in b[1]]:
         keys = [[key for key, _ in x[1]] for x in (a, b)]
         return f"children {keys[0]} in place of {keys[1]}{f' at {where}' if where else ''}"
@@ -140,24 +152,24 @@ def difference(a: Any, b: Any, where: str = "") -> str | None:
     raise AssertionError("two descriptions differ, but in no place")
 
 
-def _word(description: Any) -> str:
+def _class_name(description: Any) -> str:
     if description is None:
         return "nothing"
     return "an array" if description == LEAF else f"a {description[0].partition(':')[2] or description[0]}"
 
 
 def restore(name: str, saved: Any, like: Any, hint: str = "") -> Any:
-    """`saved` in the structure and the dtypes of `like`, and what comes from the disk on its devices.
+    """Return `saved` in the structure and the dtypes of `like`; arrays from the disk are put on its devices.
 
     **Raises:** `ValueError` naming the first place where structure or shape differ, with the hint.
     """
     require(name, saved, like, hint)
     leaves = zip(jax.tree.leaves(saved), jax.tree.leaves(like), strict=True)
-    return jax.tree.structure(like).unflatten([_placed(old, new) for old, new in leaves])
+    return jax.tree.structure(like).unflatten([_place(old, new) for old, new in leaves])
 
 
 def require(name: str, saved: Any, like: Any, hint: str = "") -> None:
-    """Raise as `restore` does; nothing is read or moved."""
+    """Raise as `restore` does, without reading or moving an array."""
     hint = f"; {hint}" if hint else ""
     found = difference(describe(saved), describe(like))
     if found:
@@ -177,15 +189,15 @@ def _is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _placed(saved: Any, like: Any) -> jax.Array:
-    """An array in the dtype of another, and where that one is if it was put there."""
+def _place(saved: Any, like: Any) -> jax.Array:
+    """Return an array in the dtype of `like`, and on its devices if it was committed to them."""
     if _is_key(like):
         return saved
     dtype = jnp.result_type(like)
     from_disk = not isinstance(saved, jax.Array)
     put = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer) and like.committed
     if not (from_disk and put):
-        return jnp.asarray(np.asarray(saved) if isinstance(saved, Elsewhere) else saved, dtype)
-    if isinstance(saved, Elsewhere):
+        return jnp.asarray(np.asarray(saved) if isinstance(saved, StoredArray) else saved, dtype)
+    if isinstance(saved, StoredArray):
         return saved.read(like.sharding).astype(dtype)
     return _devices.put(np.asarray(saved, dtype), like.sharding)

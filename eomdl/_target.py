@@ -9,7 +9,7 @@ from eomdl import _check
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    r"""What a model predicts of a real run at step k: a mean over the steps around it, $\sum_j a_j \theta_{k+j}$.
+    r"""A target is what a model predicts of a real run at step k: a mean over the steps around it, $\sum_j a_j \theta_{k+j}$.
 
     ```python
     class OfMidpoints(eomdl.AbstractFlow):
@@ -18,8 +18,9 @@ class Target:
             return eomdl.flows.Target("midpoints", ((0, 0.5), (1, 0.5)))
     ```
 
-    `eomdl.compare` measures a model against it: parameters and observables of the real run are averaged so.
-    `eomdl.flows.ITERATES`, `MIDPOINTS` and `SMOOTHED` are those of the library's flows.
+    `eomdl.compare` measures a model against it: parameters and observables of the real run are averaged so. It is the
+    iterate itself for most flows, $(\theta_k + \theta_{k+1})/2$ for `RodFlow`, and
+    $(\theta_{k-1} + 2 \theta_k + \theta_{k+1})/4$ for `EdgeFlow` and `CentralFlow`.
 
     **Arguments:** `name`: in words; `weights`: pairs $(j, a_j)$ with integers j, whose $a_j$ sum to 1.
 
@@ -43,10 +44,5 @@ class Target:
 
 
 ITERATES = Target("iterates", ((0, 1.0),))
-r"""The iterates $\theta_k$ themselves."""
-
 MIDPOINTS = Target("midpoints (w_k + w_{k+1})/2", ((0, 0.5), (1, 0.5)))
-r"""The midpoints $(\theta_k + \theta_{k+1})/2$, of `RodFlow`."""
-
 SMOOTHED = Target("smoothed path (w_{k-1} + 2 w_k + w_{k+1})/4", ((-1, 0.25), (0, 0.5), (1, 0.25)))
-r"""The smoothed path $(\theta_{k-1} + 2 \theta_k + \theta_{k+1})/4$, of `EdgeFlow` and `CentralFlow`."""

@@ -1,6 +1,7 @@
 """The pytree algebra: `optax.tree`, and the few functions that it does not have."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ __all__ = [
     "is_traced",
     "norm",
     "random_normal",
+    "row_norms",
+    "rows",
     "scale",
     "size",
     "sub",
@@ -28,15 +31,16 @@ __all__ = [
 
 
 def scale(a: ArrayLike, x: Any) -> Any:
-    """$a x$ in the dtype of each leaf of $x$, whatever the dtype of the scalar."""
+    """Return $a x$ in the dtype of each leaf of $x$, whatever the dtype of the scalar."""
     if isinstance(a, float) and a == 1.0:
         return x
     return jax.tree.map(lambda leaf: jnp.asarray(a, leaf.dtype) * leaf, x)
 
 
 def vdot(a: Any, b: Any) -> jax.Array:
-    """The inner product of two vectors, over all axes of a leaf at once: `jnp.vdot` would gather what is spread, to flatten it."""
+    """Return the inner product of two vectors."""
 
+    # Over all axes of a leaf at once: `jnp.vdot` would gather a sharded leaf to flatten it.
     def inner(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.tensordot(jnp.conj(x), y, jnp.ndim(x), precision=jax.lax.Precision.HIGHEST)
 
@@ -44,23 +48,23 @@ def vdot(a: Any, b: Any) -> jax.Array:
 
 
 def unit(x: Any) -> Any:
-    """$x / |x|$; 0 for 0."""
+    """Return $x / |x|$; 0 for 0."""
     length = norm(x)
     return scale(jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), x)
 
 
 def gram(a: Any, b: Any) -> jax.Array:
-    """The inner products of two stacks of vectors, shape (p, q): every leaf has a leading axis, p in a and q in b."""
+    """Return the inner products of two stacks of vectors, shape (p, q): every leaf has a leading axis, p in a and q in b."""
 
     def inner(x: jax.Array, y: jax.Array) -> jax.Array:
         over = tuple(range(1, x.ndim))
-        return jnp.tensordot(x, y, (over, over), precision=jax.lax.Precision.HIGHEST)
+        return jnp.tensordot(jnp.conj(x), y, (over, over), precision=jax.lax.Precision.HIGHEST)
 
     return functools.reduce(jnp.add, map(inner, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def combine(coefficients: jax.Array, stack: Any) -> Any:
-    """Sums of the vectors of a stack, a row of coefficients for each: (m, p) of p vectors are m vectors, (p,) is one."""
+    """Return m sums of the p vectors of a stack, for coefficients of shape (m, p); one sum for shape (p,)."""
 
     def total(leaf: jax.Array) -> jax.Array:
         return jnp.tensordot(coefficients.astype(leaf.dtype), leaf, 1, precision=jax.lax.Precision.HIGHEST)
@@ -69,9 +73,25 @@ def combine(coefficients: jax.Array, stack: Any) -> Any:
 
 
 def dtype(x: Any) -> jnp.dtype:
-    """The narrowest floating-point dtype among the leaves: what limits the accuracy."""
-    dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(x)}
+    """Return the narrowest floating-point dtype among the leaves, which limits the accuracy."""
+    leaves = jax.tree.leaves(x)
+    dtypes = {jnp.dtype(leaf.dtype) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)}
     return max(dtypes, key=lambda d: float(jnp.finfo(d).eps))
+
+
+def rows(stack: Any, dtype: Any = None) -> np.ndarray:
+    """Return a stack of vectors (a leading axis n on every leaf) as one matrix, shape (n, size of a vector)."""
+    return np.concatenate([_matrix(leaf) for leaf in jax.tree.leaves(stack)], axis=1, dtype=dtype)
+
+
+def row_norms(stack: Any) -> np.ndarray:
+    """Return the Euclidean norms of a stack of vectors, shape (n,), without the matrix of `rows`."""
+    squares = [np.sum(np.square(_matrix(leaf)), axis=1) for leaf in jax.tree.leaves(stack)]
+    return np.sqrt(np.sum(squares, axis=0))
+
+
+def _matrix(leaf: Any) -> np.ndarray:
+    return np.reshape(np.asarray(leaf), (len(leaf), math.prod(np.shape(leaf)[1:])))
 
 
 def is_traced(*trees: Any) -> bool:
@@ -80,17 +100,17 @@ def is_traced(*trees: Any) -> bool:
 
 
 def random_normal(key: jax.Array, like: Any) -> Any:
-    """Independent standard normal numbers in the shapes of `like`, from one key for each leaf.
+    """Return independent standard normal numbers in the shapes of `like`, from one key for each leaf.
 
-    Leaves of one shape are drawn in one loop: the generator is long to compile.
+    Leaves of one shape are drawn in one loop, since the generator is slow to compile.
     """
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    alike: dict[Any, list[int]] = {}
+    by_shape: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        alike.setdefault((leaf.shape, leaf.dtype), []).append(i)
+        by_shape.setdefault((leaf.shape, leaf.dtype), []).append(i)
     drawn: dict[int, jax.Array] = {}
-    for (shape, kind), places in alike.items():
-        some = jax.lax.map(lambda k, s=shape, d=kind: jax.random.normal(k, s, d), keys[np.array(places)])
-        drawn |= {i: some[j] for j, i in enumerate(places)}
+    for (shape, dtype), indices in by_shape.items():
+        stack = jax.lax.map(lambda k, s=shape, d=dtype: jax.random.normal(k, s, d), keys[np.array(indices)])
+        drawn |= {i: stack[j] for j, i in enumerate(indices)}
     return structure.unflatten([drawn[i] for i in range(len(leaves))])

@@ -1,0 +1,1 @@
+"""One file format: arrays and JSON, written as a whole and checksummed."""
