@@ -2,14 +2,12 @@
 
 from eomdl.curvature.derivatives import eigenvalue_gradient, third_derivative
 from eomdl.curvature.pairs import Eigenpairs, eigenpairs
-from eomdl.curvature.parts import OverBatches, eigenpairs_by_block, eigenvalues_over_batches
-from eomdl.curvature.spectrum import Estimate, SpectralDensity, spectral_density, trace
+from eomdl.curvature.parts import eigenpairs_by_block, eigenvalues_over_batches
+from eomdl.curvature.spectrum import SpectralDensity, spectral_density, trace
 
 
 __all__ = [
     "Eigenpairs",
-    "Estimate",
-    "OverBatches",
     "SpectralDensity",
     "eigenpairs",
     "eigenpairs_by_block",

@@ -8,7 +8,7 @@ from eomdl._types import Args, Loss, Params
 
 
 def third_derivative(loss: Loss, params: Params, args: Args, u: Params, v: Params) -> Params:
-    r"""$T[u, v] = \nabla_\theta \big(u^\top H(\theta)\, v\big)$, the third derivative contracted with two vectors.
+    r"""Return $T[u, v] = \nabla_\theta \big(u^\top H(\theta)\, v\big)$, the third derivative contracted with two vectors.
 
     ```python
     change = eomdl.curvature.third_derivative(loss, params, data, u, v)
@@ -31,7 +31,7 @@ def third_derivative(loss: Loss, params: Params, args: Args, u: Params, v: Param
 
 
 def eigenvalue_gradient(loss: Loss, params: Params, args: Args, vector: Params) -> Params:
-    r"""$\nabla_\theta \lambda = T[u, u]$, the gradient of a simple eigenvalue of the Hessian with unit eigenvector u.
+    r"""Return $\nabla_\theta \lambda = T[u, u]$, the gradient of a simple eigenvalue of the Hessian with unit eigenvector u.
 
     ```python
     top = eomdl.curvature.eigenpairs(loss, params, data, 1)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from eomdl import _check, _tree
 from eomdl._autodiff import hessian_operator
 from eomdl._types import Args, Loss, Params
-from eomdl.curvature import krylov
+from eomdl.linalg.symmetric import are_converged, largest_eigenpairs
 
 
 class Eigenpairs(eqx.Module):
@@ -44,7 +44,7 @@ def eigenpairs(
     num_matvecs: int = 16,
     rtol: ArrayLike = 1e-3,
 ) -> Eigenpairs:
-    r"""The k largest eigenvalues of the Hessian $\nabla^2 L(\theta)$ and their eigenvectors.
+    r"""Return the k largest eigenvalues of the Hessian $\nabla^2 L(\theta)$ and their eigenvectors.
 
     ```python
     top = eomdl.curvature.eigenpairs(loss, params, data, 2)
@@ -63,7 +63,7 @@ def eigenpairs(
     - `preconditioner`: P, a pytree like the parameters of numbers > 0, the diagonal of a matrix. The pairs are then
         those of $P^{-1} H$, $H u = \lambda P u$.
     - `num_matvecs`: at most so many Hessian-vector products for each of the start vectors.
-    - `rtol`: it stops when all residuals are below this part of the largest eigenvalue in modulus. The error of a value
+    - `rtol`: the iteration stops when all residuals are below this part of the largest eigenvalue in modulus. The error of a value
         is about the square of its residual over the distance to the next eigenvalue.
 
     **Returns:** `eomdl.curvature.Eigenpairs`. Read `converged`: values that are not are lower bounds.
@@ -97,23 +97,32 @@ def preconditioned_pairs(
     preconditioner: Params,
     num_matvecs: int,
     rtol: ArrayLike,
-    used: ArrayLike | None = None,
-    beside: Params | None = None,
+    num_active: ArrayLike | None = None,
+    deflate: Params | None = None,
 ) -> Eigenpairs:
-    """The pairs of P^-1 H. No argument is checked.
+    """Return the pairs of P^-1 H. No argument is checked.
 
-    `used`: only so many of the start vectors, a traced number; so many pairs are found, the others are 0. `beside`: a stack of vectors
-    like those found; the pairs are those of H in what is left of the space without them.
+    `num_active`: a traced number; only so many of the start vectors are used and so many pairs found, the others are 0.
+    `deflate`: a stack of vectors like those that are found; the pairs are those of H in the space without them.
     """
     scale = jax.tree.map(lambda x: 1 / jnp.sqrt(x), preconditioner)
 
-    def scaled(vectors: Params | None) -> Params | None:
+    def divide(vectors: Params | None) -> Params | None:
         return None if vectors is None else jax.vmap(lambda x: jax.tree.map(jnp.divide, x, scale))(vectors)
 
-    found = scaled_pairs(
-        loss, params, args, k, scaled(start), scale, num_matvecs, rtol, used=used, beside=scaled(beside)
+    pairs = scaled_pairs(
+        loss,
+        params,
+        args,
+        k,
+        divide(start),
+        scale,
+        num_matvecs,
+        rtol,
+        num_active=num_active,
+        deflate=divide(deflate),
     )
-    return eqx.tree_at(lambda pairs: pairs.vectors, found, jax.vmap(_times, (None, 0))(scale, found.vectors))
+    return eqx.tree_at(lambda pairs: pairs.vectors, pairs, jax.vmap(_times, (None, 0))(scale, pairs.vectors))
 
 
 @eqx.filter_jit
@@ -127,34 +136,27 @@ def scaled_pairs(
     num_matvecs: int,
     rtol: ArrayLike,
     *,
-    used: ArrayLike | None = None,
-    beside: Params | None = None,
+    num_active: ArrayLike | None = None,
+    deflate: Params | None = None,
 ) -> Eigenpairs:
-    """The pairs of S H S, with S the diagonal matrix `scale` or the identity, and orthonormal vectors.
+    """Return the pairs of S H S, with S the diagonal matrix `scale` or the identity, and orthonormal vectors.
 
     Its eigenvalues are those of S S H, whose vectors are S times these. What is 0 in S is left out. No argument is checked.
-    `used` and `beside` as in `preconditioned_pairs`.
+    `num_active` and `deflate` are as in `preconditioned_pairs`.
     """
     params = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
-    block = _block(params, k, start)
-    size = len(jax.tree.leaves(block)[0])
-
     hessian = hessian_operator(loss, params, args)
 
-    def product(vector: Params) -> Params:
-        return _without(beside, _times(scale, hessian(_times(scale, _without(beside, vector)))))
+    def operator(vector: Params) -> Params:
+        return _project_out(deflate, _times(scale, hessian(_times(scale, _project_out(deflate, vector)))))
 
-    dimension = _tree.size(params)
-    bound = min(num_matvecs * size, dimension)
-    part = None if used is None else krylov.Part(used, jnp.minimum(num_matvecs * used, dimension))
-    found = krylov.largest(product, block, k, bound, jnp.asarray(rtol), part)
-    return Eigenpairs(
-        found.values, found.vectors, found.residuals, krylov.is_small(found, rtol), found.products
-    )
+    block, rtol = _block(params, k, start), jnp.asarray(rtol)
+    pairs, matvecs = largest_eigenpairs(operator, block, k, num_matvecs, rtol, num_active)
+    return Eigenpairs(pairs.values, pairs.vectors, pairs.residuals, are_converged(pairs, rtol), matvecs)
 
 
 def _block(params: Params, k: int, start: Params | None) -> Params:
-    """The start vectors, at least k: rows of zeros are filled with random vectors later."""
+    """Return the start vectors, at least k: random vectors take the place of zeros later."""
     given = 0 if start is None else len(jax.tree.leaves(start)[0])
     rows = max(k, given)
     # Zeros that XLA does not know to be such: of constants it would compute the start vectors while it compiles.
@@ -164,12 +166,12 @@ def _block(params: Params, k: int, start: Params | None) -> Params:
     return jax.tree.map(lambda x, zero: zero.at[:given].set(x.astype(zero.dtype)), start, empty)
 
 
-def _without(beside: Params | None, vector: Params) -> Params:
-    """What a vector has outside of the span of orthonormal ones; rows of zeros take nothing."""
-    if beside is None:
+def _project_out(deflate: Params | None, vector: Params) -> Params:
+    """Return what a vector has outside of the span of orthonormal ones; zeros take nothing."""
+    if deflate is None:
         return vector
-    within = _tree.gram(beside, jax.tree.map(lambda x: x[None], vector))[:, 0]
-    return jax.tree.map(lambda a, b: a - b.astype(a.dtype), vector, _tree.combine(within, beside))
+    within = _tree.gram(deflate, jax.tree.map(lambda x: x[None], vector))[:, 0]
+    return jax.tree.map(lambda a, b: a - b.astype(a.dtype), vector, _tree.combine(within, deflate))
 
 
 def _times(scale: Params | None, vector: Params) -> Any:

@@ -9,23 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from typing_extensions import override
 
 from eomdl import _check, _tree
 from eomdl._autodiff import hessian_operator
+from eomdl._result import AbstractResult, Estimate, Note, Table
 from eomdl._types import Args, Loss, Numbers, Params
-from eomdl.curvature import krylov
+from eomdl.linalg.symmetric import ritz_quadrature
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean over random vectors: `value`, and its `standard_error`."""
-
-    value: float
-    standard_error: float
-
-
-@dataclasses.dataclass(frozen=True)
-class SpectralDensity:
+class SpectralDensity(AbstractResult):
     r"""The eigenvalues of a Hessian of n parameters as a density, from `spectral_density`.
 
     For each of s random vectors v the m eigenvalues of a small matrix and the weights that they have in v:
@@ -33,35 +27,46 @@ class SpectralDensity:
 
     - `nodes`, `weights`: shape (s, m); the weights of a row sum to 1.
     - `num_params`: n.
+
+    Its picture shows the density on a log scale with a band of one standard error; dotted, the height of a single eigenvalue among n,
+    $1/(n w \sqrt{2\pi})$. Its option `width` is w, by default a hundredth of the range of the eigenvalues.
     """
 
     nodes: Float[np.ndarray, "s m"]
     weights: Float[np.ndarray, "s m"]
     num_params: int
+    notes: tuple[Note, ...] = ()
 
     def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-        r"""The mean of f over all eigenvalues, $\mathrm{tr} f(H) / n$; of an array, element by element."""
+        r"""Return the mean of f over all eigenvalues, $\mathrm{tr} f(H) / n$; f takes an array, element by element."""
         _check.function("function", function, "a function of an array of eigenvalues")
         return _estimate(np.sum(self.weights * function(self.nodes), axis=1))
 
     def at(self, points: Numbers, width: float) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
-        """The density at eigenvalues, shape (p,), each eigenvalue a Gaussian of that width; and its standard errors."""
+        """Return the density at `points`, shape (p,), with each eigenvalue a Gaussian of that width, and its standard errors."""
         points = np.asarray(_check.numbers("points", points, "finite eigenvalues, shape (p,)", ndim=1))
         width = float(_check.positive_scalar("width", width))
-        apart = (points[:, None, None] - self.nodes) / width
-        bells = np.exp(-(apart**2) / 2) / (width * np.sqrt(2 * np.pi))
-        found = np.sum(self.weights * bells, axis=2)
-        return found.mean(axis=1), found.std(axis=1, ddof=1) / np.sqrt(found.shape[1])
+        distance = (points[:, None, None] - self.nodes) / width
+        bells = np.exp(-(distance**2) / 2) / (width * np.sqrt(2 * np.pi))
+        densities = np.sum(self.weights * bells, axis=2)
+        return densities.mean(axis=1), densities.std(axis=1, ddof=1) / np.sqrt(densities.shape[1])
 
-    def plot(self, width: float | None = None) -> Any:
-        """The density on a log scale with its standard error, as a matplotlib figure; see `eomdl.plotting.plot_spectral_density`."""
-        from eomdl.plotting import plot_spectral_density
-
-        return plot_spectral_density(self, width)
+    @override
+    def _tables(self) -> tuple[Table, ...]:
+        # The moments of the density, which need no width.
+        moments: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "mean of the eigenvalues": lambda values: values,
+            "mean of their squares": np.square,
+            "part below 0": lambda values: (values < 0).astype(float),
+        }
+        found = {name: self.mean(function) for name, function in moments.items()}
+        rows = [(name, estimate.value, estimate.standard_error) for name, estimate in found.items()]
+        title = f"Spectrum of the Hessian of {self.num_params:,} parameters"
+        return (Table(("what", "value", "standard error"), tuple(rows), title=title),)
 
 
 def trace(loss: Loss, params: Params, args: Args, num_samples: int = 32, seed: int = 0) -> Estimate:
-    r"""The trace of the Hessian, $\mathrm{tr} H = E[v^\top H v]$ over vectors v of random signs, with its standard error.
+    r"""Return the trace of the Hessian, $\mathrm{tr} H = E[v^\top H v]$ over vectors v of random signs, with its standard error.
 
     ```python
     found = eomdl.curvature.trace(loss, params, data)
@@ -70,7 +75,7 @@ def trace(loss: Loss, params: Params, args: Args, num_samples: int = 32, seed: i
 
     **Arguments:** `num_samples`: how many vectors, at least 2; `seed`: of their random numbers.
 
-    **Returns:** `eomdl.curvature.Estimate`.
+    **Returns:** an estimate with `value` and `standard_error`.
 
     **Cost:** `num_samples` Hessian-vector products, about 1.5 gradients each; memory for 2 copies of the parameters beside those of a
     product. The standard error is at most $\sqrt{2 / \mathtt{num\_samples}}$ times the root of the sum of all squared eigenvalues.
@@ -87,7 +92,7 @@ def trace(loss: Loss, params: Params, args: Args, num_samples: int = 32, seed: i
 def spectral_density(
     loss: Loss, params: Params, args: Args, num_samples: int = 8, num_matvecs: int = 32, seed: int = 0
 ) -> SpectralDensity:
-    r"""The spectral density of the Hessian by stochastic Lanczos quadrature.
+    r"""Return the spectral density of the Hessian by stochastic Lanczos quadrature.
 
     ```python
     spectrum = eomdl.curvature.spectral_density(loss, params, data)
@@ -151,8 +156,6 @@ def _quadratures(
     product = hessian_operator(loss, params, args)
 
     def quadrature(key: jax.Array) -> tuple[Any, Any]:
-        start = jax.tree.map(lambda x: x[None], _signs(key, params))
-        values, vectors = krylov.spectrum(product, start, depth)
-        return values, vectors[0] ** 2
+        return ritz_quadrature(product, _signs(key, params), depth)
 
     return jax.lax.map(quadrature, keys)
