@@ -1,17 +1,6 @@
-"""The discrete side: step maps, those of optax optimizers, and ensembles of them."""
+"""The discrete side: step maps, and those of optax optimizers."""
 
-from eomdl.maps.ensemble import Ensemble, EnsembleState, each, members, stack
-from eomdl.maps.optimizer import OptimizerStep, optimizer_step
-from eomdl.maps.step_map import StepMap
+from eomdl.maps.gradient_descent import GradientDescentStep
 
 
-__all__ = [
-    "Ensemble",
-    "EnsembleState",
-    "OptimizerStep",
-    "StepMap",
-    "each",
-    "members",
-    "optimizer_step",
-    "stack",
-]
+__all__ = ["GradientDescentStep"]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Loss, Params, State
@@ -26,8 +27,8 @@ class OptimizerStep(StepMap):
     optimizer: optax.GradientTransformation
     extra_args: ExtraArgs | None = None
 
+    @override
     def init(self, params: Params) -> State:
-        """`params` and the floating-point part of the optimizer's state there; `ValueError` if it has no flow."""
         params = _check.params("params", params)
         discrete_leaves(self.optimizer, params)
         floats = eqx.filter(self.optimizer.init(params), eqx.is_inexact_array)
@@ -35,17 +36,17 @@ class OptimizerStep(StepMap):
         strong = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), floats)
         return params, strong
 
+    @override
     def params(self, state: State) -> Params:
-        """The parameters held in the state."""
         return state[0]
 
+    @override
     def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
-        """One step of the optimizer, its counters at k."""
         updates, new = self._update(state, args, k)
         return optax.apply_updates(state[0], updates), new
 
+    @override
     def increment(self, state: State, args: Args, k: ArrayLike) -> State:
-        """The optimizer's updates of the parameters, and the change of its state."""
         updates, new = self._update(state, args, k)
         return updates, _tree.sub(new, state[1])
 
@@ -66,7 +67,7 @@ class OptimizerStep(StepMap):
 def optimizer_step(
     loss: Loss, optimizer: optax.GradientTransformation, extra_args: ExtraArgs | None = None
 ) -> OptimizerStep:
-    r"""The step map of any optax optimizer on a loss.
+    r"""Return the step map of any optax optimizer on a loss.
 
     ```python
     step_map = eomdl.optimizer_step(loss, optax.adam(1e-2))
@@ -112,7 +113,7 @@ def optimizer_step(
 def gradient_update(
     loss: Loss, optimizer: optax.GradientTransformation, extra_args: ExtraArgs | None
 ) -> Callable[[Params, Any, Args], tuple[Params, Any]]:
-    """`(params, optimizer state, args) -> (updates, new optimizer state)`."""
+    """Return the function `(params, optimizer state, args) -> (updates, new optimizer state)`."""
 
     def update(params: Params, optimizer_state: Any, args: Args) -> tuple[Params, Any]:
         gradient = jax.grad(loss)(params, args)

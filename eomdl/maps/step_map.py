@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 from eomdl import _check, _structure, _tree
 from eomdl._end import real_part
@@ -39,18 +40,22 @@ class StepMap(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
-        r"""$\Psi(x, k)$: pure; the step number k is a real number."""
+        r"""Return $\Psi(x, k)$. It is a pure function; the step number k is a real number."""
 
     def init(self, params: Params) -> State:
-        """The state that starts at `params`. `ValueError` if there is none."""
+        """Return the state that starts at `params`. `ValueError` if there is none."""
         return params
 
     def params(self, state: State) -> Params:
-        """The parameters held in the state."""
+        """Return the parameters held in the state."""
+        return state
+
+    def memory(self, state: State) -> State:
+        """What a monitor of a run sees of the state beside the parameters: an optimizer's own state, or all of it."""
         return state
 
     def restore(self, state: State, params: Params) -> State:
-        """The state of this map where a real run ended in `state`, with `params` in it.
+        """Return the state of this map where a real run ended in `state`, with `params` in it.
 
         That is the floating-point part of `state`, or `params` where the map carries nothing else. `ValueError` if
         it is the state of another map.
@@ -62,19 +67,25 @@ class StepMap(eqx.Module):
         return _structure.restore("end.state", real_part(state), start, hint)
 
     def increment(self, state: State, args: Args, k: ArrayLike) -> State:
-        r"""$\Psi(x, k) - x$."""
+        r"""Return the change of the state in a step, $\Psi(x, k) - x$."""
         return _tree.sub(self(state, args, k), state)
+
+    def num_steps(self, args: Args) -> int:
+        """Return how many steps of the optimizer one call takes: 1, except where a map is of a whole epoch."""
+        del args
+        return 1
 
 
 class _FunctionStep(StepMap):
     function: StepFunction
 
+    @override
     def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
         return self.function(state, args, k)
 
 
 def as_step_map(step_map: StepMap | StepFunction) -> StepMap:
-    """A `StepMap` as it is; a function `(state, args, k) -> state` whose state is the parameters."""
+    """Return a `StepMap` as it is; make one of a function `(state, args, k) -> state` whose state is the parameters."""
     if isinstance(step_map, StepMap):
         return step_map
     if isinstance(step_map, optax.GradientTransformation) or not callable(step_map):

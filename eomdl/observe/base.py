@@ -1,11 +1,11 @@
-"""What an observable of this package is."""
+"""The base class of the observables of this package."""
 
 import abc
 
 import equinox as eqx
 import jax
 
-from eomdl._types import Args, Params
+from eomdl._types import Args, Observable, Params
 
 
 class AbstractObservable(eqx.Module):
@@ -20,12 +20,27 @@ class AbstractObservable(eqx.Module):
         """Whether its value has a leading axis of the members of an `eomdl.Ensemble`."""
         return False
 
+    @property
+    def sees_batch(self) -> bool:
+        """Whether a run gives it the batch of the step in place of `args`."""
+        return False
+
     @abc.abstractmethod
     def __call__(self, params: Params, args: Args) -> jax.Array:
-        """The value at the parameters, with the data."""
+        """Return the value at the parameters, with the data."""
 
     def __hash__(self) -> int:
         return id(self)
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+def sees_batch(observable: Observable) -> bool:
+    """Whether a run gives an observable the batch of the step in place of `args`: not a plain function."""
+    return isinstance(observable, AbstractObservable) and observable.sees_batch
+
+
+def is_per_member(observable: Observable) -> bool:
+    """Whether an observable's value has a leading axis of the members of an ensemble: not that of a plain function."""
+    return isinstance(observable, AbstractObservable) and observable.per_member

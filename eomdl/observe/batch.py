@@ -1,10 +1,12 @@
 """Observables of the step's own minibatch."""
 
-import jax
+from typing import Any
+
+from typing_extensions import override
 
 from eomdl import _check
 from eomdl._types import Args, Observable, Params
-from eomdl.observe.base import AbstractObservable
+from eomdl.observe.base import AbstractObservable, is_per_member
 
 
 class OnBatch(AbstractObservable):
@@ -13,13 +15,18 @@ class OnBatch(AbstractObservable):
     function: Observable
 
     @property
+    @override
     def per_member(self) -> bool:
-        """Whether the function's value has a leading axis of the members of an `eomdl.Ensemble`."""
-        return getattr(self.function, "per_member", False)
+        return is_per_member(self.function)
 
-    def __call__(self, params: Params, batch: Args) -> jax.Array:
-        """The function's value for the batch of the step."""
-        return self.function(params, batch)
+    @property
+    @override
+    def sees_batch(self) -> bool:
+        return True
+
+    @override
+    def __call__(self, params: Params, args: Args) -> Any:
+        return self.function(params, args)
 
 
 def on_batch(function: Observable) -> OnBatch:

@@ -24,7 +24,7 @@ _MISSING = object()
 
 
 class Problem(NamedTuple):
-    """What a file defines; `optimizer` is None where it does not say one. `printed`: what it wrote while it was read."""
+    """What a file defines; `optimizer` is None where it defines none. `printed`: what it wrote while it was read."""
 
     loss: Loss
     params: Params
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
 
 class WrongFile(Exception):
-    """A file that is no problem to be studied. The message is one line; `details` are of the user's own code."""
+    """A file that does not define a problem. The message is one line; `details` are of the user's own code."""
 
     def __init__(self, message: str, details: str = ""):
         super().__init__(message)
@@ -43,7 +43,7 @@ class WrongFile(Exception):
 
 
 def read_problem(target: str, num_steps: int) -> Problem:
-    """The problem in `FILE.py` or `FILE.py:NAME`.
+    """Return the problem in `FILE.py` or `FILE.py:NAME`.
 
     NAME is an object in the file with `loss`, `params`, ... as keys (a dict) or attributes (a class, a namespace), or a
     function without arguments that returns one. What it does not have is taken from the file itself. `batches` may be a
@@ -52,20 +52,20 @@ def read_problem(target: str, num_steps: int) -> Problem:
     **Raises:** `WrongFile`.
     """
     path, name = _split(target)
-    module, printed = _imported(path)
+    module, printed = _import(path)
     places: list[Any] = [module]
     if name:
-        places.insert(0, _named(module, name, path))
-    found = {key: _first(places, key) for key in (*NEEDED, *OPTIONAL)}
+        places.insert(0, _find_object(module, name, path))
+    defined = {key: _first(places, key) for key in (*NEEDED, *OPTIONAL)}
     for key in NEEDED:
-        if found[key] is _MISSING:
+        if defined[key] is _MISSING:
             raise WrongFile(f"{path}: expected it to define `{key}`, got {_instead(places, key)}")
-    values: dict[str, Any] = {key: None if value is _MISSING else value for key, value in found.items()}
+    values: dict[str, Any] = {key: None if value is _MISSING else value for key, value in defined.items()}
     batches = values["batches"]
     if callable(batches):
-        with _of_the_user(path, "`batches(num_steps)`"):
+        with _in_user_code(path, "`batches(num_steps)`"):
             batches = batches(num_steps)
-    with _of_the_user(path, "`batches`"):
+    with _in_user_code(path, "`batches`"):
         batches = first_batches(batches, num_steps)
     problem = Problem(values["loss"], values["params"], values["args"], values["optimizer"], batches, printed)
     _try(problem, path)
@@ -73,7 +73,7 @@ def read_problem(target: str, num_steps: int) -> Problem:
 
 
 def _split(target: str) -> tuple[Path, str]:
-    """Path and name; a colon belongs to the path where there is such a file."""
+    """Split into path and name; a colon belongs to the path where there is such a file."""
     if Path(target).is_file():
         path, name = Path(target), ""
     else:
@@ -93,8 +93,8 @@ def _siblings(path: Path) -> list[str]:
     return [other.name for other in folder.glob("*.py")] if folder.is_dir() else []
 
 
-def _imported(path: Path) -> tuple[ModuleType, str]:
-    """The file as a module, as `python FILE` would find its neighbours, and what it printed."""
+def _import(path: Path) -> tuple[ModuleType, str]:
+    """Import the file as a module, as `python FILE` would find its neighbours; return it and what it printed."""
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     if spec is None or spec.loader is None:
         raise WrongFile(f"FILE: expected a Python file, got {path}")
@@ -105,7 +105,7 @@ def _imported(path: Path) -> tuple[ModuleType, str]:
         sys.path.insert(0, folder)
     printed = io.StringIO()
     try:
-        with _of_the_user(path, "importing it"), contextlib.redirect_stdout(printed):
+        with _in_user_code(path, "importing it"), contextlib.redirect_stdout(printed):
             spec.loader.exec_module(module)
     except WrongFile as error:
         raise WrongFile(f"{error}", printed.getvalue() + error.details) from error.__cause__
@@ -113,8 +113,8 @@ def _imported(path: Path) -> tuple[ModuleType, str]:
 
 
 @contextlib.contextmanager
-def _of_the_user(path: Path, what: str) -> Iterator[None]:
-    """Errors of the user's code in one line, with their traceback from the user's files on."""
+def _in_user_code(path: Path, what: str) -> Iterator[None]:
+    """Turn an error of the user's code into one line, with its traceback from the user's files on."""
     try:
         yield
     except SystemExit as error:
@@ -123,12 +123,12 @@ def _of_the_user(path: Path, what: str) -> Iterator[None]:
             'under `if __name__ == "__main__":`'
         ) from None
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise WrongFile(f"{path}: {what} raised {said}", shortened(error, path)) from error
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WrongFile(f"{path}: {what} raised {first_line}", shorten(error, path)) from error
 
 
-def shortened(error: BaseException, path: Path) -> str:
-    """The traceback, of which only the lines in the user's file and in those beside it are kept, without its last line."""
+def shorten(error: BaseException, path: Path) -> str:
+    """Return the lines of a traceback in the user's file and in those beside it, without the last line of the traceback."""
     folder = path.resolve().parent
     if isinstance(error, SyntaxError):
         return "".join(traceback.format_exception_only(error))
@@ -142,7 +142,7 @@ def shortened(error: BaseException, path: Path) -> str:
     return "".join(["Traceback, in your files only:\n", *traceback.format_list(kept)])
 
 
-def _named(module: ModuleType, name: str, path: Path) -> Any:
+def _find_object(module: ModuleType, name: str, path: Path) -> Any:
     thing = getattr(module, name, _MISSING)
     if thing is _MISSING:
         names = [n for n in vars(module) if not n.startswith("_")]
@@ -150,13 +150,13 @@ def _named(module: ModuleType, name: str, path: Path) -> Any:
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise WrongFile(f"{path}: expected it to define {name!r}, got no such name{hint}")
     if callable(thing) and not isinstance(thing, type):
-        with _of_the_user(path, f"`{name}()`"):
+        with _in_user_code(path, f"`{name}()`"):
             thing = thing()
     return thing
 
 
 def _first(places: list[Any], key: str) -> Any:
-    """The value in the first place that has it."""
+    """Return the value in the first place that has it."""
     for place in places:
         value = place.get(key, _MISSING) if isinstance(place, Mapping) else getattr(place, key, _MISSING)
         if value is not _MISSING:
@@ -165,7 +165,7 @@ def _first(places: list[Any], key: str) -> Any:
 
 
 def _instead(places: list[Any], key: str) -> str:
-    """What it does define, the nearest first."""
+    """Return in words what it defines instead, the nearest first."""
     names: list[str] = []
     for place in places:
         names += [
@@ -178,7 +178,7 @@ def _instead(places: list[Any], key: str) -> str:
 
 
 def _try(problem: Problem, path: Path) -> None:
-    """The loss on its data, once, on shapes only: what it raises is shown in the user's own lines."""
+    """Call the loss once on the shapes of its data: what it raises is shown in the user's own lines."""
     data = problem.args
     if problem.batches is not None:
         data = _example(problem.batches)
@@ -188,7 +188,7 @@ def _try(problem: Problem, path: Path) -> None:
         raise WrongFile(
             f"{path}: expected `params` to be a pytree of real floating-point arrays, got {problem.params!r:.60}"
         )
-    with _of_the_user(path, "`loss(params, args)`"):
+    with _in_user_code(path, "`loss(params, args)`"):
         eqx.filter_eval_shape(problem.loss, problem.params, data)
 
 
@@ -197,7 +197,7 @@ def _is_real(leaf: Any) -> bool:
 
 
 def _example(batches: Any) -> Any:
-    """The first batch."""
+    """Return the first batch of a list, or of stacked arrays."""
     if isinstance(batches, list):
         return batches[0] if batches else None
     return jax.tree.map(lambda leaf: leaf[0], batches)

@@ -24,9 +24,10 @@ from eomdl.flows.gradient import GradientFlow
 from eomdl.flows.interpolating import InterpolatingFlow
 from eomdl.flows.momentum import MomentumFlow
 from eomdl.maps.optimizer import optimizer_step
+from eomdl.maps.response import MomentumRule, recognize_momentum
 from eomdl.observe.curvature import sharpness
-from eomdl.reports.finding import Unanswered
-from eomdl.reports.rules import Rule, recognize
+from eomdl.reports.finding import NoAnswer
+from eomdl.reports.stability import Stability, measure_stability
 from eomdl.runs.continuous import solve
 from eomdl.runs.data import open_data
 from eomdl.runs.discrete import descend
@@ -37,26 +38,26 @@ Optimizer: TypeAlias = optax.GradientTransformation | Callable[[float], optax.Gr
 
 
 @dataclasses.dataclass(frozen=True)
-class Effort:
-    """How much is looked at.
+class Resolution:
+    """How finely a run is studied.
 
-    - `rows`: points of a path that are saved and drawn; `looks`: those of which the sharpness is measured.
+    - `saved`: steps of a path that are saved and drawn; `measured`: those of which the sharpness is measured.
     - `grid`: points along each side of the plane of the loss.
     - `numbers`: of parameters that may be saved step by step, for the charges.
     - `ode_steps`: for each step of the run; a flow that needs more of them is given up.
     - `ode_error`: whether every flow is integrated a second time, to know the solver's own error.
     """
 
-    rows: int
-    looks: int
+    saved: int
+    measured: int
     grid: int
     numbers: int
     ode_error: bool
     ode_steps: int
 
 
-FULL = Effort(rows=120, looks=60, grid=31, numbers=20_000_000, ode_error=True, ode_steps=4)
-QUICK = Effort(rows=60, looks=16, grid=13, numbers=5_000_000, ode_error=False, ode_steps=2)
+FULL = Resolution(saved=120, measured=60, grid=31, numbers=20_000_000, ode_error=True, ode_steps=4)
+QUICK = Resolution(saved=60, measured=16, grid=13, numbers=5_000_000, ode_error=False, ode_steps=2)
 WARM = 50  # steps after which the averages of Adam and its kind are filled, so that a flow can begin
 
 
@@ -75,7 +76,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The run, and everything that is computed about it once for all questions."""
+    """The run, and all that the questions share about it, each computed once and when it is first asked for."""
 
     loss: Loss
     params: Params
@@ -84,15 +85,15 @@ class Study:
     optimizer: optax.GradientTransformation
     args: Args
     batches: Any
-    effort: Effort
+    resolution: Resolution
 
     @functools.cached_property
-    def rule(self) -> Rule | None:
+    def rule(self) -> MomentumRule | None:
         """The optimizer's rule, if it is gradient descent with momentum or without.
 
-        **Raises:** `ValueError` if the optimizer has another learning rate than was said.
+        **Raises:** `ValueError` if the optimizer has another learning rate than the one given.
         """
-        rule = recognize(self.optimizer, self.params, self.num_steps)
+        rule = recognize_momentum(self.optimizer, self.params, self.num_steps)
         if rule is None:
             return None
         if abs(rule.learning_rate / self.learning_rate - 1) > 1e-3:
@@ -103,40 +104,40 @@ class Study:
         return dataclasses.replace(rule, learning_rate=self.learning_rate)
 
     @functools.cached_property
-    def is_plain(self) -> bool:
-        """Whether the run is plain gradient descent, with minibatches or without."""
+    def is_gradient_descent(self) -> bool:
+        """Whether the run is gradient descent without momentum, with minibatches or without."""
         return self.rule is not None and self.rule.momentum == 0
 
     @functools.cached_property
-    def time_step(self) -> float:
+    def step_size(self) -> float:
         """The time that a step takes on its flow."""
-        return self.learning_rate if self.rule is None else self.rule.time_step
+        return self.learning_rate if self.rule is None else self.rule.step_size
 
     @functools.cached_property
     def size(self) -> int:
-        """The number of parameters."""
+        """The number of parameters, all leaves together."""
         return int(_tree.size(self.params))
 
     @functools.cached_property
     def dense(self) -> int:
         """The number of steps, from the first on, of which all are saved."""
-        return int(min(self.num_steps, self.effort.numbers // self.size))
+        return int(min(self.num_steps, self.resolution.numbers // self.size))
 
     @functools.cached_property
     def real(self) -> Trajectory:
         """The run itself: the first steps one by one, then even ones."""
-        steps = np.union1d(_even(self.num_steps, self.effort.rows), np.arange(self.dense + 1))
+        steps = np.union1d(_even(self.num_steps, self.resolution.saved), np.arange(self.dense + 1))
         run = descend(
             self.loss,
             self.params,
             self.optimizer,
             self.num_steps,
-            step_size=self.time_step,
+            step_size=self.step_size,
             args=self.args,
             batches=self.batches,
             save_steps=steps.tolist(),
         )
-        return _finished(run)
+        return _unless_interrupted(run)
 
     @functools.cached_property
     def reached(self) -> int:
@@ -147,8 +148,8 @@ class Study:
     def steps(self) -> Int[np.ndarray, " n"]:
         """The steps that are compared."""
         if self.reached == 0:
-            raise Unanswered(f"The run did not take a step. {self.real.message}")
-        return _even(self.reached, self.effort.rows)
+            raise NoAnswer(f"The run did not take a step. {self.real.message}")
+        return _even(self.reached, self.resolution.saved)
 
     @functools.cached_property
     def path(self) -> Trajectory:
@@ -157,51 +158,76 @@ class Study:
 
     @functools.cached_property
     def whole_data(self) -> Args:
-        """What the loss takes for the whole data. **Raises:** `Unanswered` if there are minibatches only."""
+        """What the loss takes for the whole data. **Raises:** `NoAnswer` if there are minibatches only."""
         if self.batches is not None:
             try:
                 jax.eval_shape(self.loss, self.params, self.args)
             except Exception as error:
-                raise Unanswered(
+                raise NoAnswer(
                     "This needs the loss on the whole data, and only minibatches are given: `args` is no data that the "
                     f"loss can take ({type(error).__name__})."
                 ) from error
         return self.args
 
     @functools.cached_property
-    def looks(self) -> Int[np.ndarray, " m"]:
-        """Rows of the path that are looked at more closely."""
-        return _even(len(self.steps) - 1, self.effort.looks)
+    def measured(self) -> Int[np.ndarray, " m"]:
+        """Which of the saved steps are measured more closely."""
+        return _even(len(self.steps) - 1, self.resolution.measured)
 
     @functools.cached_property
     def sharpness(self) -> Float[np.ndarray, " m"]:
-        """The largest Hessian eigenvalue at the rows looked at."""
-        data, measured = self.whole_data, eqx.filter_jit(sharpness(self.loss))
-        return np.asarray([measured(self.at(row), data) for row in self.looks], float)
+        """The largest Hessian eigenvalue at the measured steps."""
+        data, largest = self.whole_data, eqx.filter_jit(sharpness(self.loss))
+        return np.asarray([largest(self.at(row), data) for row in self.measured], float)
 
     @functools.cached_property
-    def edge(self) -> float:
+    def stability(self) -> Stability:
+        r"""$\eta\lambda$ against the optimizer's threshold at the measured steps, on the whole data."""
+        products = self.learning_rate * self.sharpness
+        if self.rule is not None:
+            return Stability(products, np.full(len(products), self.rule.threshold))
+        measured = measure_stability(
+            self.loss,
+            self.params,
+            self.optimizer,
+            self.steps[self.measured],
+            self.whole_data,
+            self._options(self.reached),
+        )
+        return Stability(products, np.full(len(products), np.nan)) if measured is None else measured
+
+    @functools.cached_property
+    def largest_product(self) -> float:
         """The largest learning rate times sharpness along the run; 0 where the whole data are not known."""
         try:
             return self.learning_rate * float(np.nanmax(self.sharpness))
-        except Unanswered:
+        except NoAnswer:
             return 0.0
 
     def at(self, row: int) -> Params:
-        """The parameters of the run at a row of the path."""
+        """Return the parameters of the run at one of its saved steps."""
         return jax.tree.map(lambda x: jnp.asarray(x[row]), self.path.params)
 
     def losses(self, path: Trajectory) -> Float[np.ndarray, " n"]:
-        """The loss on the whole data along a path."""
+        """Return the loss on the whole data along a path."""
         return np.asarray(_losses(self.loss, path.params, self.whole_data), float)
 
     @functools.cached_property
     def prediction(self) -> PredictedError:
-        """Gradient flow, and its error foretold. Of plain gradient descent only."""
-        flow = GradientFlow(self.loss, self.learning_rate)
+        """Gradient flow and its predicted error. Of gradient descent without momentum only."""
         return predict_error(
-            flow, self.params, self.reached, check=False, diagnose=False, **self._options(self.reached)
+            self.gradient_flow,
+            self.params,
+            self.reached,
+            check=False,
+            diagnose=False,
+            **self._options(self.reached),
         )
+
+    @functools.cached_property
+    def gradient_flow(self) -> GradientFlow:
+        """The gradient flow with the run's learning rate."""
+        return GradientFlow(self.loss, self.learning_rate)
 
     @functools.cached_property
     def models(self) -> dict[str, Model]:
@@ -209,10 +235,10 @@ class Study:
         loss, eta, rule = self.loss, self.learning_rate, self.rule
         if rule is not None and rule.momentum == 0:
             flows = {
-                "gradient flow": Model(GradientFlow(loss, eta)),
+                "gradient flow": Model(self.gradient_flow),
                 "equation of motion with 1 term": Model(EquationOfMotion(loss, eta, 1), series=True),
             }
-            if self.edge < 1:
+            if self.largest_product < 1:
                 second = Model(EquationOfMotion(loss, eta, 2), series=True)
                 return flows | {"equation of motion with 2 terms": second}
             if self.batches is not None:
@@ -225,14 +251,14 @@ class Study:
         first = 0 if rule is not None else min(WARM, self.reached // 4)
         interpolating = {
             f"interpolating flow of {points} points": Model(
-                InterpolatingFlow(step, self.time_step, points), first
+                InterpolatingFlow(step, self.step_size, points), first
             )
             for points in ((2, 4) if rule is None else (4,))
         }
         if rule is None:
             return interpolating
         return {
-            "gradient flow": Model(GradientFlow(loss, rule.time_step)),
+            "gradient flow": Model(GradientFlow(loss, rule.step_size)),
             "momentum flow": Model(MomentumFlow(loss, eta, rule.momentum, rule.nesterov)),
             **interpolating,
         }
@@ -244,16 +270,16 @@ class Study:
 
     @functools.cached_property
     def comparisons(self) -> dict[str, Comparison]:
-        """The run against each of its models that ran, one by one: one that stopped early does not cut the others."""
+        """The run compared with each of its models that ran, one by one: one that stopped early does not cut the others."""
         runs = {name: run for name, run in self.flows.items() if isinstance(run, Trajectory)}
         if not runs:
             reasons = [f"{name}: {why}" for name, why in self.flows.items()]
-            raise Unanswered(" ".join(["No flow describes this run.", *reasons]))
+            raise NoAnswer(" ".join(["No flow describes this run.", *reasons]))
         return {name: compare(self.path, {name: run}) for name, run in runs.items()}
 
     def _run(self, name: str, model: Model) -> Trajectory | str:
-        if self.is_plain and isinstance(model.flow, GradientFlow) and not self.effort.ode_error:
-            return self.prediction.path  # gradient flow carried its error along: no second run
+        if model.flow is self.gradient_flow and not self.resolution.ode_error:
+            return self.prediction.path  # it was integrated beside its error: no second run
         options = self._options(self.reached)
         try:
             if model.first:
@@ -263,28 +289,28 @@ class Study:
                 model.flow,
                 self.params,
                 self.reached,
-                estimate_error=self.effort.ode_error,
+                estimate_error=self.resolution.ode_error,
                 diagnose=not model.series,  # its diagnosis is the sharpness, which is measured along the run
-                max_steps=self.effort.ode_steps * min(self.reached, 1024) + 100,
+                max_steps=self.resolution.ode_steps * min(self.reached, 1024) + 100,
                 **options,
             )
-            return _finished(run)
+            return _unless_interrupted(run)
         except Exception as error:
             return f"{error}".splitlines()[0]
 
     def _options(self, last: int) -> Any:
-        """The options of a run to a step, saved where it is compared."""
+        """Return the options of a run to a step, saved where it is compared."""
         steps = np.union1d(self.steps[self.steps <= last], [last])
         return {"args": self.args, "batches": first_batches(self.batches, last), "save_steps": steps.tolist()}
 
 
 def _even(last: int, count: int) -> Int[np.ndarray, " n"]:
-    """About `count` whole numbers from 0 to the last one, evenly."""
+    """Return about `count` whole numbers from 0 to the last one, evenly spaced."""
     return np.unique(np.linspace(0, last, min(last, count) + 1).round().astype(int))
 
 
-def _finished(run: Trajectory) -> Trajectory:
-    """The run, unless it was interrupted: then the report is."""
+def _unless_interrupted(run: Trajectory) -> Trajectory:
+    """Return the run. **Raises:** `KeyboardInterrupt` if it was interrupted: then the report is."""
     if bool(run.result == RESULTS.interrupted):
         raise KeyboardInterrupt
     return run
@@ -296,7 +322,7 @@ def _losses(loss: Loss, params: Params, args: Args) -> jax.Array:
 
 
 def first_batches(batches: Any, count: int) -> Any:
-    """The first `count` batches: of a list or an iterator as a list, of stacked arrays as arrays."""
+    """Return the first `count` batches: of a list or an iterator as a list, of stacked arrays as arrays."""
     if batches is None:
         return None
     if isinstance(batches, list | Iterator) or (
@@ -315,21 +341,21 @@ def make_study(
     optimizer: Optimizer,
     args: Args,
     batches: Any,
-    effort: Effort,
+    resolution: Resolution,
 ) -> Study:
-    """The study, its arguments checked. **Raises:** `ValueError`."""
+    """Check the arguments and make the study of them. **Raises:** `ValueError`."""
     rate = float(_check.positive_scalar("learning_rate", learning_rate))
     num_steps = _check.integer("num_steps", num_steps, 1)
     params = _check.params("params", params)
     _check.function("loss", loss)
-    made = optimizer if isinstance(optimizer, optax.GradientTransformation) else _made(optimizer, rate)
+    made = optimizer if isinstance(optimizer, optax.GradientTransformation) else _make(optimizer, rate)
     batches = first_batches(batches, num_steps)
     data = open_data(args, batches, num_steps, 0, 1)
     _check.loss_is_scalar(loss, params, data.example, data.source)
-    return Study(loss, params, rate, num_steps, made, args, batches, effort)
+    return Study(loss, params, rate, num_steps, made, args, batches, resolution)
 
 
-def _made(optimizer: Any, rate: float) -> optax.GradientTransformation:
+def _make(optimizer: Any, rate: float) -> optax.GradientTransformation:
     expected = "an optax.GradientTransformation, or a function learning_rate -> one"
     _check.function("optimizer", optimizer, expected)
     try:

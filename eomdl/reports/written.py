@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Loss, Params
-from eomdl.plotting._inline import inked, svg
+from eomdl.plotting._inline import page_colours, svg
 from eomdl.reports import page
-from eomdl.reports.finding import Finding, Table, Unanswered, number, shown
+from eomdl.reports.finding import Finding, NoAnswer, number
 from eomdl.reports.questions import discreteness, distance, edge, models, rates, shape, symmetries
 from eomdl.reports.study import FULL, QUICK, Optimizer, Study, make_study
 
@@ -48,15 +48,7 @@ QUESTIONS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the learning rate does to a run: a finding for every question.
-
-    - `findings`: `{name: eomdl.reports.Finding}`, in the order of the page: "edge", "distance", "rates", "discreteness",
-        "models", "symmetries", "path".
-    - `summary`: a few sentences that answer.
-    - `setting`: `{what: value}`, what the report is about.
-    - `html`: the page, one self-contained file; `save` writes it. `text()`: the same without pictures.
-    - `data`: `{name: {what: number or array}}`, the numbers of every finding.
-    """
+    """What the learning rate does to a run: a finding for every question, as `eomdl.report` describes it."""
 
     findings: Mapping[str, Finding]
     summary: tuple[str, ...]
@@ -69,8 +61,8 @@ class Report:
 
     @functools.cached_property
     def html(self) -> str:
-        """The page."""
-        said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.summary)
+        """The page, one self-contained file of HTML."""
+        summary = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.summary)
         setting = "".join(_row(what, value) for what, value in self.setting.items())
         links = "".join(
             f"<li><a href='#{q.name}'>{html.escape(q.title)}</a></li>"
@@ -79,19 +71,23 @@ class Report:
         )
         body = [
             "<header><h1>What the learning rate does</h1>",
-            f"<ul class='lead'>{said}</ul><dl>{setting}</dl></header>",
+            f"<ul class='lead'>{summary}</ul><dl>{setting}</dl></header>",
             f"<nav aria-label='Contents'><h2>Questions</h2><ol>{links}</ol></nav>",
             *(_section(q, self.findings[q.name]) for q in QUESTIONS if q.name in self.findings),
         ]
         return page.document("eomdl: what the learning rate does", "".join(body))
 
     def text(self) -> str:
-        """The report without pictures."""
+        """Return the report without pictures."""
         parts = ["What the learning rate does", *(f"- {sentence}" for sentence in self.summary), ""]
         for question in QUESTIONS:
             if question.name in self.findings:
                 parts += [question.title, self.findings[question.name].text()]
         return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the page in a frame, whose style does not reach the notebook."""
+        return f"<iframe srcdoc='{html.escape(self.html)}' style='width: 100%; height: 40em; border: 0'></iframe>"
 
     def save(self, path: str | Path) -> None:
         """Write the page. **Raises:** `ValueError` if `path` is none."""
@@ -110,7 +106,7 @@ def report(
     quick: bool = False,
     progress: bool = False,
 ) -> Report:
-    r"""What a learning rate does to a training run, in plain words with the numbers beside them.
+    r"""Tell what a learning rate does to a training run, in plain words with the numbers beside them.
 
     ```python
     report = eomdl.report(loss, params, 0.1, 500, args=data)
@@ -130,20 +126,28 @@ def report(
     - `learning_rate`: $\eta$, a finite number > 0.
     - `optimizer`: a function `learning_rate -> optax.GradientTransformation`, such as `optax.sgd` or `optax.adam`; or a
         transformation, whose own learning rate must be the one given.
-    - `quick`: look at fewer points, and do not measure the ODE solver's own error.
+    - `quick`: measure fewer points, and not the ODE solver's own error.
     - `progress`: one line for each question, on stderr.
 
-    **Returns:** `eomdl.reports.Report`. A run that becomes non-finite is reported up to there.
+    **Returns:** the report, with
 
-    **Cost** in gradients, plain gradient descent at $\eta\lambda$ about 0.5: for each step 1 for the run and 30 for its flows (quick: 17),
-    less on a smooth path; 43 for each of up to 60 (quick: 16) looks at the sharpness. On a small problem compiling takes most of the time.
+    - `save(path)`, which writes the page, one file of HTML; `text()`, the same without pictures;
+    - `findings`: `{question: finding}` with `answer`, `meaning`, `numbers`, `notes` and `data`; the questions are "edge",
+        "distance", "rates", "discreteness", "models", "symmetries" and "path";
+    - `summary`, a few sentences; `setting`, what the report is about; `data`, the numbers of every finding.
+
+    A run that becomes non-finite is reported up to there.
+
+    **Cost** in gradients, gradient descent at $\eta\lambda$ about 0.5: for each step 1 for the run and 30 for its flows (quick: 17),
+    less on a smooth path; 43 for each of up to 60 (quick: 16) measurements of the sharpness (an optimizer that rescales its
+    steps: 10 more, and its run once more). On a small problem compiling takes most of the time.
 
     **Raises:** `ValueError` for a wrong argument, and for an optimizer that has another learning rate; `ModuleNotFoundError`
     without matplotlib, which comes with `eomdl[plot]`.
 
     Source: Miyagawa 2022 (arXiv 2210.15898); Cohen et al. 2021 (arXiv 2103.00065) for the edge of stability.
     """
-    inked()  # without matplotlib there is no page: said before the work, not after it
+    page_colours()  # without matplotlib there is no page: raised before the work, not after it
     quick, progress = _check.flag("quick", quick), _check.flag("progress", progress)
     study = make_study(
         loss, params, learning_rate, num_steps, optimizer, args, batches, QUICK if quick else FULL
@@ -160,10 +164,9 @@ def report(
     )
     for question in bar:
         bar.set_description_str(f"{question.title} ({time.perf_counter() - start:.0f} s)")
-        findings[question.name] = _asked(question, study)
+        findings[question.name] = _ask(question, study)
         if progress:
-            said = findings[question.name].answer
-            bar.write(f"{question.title} {said}", file=sys.stderr)
+            bar.write(f"{question.title} {findings[question.name].answer}", file=sys.stderr)
     setting = {
         "optimizer": "not gradient descent (its updates are rescaled, or change with time)"
         if rule is None
@@ -180,25 +183,25 @@ def report(
 
 
 def _summary(findings: Mapping[str, Finding]) -> tuple[str, ...]:
-    """A sentence for each question that has one, and which have no answer."""
-    open_ones = [q.title for q in QUESTIONS if not findings[q.name].answered]
-    said = [finding.summary for finding in findings.values() if finding.summary]
-    if open_ones:
-        said.append(f"Not answered, with the reason in its section: {' '.join(open_ones)}")
-    return tuple(said)
+    """Return a sentence for each question that has one, and which have no answer."""
+    unanswered = [q.title for q in QUESTIONS if not findings[q.name].answered]
+    sentences = [finding.summary for finding in findings.values() if finding.summary]
+    if unanswered:
+        sentences.append(f"Not answered, with the reason in its section: {' '.join(unanswered)}")
+    return tuple(sentences)
 
 
-def _asked(question: Question, study: Study) -> Finding:
-    """The finding; what kept it from being made is said in its place, and what was warned of is noted."""
-    with warnings.catch_warnings(record=True) as caught, inked():
+def _ask(question: Question, study: Study) -> Finding:
+    """Return the finding, or the reason why there is none in its place; warnings become notes."""
+    with warnings.catch_warnings(record=True) as caught, page_colours():
         warnings.simplefilter("always")
         try:
             finding = question.ask(study)
-        except Unanswered as reason:
+        except NoAnswer as reason:
             finding = Finding(answer=f"Not answered. {reason}", answered=False)
         except Exception as error:  # one question's failure is not the others'
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            finding = Finding(answer=f"Not answered. {said}", answered=False)
+            first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+            finding = Finding(answer=f"Not answered. {first_line}", answered=False)
     ours = [str(w.message) for w in caught if w.category is UserWarning and "eomdl" in w.filename]
     known = {*finding.notes}
     new = [text for text in dict.fromkeys(ours) if not any(note.endswith(text) for note in known)]
@@ -206,13 +209,13 @@ def _asked(question: Question, study: Study) -> Finding:
 
 
 def _section(question: Question, finding: Finding) -> str:
-    """A question with its answer, numbers, pictures and tables."""
-    with inked():
+    """Return the HTML of a question with its answer, numbers, pictures and tables."""
+    with page_colours():
         drawn = {name: svg(figure, f"{question.name}-{name}") for name, figure in finding.pictures.items()}
     pictures = "".join(f"<figure>{picture}</figure>" for picture in drawn.values())
     numbers = "".join(_row(what, value) for what, value in finding.numbers.items())
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in finding.notes)
-    tables = "".join(_table(name, table) for name, table in finding.tables.items())
+    tables = "".join(page.table(name, table) for name, table in finding.tables.items())
     kind = "answer" if finding.answered else "answer na"
     return (
         f"<section id='{question.name}'><h2>{html.escape(question.title)}</h2>"
@@ -221,17 +224,10 @@ def _section(question: Question, finding: Finding) -> str:
         + (f"<div class='pictures'>{pictures}</div>" if pictures else "")
         + tables
         + (f"<p class='small'>{html.escape(finding.meaning)}</p>" if finding.meaning else "")
-        + (f"<h3>To mind</h3><ul class='small'>{notes}</ul>" if notes else "")
+        + (f"<h3>Caveats</h3><ul class='small'>{notes}</ul>" if notes else "")
         + "</section>"
     )
 
 
 def _row(what: str, value: str) -> str:
     return f"<div><dt>{html.escape(what)}</dt><dd>{html.escape(value)}</dd></div>"
-
-
-def _table(name: str, table: Table) -> str:
-    rows = [
-        [page.Cell(shown(cell, i in table.shares), cell) for i, cell in enumerate(row)] for row in table.rows
-    ]
-    return page.table(name, table.columns, rows, table.said, opened=len(rows) <= 12)

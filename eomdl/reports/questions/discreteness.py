@@ -11,14 +11,14 @@ from eomdl import _tree
 from eomdl._autodiff import hessian_vector_product
 from eomdl._types import Args, Loss, Params
 from eomdl.errors.comparison import top_level_blocks
+from eomdl.maps.response import MomentumRule
 from eomdl.plotting._study import lines_picture
-from eomdl.reports.finding import Finding, Table, Unanswered, block, number, of, percent
-from eomdl.reports.rules import Rule
+from eomdl.reports.finding import Finding, NoAnswer, Table, block, number, of, percent
 from eomdl.reports.study import Study
 
 
 TITLE = "What do the finite steps add?"
-SHORTER = (16.0, 64.0)  # by which a step is divided to see whether the gradient is smooth
+PROBES = (16.0, 64.0)  # by which a step is divided to see whether the gradient is smooth
 ROUNDING = 100.0  # machine epsilons of a gradient that are rounding
 ROUGH = 0.02  # of the gradient's change that the Hessian does not explain over the first; on a smooth loss the second has 1/4
 
@@ -31,20 +31,20 @@ _MEANING = (
 
 
 def ask(study: Study) -> Finding:
-    """Size and direction of the first counter term along the run, whole and by block."""
+    """Measure size and direction of the first counter term along the run, whole and by block."""
     rule = study.rule
     if rule is None:
-        raise Unanswered(
+        raise NoAnswer(
             "The terms that finite steps add are known for gradient descent, with momentum and without. Those of an optimizer "
             "that rescales its steps are others."
         )
-    data, steps = study.whole_data, study.steps[study.looks]
-    rows = [_looked_at(study.loss, study.at(row), data, study.learning_rate) for row in study.looks]
-    found = jax.tree.map(lambda *x: np.asarray(x, float), *rows)
-    share = study.time_step * rule.memory_factor * found["force"] / found["gradient"]
-    cosine, largest = found["cosine"], float(np.nanmax(share))
-    answer, summary = _said(share, cosine, largest)
-    table, at_start = _by_block(found["blocks"])
+    data, steps = study.whole_data, study.steps[study.measured]
+    forces = [_measure_force(study.loss, study.at(row), data, study.learning_rate) for row in study.measured]
+    force = jax.tree.map(lambda *x: np.asarray(x, float), *forces)
+    fraction = study.step_size * rule.memory_factor * force["force"] / force["gradient"]
+    cosine, largest = force["cosine"], float(np.nanmax(fraction))
+    answer, summary = _answer(fraction, cosine, largest)
+    table, at_start = _by_block(force["blocks"])
     if len(at_start) > 1:
         name, most = max(at_start.items(), key=lambda pair: pair[1])
         answer += f" At the start {percent(most)} of its square acts on {block(name)}."
@@ -53,26 +53,26 @@ def ask(study: Study) -> Finding:
         summary=summary,
         meaning=_MEANING,
         numbers={
-            "η |ξ₀| / |g| at the start": percent(share[0]),
-            "η |ξ₀| / |g| at the end": percent(share[-1]),
-            "largest along the run": f"{percent(largest)} (step {steps[np.nanargmax(share)]})",
+            "η |ξ₀| / |g| at the start": percent(fraction[0]),
+            "η |ξ₀| / |g| at the end": percent(fraction[-1]),
+            "largest along the run": f"{percent(largest)} (step {steps[np.nanargmax(fraction)]})",
         },
         tables={"by block of the parameters": table},
         pictures={
-            "force": lines_picture({"η |ξ₀| / |g|": (steps, share)}, "force over gradient"),
+            "force": lines_picture({"η |ξ₀| / |g|": (steps, fraction)}, "force over gradient"),
             "cosine": lines_picture(
                 {"cosine of ξ₀ and g": (steps, cosine)}, "cosine", "linear", (-1.05, 1.05)
             ),
         },
-        data={"steps": steps, "share": share, "cosine": cosine, "block_share": at_start},
-        notes=_notes(study, rule, *found["rough"].T),
+        data={"steps": steps, "fraction": fraction, "cosine": cosine, "block_fraction": at_start},
+        notes=_notes(study, rule, *force["rough"].T),
     )
 
 
-def _said(share: np.ndarray, cosine: np.ndarray, largest: float) -> tuple[str, str]:
-    """The answer, and in one sentence."""
+def _answer(fraction: np.ndarray, cosine: np.ndarray, largest: float) -> tuple[str, str]:
+    """Return the answer, and the summary in one sentence."""
     answer = (
-        f"A force of {of(share[0], 'the gradient')} at the start and {of(share[-1], 'the gradient')} at the end; its cosine with "
+        f"A force of {of(fraction[0], 'the gradient')} at the start and {of(fraction[-1], 'the gradient')} at the end; its cosine with "
         f"the gradient is {number(cosine[0])} and {number(cosine[-1])}."
     )
     if largest < 1:
@@ -87,21 +87,21 @@ def _said(share: np.ndarray, cosine: np.ndarray, largest: float) -> tuple[str, s
 
 
 def _by_block(blocks: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Table, dict[str, float]]:
-    """What of the force's square acts on each block, and its cosine there, at the start and at the end."""
+    """Return the part of the force's square that acts on each block and its cosine there, at the start and at the end."""
     squares = {name: sizes[[0, -1]] ** 2 for name, (sizes, _) in blocks.items()}
     total = sum(squares.values(), np.zeros(2))
-    shares = {
+    fractions = {
         name: np.where(total > 0, square / np.where(total > 0, total, 1), 0.0)
         for name, square in squares.items()
     }
-    order = sorted(blocks, key=lambda name: -shares[name][0])
-    columns = ("block", "share of the square, start", "end", "cosine, start", "cosine, end")
-    rows = tuple((block(n), *map(float, shares[n]), *map(float, blocks[n][1][[0, -1]])) for n in order)
-    return Table(columns, rows, shares=(1, 2)), {name: float(shares[name][0]) for name in order}
+    order = sorted(blocks, key=lambda name: -fractions[name][0])
+    columns = ("block", "part of the square, start", "end", "cosine, start", "cosine, end")
+    rows = tuple((block(n), *map(float, fractions[n]), *map(float, blocks[n][1][[0, -1]])) for n in order)
+    return Table(columns, rows, fractions=(1, 2)), {name: float(fractions[name][0]) for name in order}
 
 
-def _notes(study: Study, rule: Rule, rough: np.ndarray, rougher: np.ndarray) -> tuple[str, ...]:
-    """`rough`, `rougher`: what derivatives do not see of the gradient's change over a 16th and a 64th of a step."""
+def _notes(study: Study, rule: MomentumRule, rough: np.ndarray, rougher: np.ndarray) -> tuple[str, ...]:
+    """Return the caveats. `rough`, `rougher`: the gradient's change that derivatives do not see, over a 16th and a 64th of a step."""
     notes = []
     if rule.momentum:
         notes.append(
@@ -121,8 +121,8 @@ def _notes(study: Study, rule: Rule, rough: np.ndarray, rougher: np.ndarray) -> 
 
 
 @eqx.filter_jit
-def _looked_at(loss: Loss, params: Params, data: Args, eta: Any) -> dict[str, Any]:
-    """The gradient and half of H g: sizes, cosine, by block; and how much of the gradient's change is by jumps."""
+def _measure_force(loss: Loss, params: Params, data: Args, eta: Any) -> dict[str, Any]:
+    """Measure the gradient and half of H g: sizes, cosine, by block; and how much of the gradient's change is by jumps."""
     gradient = jax.grad(loss)(params, data)
     product = hessian_vector_product(loss, params, data, gradient)
 
@@ -139,7 +139,7 @@ def _looked_at(loss: Loss, params: Params, data: Args, eta: Any) -> dict[str, An
         "force": _tree.norm(product) / 2,
         "cosine": _cosine(product, gradient),
         "blocks": {name: (_tree.norm(p) / 2, _cosine(p, g)) for (name, p), g in parts},
-        "rough": jnp.stack([rough(eta / shorter) for shorter in SHORTER]),
+        "rough": jnp.stack([rough(eta / parts) for parts in PROBES]),
     }
 
 

@@ -4,17 +4,22 @@ import numpy as np
 
 from eomdl.plotting._study import lines_picture, sharpness_picture
 from eomdl.reports.finding import Finding, number, percent
+from eomdl.reports.stability import Stability
 from eomdl.reports.study import Study
+from eomdl.telemetry.at_edge import NEAR, find_stay
 
 
 TITLE = "Is this learning rate at the edge of stability?"
-NEAR = 0.9  # of the threshold, from which on the run is said to be at the edge
 
 _MEANING = (
     "The sharpness λ is the largest curvature of the loss: how steep the steepest valley is. A step of length η "
     "overshoots in a valley that is too steep. For {name} the limit is η λ = {threshold}; beyond it the steps bounce from "
     "wall to wall. Networks often drift towards that limit by themselves and stay there, which is called the edge of "
     "stability. Near it, no differential equation with gradients only is a good picture of the run."
+)
+_PRECONDITIONED = (
+    " This optimizer gives each parameter a rate of its own, so η λ is here the largest curvature once the parameters are "
+    "measured in units of those rates."
 )
 _OTHER = (
     "The sharpness λ is the largest curvature of the loss. For plain gradient descent the limit is η λ = 2. This optimizer "
@@ -23,20 +28,14 @@ _OTHER = (
 
 
 def ask(study: Study) -> Finding:
-    """The sharpness along the run against the optimizer's threshold."""
-    steps, rule, eta = study.steps[study.looks], study.rule, study.learning_rate
-    products = eta * study.sharpness
-    threshold = None if rule is None else rule.threshold
-    answer, summary = _stopped(study)
-    said, short = _verdict(steps, products, threshold)
-    notes = []
-    if study.batches is not None:
-        notes.append(
-            "The sharpness is that of the loss on the whole data. With minibatches the noise of the steps keeps it below "
-            "the threshold, so a run may be at its edge earlier than these numbers say."
-        )
+    """Compare the sharpness along the run with the optimizer's threshold."""
+    steps, stability = study.steps[study.measured], study.stability
+    products, known = stability.products, np.isfinite(stability.thresholds)
+    threshold = float(stability.thresholds[known][-1]) if known.any() else None
+    stopped, stopped_short = _say_where_it_stopped(study)
+    answer, summary, since = _verdict(steps, stability)
     numbers = {
-        "learning rate η": number(eta),
+        "learning rate η": number(study.learning_rate),
         "sharpness λ at the start": number(study.sharpness[0]),
         "sharpness λ at the end": number(study.sharpness[-1]),
         "largest η λ": number(np.nanmax(products)),
@@ -45,9 +44,9 @@ def ask(study: Study) -> Finding:
         numbers["threshold of η λ"] = number(threshold)
     losses = {"the run": (study.steps, study.losses(study.path))}
     return Finding(
-        answer=" ".join(filter(None, (answer, said))),
-        summary=" ".join(filter(None, (summary, short))),
-        meaning=_OTHER if rule is None else _MEANING.format(name=rule.name, threshold=number(rule.threshold)),
+        answer=" ".join(filter(None, (stopped, answer))),
+        summary=" ".join(filter(None, (stopped_short, summary))),
+        meaning=_meaning(study, threshold),
         numbers=numbers,
         pictures={
             "sharpness": sharpness_picture(steps, products, threshold, "sharpness"),
@@ -58,15 +57,41 @@ def ask(study: Study) -> Finding:
         data={
             "steps": steps,
             "sharpness": study.sharpness,
+            "eta_lambda": products,
             "threshold": threshold,
+            "since": since,
             "losses": losses["the run"][1],
         },
-        notes=tuple(notes),
+        notes=_notes(study, known),
     )
 
 
-def _stopped(study: Study) -> tuple[str, str]:
-    """A run that did not get to its end."""
+def _meaning(study: Study, threshold: float | None) -> str:
+    """Explain the words of the answer."""
+    if threshold is None:
+        return _OTHER
+    name = "this optimizer" if study.rule is None else study.rule.name
+    text = _MEANING.format(name=name, threshold=number(threshold))
+    return text + _PRECONDITIONED * study.stability.is_preconditioned
+
+
+def _notes(study: Study, known: np.ndarray) -> tuple[str, ...]:
+    notes = []
+    if study.batches is not None:
+        notes.append(
+            "The sharpness is that of the loss on the whole data. With minibatches the noise of the steps keeps it below "
+            "the threshold, so a run may be at its edge earlier than these numbers say."
+        )
+    if study.stability.is_preconditioned and not known.all():
+        notes.append(
+            f"At {np.sum(~known)} of the {len(known)} measured steps the optimizer's update was not linear in the gradient and one "
+            "memory (clipped, say), so there is no threshold there."
+        )
+    return tuple(notes)
+
+
+def _say_where_it_stopped(study: Study) -> tuple[str, str]:
+    """Return the answer and the summary for a run that did not get to its end; empty for one that did."""
     if not study.real.message:
         return "", ""
     return (
@@ -76,31 +101,42 @@ def _stopped(study: Study) -> tuple[str, str]:
     )
 
 
-def _verdict(steps: np.ndarray, products: np.ndarray, threshold: float | None) -> tuple[str, str]:
-    first, last, top = products[0], products[-1], float(np.nanmax(products))
-    trend = f"from {number(first)} at the start to {number(last)} at the end"
-    if threshold is None:
-        said = f"There is no answer for this optimizer. Measured, η λ goes {trend}."
-        return said, f"For this optimizer no edge of stability is known; η λ goes {trend}."
-    reached = np.flatnonzero(products >= NEAR * threshold)
-    share = percent(top / threshold)
-    if len(reached) == 0:
-        said = f"No. η λ goes {trend}; at most it is {number(top)}, {share} of the threshold {number(threshold)}."
-        return (
-            said,
-            f"The learning rate is below the edge of stability: η λ is at most {share} of the threshold.",
+def _verdict(steps: np.ndarray, stability: Stability) -> tuple[str, str, int | None]:
+    """Return the answer, the summary, and the step since which the run is at its edge (None for none)."""
+    known = np.isfinite(stability.products / stability.thresholds)
+    if not known.any():
+        trend = _trend(stability.products)
+        answer = f"There is no answer for this optimizer. Measured, η λ goes {trend}."
+        return answer, f"For this optimizer no edge of stability is known; η λ goes {trend}.", None
+    steps, products, thresholds = (x[known] for x in (steps, stability.products, stability.thresholds))
+    ratios, trend = products / thresholds, _trend(products)
+    stay = find_stay(ratios)
+    if stay is None:
+        top = int(np.argmax(ratios))
+        highest = f"{percent(ratios[top])} of the threshold"
+        answer = f"No. η λ goes {trend}; at most it is {number(products[top])}, {highest} {number(thresholds[top])}."
+        return answer, f"The learning rate is below the edge of stability: η λ is at most {highest}.", None
+    there = f"η λ {{}} {number(products[stay.first])}, with a threshold of {number(thresholds[stay.first])}"
+    is_below = ratios[-1] < NEAR
+    if not stay.lasts:
+        if stay.last == 0:  # of Adam, say, whose second moments are those of one gradient
+            answer = f"No, but for the first step: there {there.format('is')}. It goes {trend}."
+            return answer, "The learning rate is below the edge of stability but for the first step.", None
+        until = f"up to about step {steps[stay.last]}"
+        answer = (
+            f"No longer; {until} it was: at step {steps[stay.first]} {there.format('is')}. It goes {trend}."
         )
-    at = int(steps[reached[0]])
-    left = last < NEAR * threshold
-    end = "at the end it is below again" if left else "it is there at the end"
-    if at == 0:
-        said = (
-            f"Yes, from the first step on: η λ is {number(first)} at the start, with a threshold of {number(threshold)}; {end}"
-            f" ({number(last)})."
+        return answer, f"The run is at the edge of stability {until}; at the end it is below again.", None
+    end = "the last measurement is below" if is_below else "at the end it is there"
+    since = int(steps[stay.first])
+    if since == 0:
+        answer = (
+            f"Yes, from the first step on: {there.format('is')} at the start; {end} ({number(products[-1])})."
         )
-        return said, f"The learning rate is at the edge of stability from the start; {end}."
-    said = (
-        f"Yes, from about step {at} on: there η λ reaches {number(products[reached[0]])}, with a threshold of "
-        f"{number(threshold)}. It goes {trend}; {end}."
-    )
-    return said, f"The run comes to the edge of stability at about step {at}; {end}."
+        return answer, f"The learning rate is at the edge of stability from the start; {end}.", since
+    answer = f"Yes, from about step {since} on: there {there.format('reaches')}. It goes {trend}; {end}."
+    return answer, f"The run comes to the edge of stability at about step {since}; {end}.", since
+
+
+def _trend(products: np.ndarray) -> str:
+    return f"from {number(products[0])} at the start to {number(products[-1])} at the end"

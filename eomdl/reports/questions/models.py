@@ -2,18 +2,20 @@
 
 from typing import Any, NamedTuple
 
+import diffrax
 import numpy as np
 
+from eomdl._costs import evaluations_per_step
 from eomdl._end import RESULTS
 from eomdl.plotting._study import distances_picture, lines_picture
-from eomdl.reports.finding import Finding, Table, Unanswered, number, percent
+from eomdl.reports.finding import Finding, NoAnswer, Table, number, percent
 from eomdl.reports.study import Study
 from eomdl.runs.trajectory import Trajectory
 
 
 TITLE = "Which differential equation describes this run?"
-POOR = 0.25  # of the way come: further away than that a flow does not describe a run
-EVALUATIONS = 6  # of the field in a step of the ODE solver
+POOR = 0.25  # of the distance travelled: further away than that a flow does not describe a run
+_EVALUATIONS = evaluations_per_step(diffrax.Tsit5())  # the default of `solve`, with which the flows run
 
 _MEANING = (
     "A differential equation whose path passes the steps closely can stand for the run, and be reasoned about. Gradient flow "
@@ -24,11 +26,11 @@ _MEANING = (
 
 
 class Row(NamedTuple):
-    """What is said of one model; NaN and empty where there is nothing to say."""
+    """A row of the table of models; NaN and empty where there is nothing to say."""
 
     name: str
     distance: float = np.nan
-    share: float = np.nan
+    fraction: float = np.nan
     ode_error: float = np.nan
     cost: float = np.nan
     remark: str = ""
@@ -37,38 +39,42 @@ class Row(NamedTuple):
 COLUMNS = (
     "equation",
     "distance at the end",
-    "largest distance / way",
+    "largest distance / distance travelled",
     "of it, ODE solver",
-    "gradients a step",
+    "gradients per step",
     "remark",
 )
 
 
 def ask(study: Study) -> Finding:
-    """Every model of the run: its distance and its cost."""
+    """Compare every model of the run: its distance and its cost."""
     rows = [_row(study, name) for name in study.models]
     runs = {name: run for name, run in study.flows.items() if isinstance(run, Trajectory)}
-    notes = [f"{name}: {note}" for name, run in runs.items() for note in _notes(run, study.effort.ode_steps)]
-    whole = [row for row in rows if row.remark == "" and np.isfinite(row.share)]
+    notes = [
+        f"{name}: {note}" for name, run in runs.items() for note in _notes(run, study.resolution.ode_steps)
+    ]
+    whole = [row for row in rows if row.remark == "" and np.isfinite(row.fraction)]
     if not whole:
         reasons = [f"{row.name}: {row.remark}." for row in rows]
-        raise Unanswered(" ".join(["None of the flows came to the end of the run.", *reasons, *notes]))
-    best = min(whole, key=lambda row: row.share)
+        raise NoAnswer(" ".join(["None of the flows came to the end of the run.", *reasons, *notes]))
+    best = min(whole, key=lambda row: row.fraction)
     the = best.name if best.name == "gradient flow" else f"the {best.name}"
-    said = f"Best: {the}, never further from the run than {percent(best.share)} of the way come, for {number(best.cost)} "
-    said += "gradients a step."
-    short = f"Of the differential equations tried, {the} describes the run best, to {percent(best.share)} of the way come"
-    if best.share > POOR:
-        said = f"None does to the end. The nearest is {the}, up to {percent(best.share)} of the way come from the run."
-        short = f"No differential equation that was tried describes the run: the nearest, {the}, only to {percent(best.share)}"
+    answer = f"Best: {the}, never further from the run than {percent(best.fraction)} of the distance travelled, for {number(best.cost)} "
+    answer += "gradients per step."
+    short = f"Of the differential equations tried, {the} describes the run best, to {percent(best.fraction)} of the distance travelled"
+    if best.fraction > POOR:
+        answer = f"None does to the end. The nearest is {the}, up to {percent(best.fraction)} of the distance travelled from the run."
+        short = f"No differential equation that was tried describes the run: the nearest, {the}, only to {percent(best.fraction)}"
     flow = next((row for row in whole if row.name == "gradient flow"), best)
-    if flow is not best and best.share > 0:
-        said += f" Gradient flow: {percent(flow.share)}, {number(flow.share / best.share)} times as far."
-        short += f"; gradient flow to {percent(flow.share)}"
-    if study.is_plain and study.edge >= 1:
+    if flow is not best and best.fraction > 0:
+        answer += (
+            f" Gradient flow: {percent(flow.fraction)}, {number(flow.fraction / best.fraction)} times as far."
+        )
+        short += f"; gradient flow to {percent(flow.fraction)}"
+    if study.is_gradient_descent and study.largest_product >= 1:
         notes.append(
-            f"η λ reaches {number(study.edge)}. From 1 on the series in the learning rate has no limit, so a second term of the equation "
-            "of motion is not tried."
+            f"η λ reaches {number(study.largest_product)}. From 1 on the series in the learning rate has no limit, so a second term of the "
+            "equation of motion is not tried."
         )
     first = max(model.first for model in study.models.values())
     if first:
@@ -79,10 +85,10 @@ def ask(study: Study) -> Finding:
     kept = [i for i in range(len(COLUMNS)) if any(row[i] == row[i] and row[i] != "" for row in rows)]
     cells = tuple(tuple(row[i] for i in kept) for row in rows)
     return Finding(
-        answer=said,
+        answer=answer,
         summary=f"{short}.",
         meaning=_MEANING,
-        tables={"equations": Table(tuple(COLUMNS[i] for i in kept), cells, shares=(kept.index(2),))},
+        tables={"equations": Table(tuple(COLUMNS[i] for i in kept), cells, fractions=(kept.index(2),))},
         pictures=_pictures(study),
         data={"models": {row.name: row._asdict() for row in rows}},
         notes=tuple(dict.fromkeys(notes)),
@@ -90,10 +96,10 @@ def ask(study: Study) -> Finding:
 
 
 def _notes(run: Trajectory, most: int) -> tuple[str, ...]:
-    """A flow's own notes; where it was given up, in other words than those to a programmer."""
+    """Return a flow's own notes; where it was given up, in other words than those to a programmer."""
     if bool(run.result == RESULTS.max_steps_reached):
         given_up = f"given up at step {run.steps[-1]}, where it takes more than {most} steps of the ODE solver for each of the run."
-        return (given_up, *run.warnings)
+        return (given_up, *(note for note in run.notes if note.is_fault and note != run.message))
     return run.notes
 
 
@@ -102,14 +108,14 @@ def _row(study: Study, name: str) -> Row:
     if not isinstance(run, Trajectory):
         return Row(name, remark=f"not run: {run}")
     compared = study.comparisons[name]
-    distance, way = compared.distance[name], float(compared.travelled.max())
+    distance, travelled = compared.distance[name], float(compared.travelled.max())
     steps = max(int(run.end.step) - model.first, 1)
     return Row(
         name,
         float(distance[-1]),
-        float(distance.max() / way) if way > 0 else 0.0,
+        float(distance.max() / travelled) if travelled > 0 else 0.0,
         float(compared.ode_error[name].max()) if name in compared.ode_error else np.nan,
-        EVALUATIONS * model.flow.gradients * float(run.stats.num_steps) / steps,
+        _EVALUATIONS * model.flow.gradient_cost * float(run.stats.num_steps) / steps,
         "" if int(compared.steps[-1]) == study.reached else f"stopped at step {compared.steps[-1]}",
     )
 
@@ -127,7 +133,7 @@ def _pictures(study: Study) -> dict[str, Any]:
             for name, run in study.flows.items()
             if isinstance(run, Trajectory)
         }
-    except Unanswered:
+    except NoAnswer:
         return pictures
     scale = "log" if all(np.all(values > 0) for _, values in losses.values()) else "linear"
     return pictures | {"loss": lines_picture(losses, "loss on the whole data", scale)}

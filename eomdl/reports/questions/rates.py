@@ -4,23 +4,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eomdl.errors.rates import RESERVE, notes_on, rates_within
-from eomdl.reports.finding import Finding, Table, Unanswered, block, number, percent
+from eomdl.errors.rates import LEADING_FRACTION, notes_on, rates_within
+from eomdl.reports.finding import Finding, NoAnswer, Table, block, number, percent
 from eomdl.reports.study import Study
 
 
 TITLE = "Up to which learning rate is gradient flow a fair picture?"
-FAIR = 0.05  # of the way come in the whole time
+FAIR = 0.05  # of the distance travelled in the whole time
 
 _MEANING = (
     f"Fair means here: over the whole time of this run, gradient flow is never further from gradient descent than {percent(FAIR)} "
-    "of the way that it has come at the end. A smaller learning rate takes more steps for the same time. The limiting block is "
-    "the part of the parameters with the largest share of the error at the moment that decides."
+    "of the distance that it has travelled at the end. A smaller learning rate takes more steps for the same time. The limiting block is "
+    "the part of the parameters with the largest part of the error at the moment that decides."
 )
 
 
 class Largest(NamedTuple):
-    """The largest rate and what limits it, when and where."""
+    """The largest rate, and what limits it: when and where."""
 
     value: float
     limited_at: float
@@ -32,17 +32,17 @@ class Largest(NamedTuple):
 
 
 def ask(study: Study) -> Finding:
-    """The largest rate within the tolerance, and the block that limits it."""
+    """Find the largest rate within the tolerance, and the block that limits it."""
     if study.batches is not None:
-        raise Unanswered(
+        raise NoAnswer(
             "The answer comes from one integration of gradient flow on the whole data, and this run takes minibatches."
         )
-    if not study.is_plain:
-        raise Unanswered(
+    if not study.is_gradient_descent:
+        raise NoAnswer(
             "The answer is known for plain gradient descent, without momentum and without rescaling."
         )
     rate = _largest(study)
-    answer, summary = _said(rate, study.learning_rate)
+    answer, summary = _answer(rate, study.learning_rate)
     blocks = sorted(rate.by_block.items(), key=lambda pair: pair[1])
     table = Table(("block", "rate"), tuple((block(name), float(value)) for name, value in blocks))
     return Finding(
@@ -51,8 +51,8 @@ def ask(study: Study) -> Finding:
         meaning=_MEANING,
         numbers={
             "largest rate": number(rate.value),
-            f"tolerance, {percent(FAIR)} of the way come": number(rate.tolerance),
-            "time looked at, steps times rate": number(study.learning_rate * study.reached),
+            f"tolerance, {percent(FAIR)} of the distance travelled": number(rate.tolerance),
+            "time of the run, steps times rate": number(study.learning_rate * study.reached),
             "η λ there": number(rate.value * rate.sharpness),
         },
         tables={}
@@ -63,8 +63,8 @@ def ask(study: Study) -> Finding:
     )
 
 
-def _said(rate: Largest, eta: float) -> tuple[str, str]:
-    """The answer, and in one sentence."""
+def _answer(rate: Largest, eta: float) -> tuple[str, str]:
+    """Return the answer, and the summary in one sentence."""
     if not np.isfinite(rate.value):
         return "Any rate would do: on this path there is nothing that gradient flow leaves out.", ""
     yours, largest, ratio = number(eta), number(rate.value), number(eta / rate.value)
@@ -88,15 +88,15 @@ def _said(rate: Largest, eta: float) -> tuple[str, str]:
 
 
 def _largest(study: Study) -> Largest:
-    r"""As `eomdl.errors.largest_learning_rate` finds it.
+    r"""Return the rate that `eomdl.errors.largest_learning_rate` finds.
 
-    Its $E(t)$ is the error of gradient flow, foretold already, over the learning rate: no second integration.
+    Its $E(t)$ is the predicted error of gradient flow over the learning rate: no second integration.
     """
     predicted, eta = study.prediction, study.learning_rate
     tolerance = FAIR * float(predicted.travelled.max())
     if not (np.isfinite(tolerance) and tolerance > 0):
-        raise Unanswered("Gradient flow does not move, or does not stay finite, over the time of the run.")
-    allowed = np.full(len(predicted.norm), RESERVE * tolerance)
+        raise NoAnswer("Gradient flow does not move, or does not stay finite, over the time of the run.")
+    allowed = np.full(len(predicted.norm), LEADING_FRACTION * tolerance)
     rates = rates_within(allowed, predicted.norm / eta, 0)
     blocks = {name: rates_within(allowed, norm / eta, 0) for name, norm in predicted.block_norm.items()}
     at, sharpness = int(np.argmin(rates)), float(np.nanmax(study.sharpness))

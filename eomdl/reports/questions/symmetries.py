@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eomdl import _blocks, _tree
+from eomdl._result import Table, plot
 from eomdl._types import Params
-from eomdl.losses import WeightDecay
-from eomdl.plotting._inline import stacked
-from eomdl.plotting.charges import plot_conservation
-from eomdl.reports.finding import Finding, Table, percent
+from eomdl.losses.penalties import WeightDecay
+from eomdl.plotting._inline import stack_panels
+from eomdl.reports.finding import Finding, percent
 from eomdl.reports.study import Study
 from eomdl.symmetry.charges import conservation
 from eomdl.symmetry.checks import propose
@@ -29,33 +29,31 @@ _MEANING = (
 
 
 def ask(study: Study) -> Finding:
-    """The symmetries found by trying, and the drift of their charges."""
+    """Find symmetries by trying, and the drift of their charges."""
     start, end = study.at(0), study.at(-1)
     # Where training ends: at a start of zeros a bias would scale without a change.
     proposed = propose(study.loss, end, study.whole_data)
-    found: dict[str, Any] = {check.symmetry.label: check.symmetry for check in proposed}
-    if not found:
+    by_label: dict[str, Any] = {check.symmetry.label: check.symmetry for check in proposed}
+    if not by_label:
         return Finding(
             answer="None of those that can be found by trying (translations and scalings of one block or two), so there is no "
-            "charge to look at.",
+            "charge to follow.",
             meaning=_MEANING,
             data={"symmetries": ()},
         )
-    drifts = {label: _drift(symmetry, start, end) for label, symmetry in found.items()}
-    order = sorted(found, key=lambda label: -drifts[label].share)
+    drifts = {label: _drift(symmetry, start, end) for label, symmetry in by_label.items()}
+    order = sorted(by_label, key=lambda label: -drifts[label].relative)
     top = order[0]
-    count = f"{len(found)} {'symmetry' if len(found) == 1 else 'symmetries'}"
+    count = f"{len(by_label)} {'symmetry' if len(by_label) == 1 else 'symmetries'}"
     answer = f"{count} found by trying: {'; '.join(order[:4])}{'; …' * (len(order) > 4)}."
-    kept = drifts[top].share < KEPT * float(np.finfo(_tree.dtype(start)).eps)
+    kept = drifts[top].relative < KEPT * float(np.finfo(_tree.dtype(start)).eps)
     if kept:
         answer += " The run keeps all their charges, to rounding."
         summary = f"The loss has {count}, and the run keeps their charges to rounding."
     else:
-        answer += (
-            f" Over the run the charge of '{top}' drifts most, by {percent(drifts[top].share)} of its scale."
-        )
-        summary = f"The loss has {count}; finite steps let the charge that drifts most change by {percent(drifts[top].share)}."
-    law, pictures, notes = _law(study, found[top], kept)
+        answer += f" Over the run the charge of '{top}' drifts most, by {percent(drifts[top].relative)} of its scale."
+        summary = f"The loss has {count}; finite steps let the charge that drifts most change by {percent(drifts[top].relative)}."
+    law, pictures, notes = _law(study, by_label[top], kept)
     columns = ("symmetry", "size of the charge at the start", "change over the run", "change / scale")
     rows = tuple((label, *drifts[label]) for label in order[:SHOWN])
     cut = f"the {SHOWN} that drift most, of {len(order)}" if len(order) > SHOWN else ""
@@ -63,7 +61,7 @@ def ask(study: Study) -> Finding:
         answer=f"{answer} {law}".strip(),
         summary=summary,
         meaning=_MEANING,
-        tables={"charges": Table(columns, rows, cut, shares=(3,))},
+        tables={"charges": Table(columns, rows, caption=cut, fractions=(3,))},
         pictures=pictures,
         data={"symmetries": tuple(order), "drifts": {label: drifts[label]._asdict() for label in order}},
         notes=notes,
@@ -75,7 +73,7 @@ class Drift(NamedTuple):
 
     charge: float
     change: float
-    share: float
+    relative: float
 
 
 def _drift(symmetry: Translation | Scaling, start: Params, end: Params) -> Drift:
@@ -96,10 +94,14 @@ def _norm(blocks: list, params: Params) -> float:
 def _law(
     study: Study, symmetry: Translation | Scaling, kept: bool
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """The charge against its laws along the run, where the laws are known: in words, as a picture, and what to mind."""
+    """Compare the charge with its laws along the run, where they are known: words, a picture, caveats."""
     rule, consecutive = study.rule, int(min(study.dense, study.reached)) + 1
     if rule is None or rule.nesterov:
-        return "Laws for the drift are known for gradient descent, plain or with heavy-ball momentum.", {}, ()
+        return (
+            "Laws for the drift are known for gradient descent, without momentum or with heavy-ball momentum.",
+            {},
+            (),
+        )
     if kept or consecutive < 2:
         return "", {}, ()
     run = study.real.rows(slice(consecutive))
@@ -115,11 +117,11 @@ def _law(
         )
     )
     error = float(np.max(charge.errors["first order"])) / charge.change if charge.change > 0 else 0.0
-    said = "wrongly" if error > 1 else "to rounding" if error < EXACT else f"to {percent(error)}"
-    figure = stacked(plot_conservation({"charge": charge}))
+    how_well = "wrongly" if error > 1 else "to rounding" if error < EXACT else f"to {percent(error)}"
+    figure = stack_panels(plot({"charge": charge}))
     figure.axes[0].set_title("")  # it is in the answer, and too long for a phone
     return (
-        f"From the sizes of the steps, the law of first order in the learning rate tells it {said}.",
+        f"From the sizes of the steps, the law of first order in the learning rate predicts it {how_well}.",
         {"charge": figure},
         notes,
     )

@@ -1,0 +1,179 @@
+"""The measurements of a run at the edge of stability, in a table and in words."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from typing_extensions import override
+
+from eomdl._result import AbstractResult, Note, Table, series_table
+from eomdl.telemetry.at_edge import find_stay
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeReport(AbstractResult):
+    r"""The measurements of an `EdgeTelemetry`: m along the steps of a run, n at the edge.
+
+    Along the step u, with f(c) the change of the loss in c times the step:
+
+    - `steps`: shape (m,). `losses`: the loss before the step.
+    - `multiples`: the critical multiple, f(c) = 0; mostly to within 2 %; 0 where u leads upwards, infinite where none was found.
+    - `curvatures`: $u^\top H u / |u|^2$. `drops`: -f(1), and `predicted_drops`: $-g \cdot u - u^\top H u / 2$.
+    - `evaluations`: forward passes.
+
+    At the edge:
+
+    - `edge_steps`: (n,). `values`: (n, k), the largest eigenvalues of R H, $\eta\lambda$ for one rate $\eta$; of H where the
+        threshold is nan.
+    - `thresholds`: (n,), the optimizer's own; nan where none is known.
+    - `residuals`: (n, k), `converged`: (n, k), `matvecs`: (n,): as in `eomdl.curvature.Eigenpairs`. A value that has not converged
+        is a lower bound.
+    - `fractions`: `{block: (n,)}`, the part of the first eigenvector in each leaf of the parameters, squared: they sum to 1.
+    - `discreteness`: (n,), $\eta|\xi_0|/|g|$; `local_errors`: `{block: (n,)}`, $\eta^2 |\xi_0|$, what gradient flow is off in one step.
+        With a rate for each parameter and a memory those of its flow in the long run. nan where the threshold is.
+
+    Its picture shows, on top, $\eta\lambda$ in black and the optimizer's threshold, dashed; the areas are the parts of the blocks in the
+    eigenvector, the largest first, and hollow points did not converge (lower bounds). Below, on a log scale, how many times the step may
+    be before the loss rises; below 1, dotted, the step itself raises it.
+    """
+
+    steps: Int[np.ndarray, " m"]
+    losses: Float[np.ndarray, " m"]
+    multiples: Float[np.ndarray, " m"]
+    curvatures: Float[np.ndarray, " m"]
+    drops: Float[np.ndarray, " m"]
+    predicted_drops: Float[np.ndarray, " m"]
+    evaluations: Int[np.ndarray, " m"]
+    edge_steps: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, "n k"]
+    thresholds: Float[np.ndarray, " n"]
+    residuals: Float[np.ndarray, "n k"]
+    converged: Bool[np.ndarray, "n k"]
+    matvecs: Int[np.ndarray, " n"]
+    fractions: dict[str, Float[np.ndarray, " n"]]
+    discreteness: Float[np.ndarray, " n"]
+    local_errors: dict[str, Float[np.ndarray, " n"]]
+
+    @property
+    def ratios(self) -> Float[np.ndarray, " n"]:
+        """The largest eigenvalue over the threshold: 1 is the edge."""
+        return self.values[:, 0] / self.thresholds
+
+    @property
+    @override
+    def verdict(self) -> str:
+        """Whether the run is at the edge, since when, and which block limits its rate, in a line."""
+        known = np.isfinite(self.ratios)
+        if not known.any():
+            return f"{self._without_threshold()}{self._along_steps()}."
+        return f"{self._when_at_edge(known)}; {self._limit(known)}."
+
+    def _when_at_edge(self, known: np.ndarray) -> str:
+        steps, ratios = self.edge_steps[known], self.ratios[known]
+        stay = find_stay(ratios)
+        if stay is None:
+            top = int(np.argmax(ratios))
+            return f"below the edge: at most {ratios[top]:.0%} of the threshold, at step {steps[top]}"
+        if stay.lasts:
+            return f"at the edge since step {steps[stay.first]}"
+        now = f"{ratios[-1]:.0%} of the threshold at step {steps[-1]}"
+        if stay.last == 0:  # the first step of Adam, say, whose second moments are those of one gradient
+            return f"below the edge but for the first measurement: {now}"
+        return f"at the edge up to step {steps[stay.last]}, then below: {now}"
+
+    def _limit(self, known: np.ndarray) -> str:
+        """Return the block with most of the eigenvector where the ratio is largest in the last quarter of the measurements."""
+        rows = np.flatnonzero(known)
+        rows = rows[-max(len(rows) // 4, 1) :]
+        at = rows[int(np.argmax(self.ratios[rows]))]
+        block = max(self.fractions, key=lambda name: self.fractions[name][at])
+        return f"block {block or 'params'} limits the rate, with {self.fractions[block][at]:.0%} of the eigenvector"
+
+    def _without_threshold(self) -> str:
+        if len(self.edge_steps) == 0:
+            return ""
+        return "no threshold is known for this optimizer; "
+
+    def _along_steps(self) -> str:
+        if len(self.steps) == 0:
+            return "nothing was measured along the steps"
+        last = self.multiples[-max(len(self.steps) // 4, 1) :]
+        return f"the loss begins to rise at {np.median(last):.2g} times the step (median of the last {len(last)} measurements)"
+
+    @property
+    @override
+    def notes(self) -> tuple[Note, ...]:
+        notes = []
+        many = len(self.edge_steps)
+        loose = int(np.sum(~self.converged.all(axis=1)))
+        if loose:
+            said = f"In {loose} of {many} measurements the eigensolver did not converge: those values are lower bounds."
+            notes.append(Note(said, is_fault=True))
+        unknown = int(np.sum(np.isnan(self.thresholds)))
+        if unknown:
+            said = (
+                f"In {unknown} of {many} measurements the optimizer's update was not linear in the gradient and one "
+                "memory, so there is no threshold: the values are eigenvalues of H only, and discreteness is not given. What "
+                "is along the step holds for every optimizer."
+            )
+            notes.append(Note(said))
+        broken = int(np.sum(~np.isfinite(self.values).all(axis=1)))
+        if broken:
+            notes.append(Note(f"In {broken} measurements the curvature was not finite.", is_fault=True))
+        return tuple(notes)
+
+    @override
+    def _tables(self) -> tuple[Table, ...]:
+        along = {
+            "step": self.steps,
+            "loss": self.losses,
+            "critical multiple": self.multiples,
+            "drop": self.drops,
+            "predicted": self.predicted_drops,
+        }
+        names = np.array([name or "params" for name in self.fractions])
+        most = np.argmax([*self.fractions.values()], axis=0) if self.fractions else np.zeros(0, int)
+        edge = {
+            "step": self.edge_steps,
+            "eta lambda": self.values[:, 0],
+            "threshold": self.thresholds,
+            "ratio": self.ratios,
+            "converged": np.where(self.converged[:, 0], "yes", "no, a lower bound"),
+            "limited by": names[most],
+            "eta|xi_0|/|g|": self.discreteness,
+        }
+        tables = (series_table("Along the steps", along), series_table("At the edge", edge))
+        return tuple(table for table in tables if table.rows) or tables
+
+
+def make_edge_report(
+    names: list[str], along: tuple[np.ndarray, Any], edge: tuple[np.ndarray, Any]
+) -> EdgeReport:
+    """Make the report from each kind's steps and measurements, stacked along a leading axis (None for none)."""
+    steps, a = along
+    edge_steps, e = edge
+    none, no_rows = np.zeros(0), np.zeros((0, 1))
+    lengths = None if a is None else a.curvature / np.where(a.length > 0, a.length, 1) ** 2
+    return EdgeReport(
+        steps=steps,
+        losses=none if a is None else a.loss,
+        multiples=none if a is None else a.multiple,
+        curvatures=none if lengths is None else lengths,
+        drops=none if a is None else a.drop,
+        predicted_drops=none if a is None else -a.slope - a.curvature / 2,
+        evaluations=steps if a is None else a.evaluations,
+        edge_steps=edge_steps,
+        values=no_rows if e is None else e.values,
+        thresholds=none if e is None else e.threshold,
+        residuals=no_rows if e is None else e.residuals,
+        converged=no_rows.astype(bool) if e is None else e.converged,
+        matvecs=edge_steps if e is None else e.matvecs,
+        fractions={} if e is None else _by_block(names, e.fractions),
+        discreteness=none if e is None else e.discreteness,
+        local_errors={} if e is None else _by_block(names, e.local_errors),
+    )
+
+
+def _by_block(names: list[str], columns: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: columns[:, i] for i, name in enumerate(names)}
