@@ -2,29 +2,26 @@
 
 import dataclasses
 import functools
-import io
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int, Shaped
+from typing_extensions import override
 
-from eomdl import _check
+from eomdl import _check, _tree
+from eomdl._result import AbstractResult, Note, Table
 from eomdl._target import ITERATES, Target
 from eomdl._types import Params
-from eomdl.runs.files import read_npz, write_npz
 from eomdl.runs.rows_on_disk import block_length
 from eomdl.runs.trajectory import Trajectory, summary
-
-
-_FORMAT = "eomdl.Comparison 1"
+from eomdl.storage.values import decode
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(AbstractResult):
     r"""Errors of models against a reference run at the n steps that all of them saved.
 
     ```python
@@ -37,13 +34,16 @@ class Comparison:
     - `travelled`: distance of the reference from its start, $|\theta_k - \theta_0|$, (n,).
     - `distance`: `{model: (n,)}`, $|\theta^{model}_k - \theta_k|$ over all parameters.
     - `block_distance`: `{model: {block: (n,)}}`, the same for each top-level block.
-    - `ode_error`: `{model: (n,)}`, estimate of the ODE solver's share of `distance`; the
+    - `ode_error`: `{model: (n,)}`, estimate of the ODE solver's part of `distance`; the
         rest is the model's own. Absent for a model without an estimate.
     - `differences`: `{model: {observable: (n, ...)}}`, model minus reference.
-    - `notes`: runs that failed, models outside their validity.
+    - `notes`: runs that stopped early, models outside their validity.
 
-    Distances are empty where a run was made with `save_params=False`.
+    Distances are empty where a run was made with `save_params=False`. Its table has one row for each model. Its picture shows the
+    distance against steps, with the ODE error below it, and one panel for each scalar observable.
     """
+
+    _formats = (1, 2)
 
     steps: Int[np.ndarray, " n"]
     times: Float[np.ndarray, " n"]
@@ -52,7 +52,7 @@ class Comparison:
     block_distance: dict[str, dict[str, Float[np.ndarray, " n"]]]
     ode_error: dict[str, Float[np.ndarray, " n"]]
     differences: dict[str, dict[str, Shaped[np.ndarray, "n ..."]]]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class Comparison:
         return {model: d / moved for model, d in self.distance.items()}
 
     def at_multiples_of(self, stride: int) -> "Comparison":
-        """The comparison at the multiples of `stride`, the steps that a strided flow predicts itself.
+        """Return the comparison at the multiples of `stride`, the steps that a strided flow predicts itself.
 
         **Raises:** `ValueError` if there are none.
         """
@@ -77,46 +77,45 @@ class Comparison:
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "notes"}
         return dataclasses.replace(self, **jax.tree.map(lambda x: x[keep], arrays))
 
-    def table(self) -> str:
-        """The comparison as text: one row per model, then the notes."""
-        # rich takes a tenth of the package's own import time, and most users of the package never print.
-        from rich.console import Console
-        from rich.table import Table
-
-        at = np.unique(np.linspace(0, len(self.steps) - 1, 4).round().astype(int))[1:]
-        if len(self.steps) == 1:
-            at = np.array([0])
-        table = Table(title="Distance to the reference run")
-        table.add_column("model")
+    @override
+    def _tables(self) -> tuple[Table, ...]:
+        # One row for each model: a few steps, and the largest of all.
+        at = np.unique(np.linspace(0, len(self.steps) - 1, 4).round().astype(int))[
+            min(1, len(self.steps) - 1) :
+        ]
+        names = sorted({name for found in self.differences.values() for name in found})
+        columns = ["model"]
         if self.distance:
-            for i in at:
-                table.add_column(f"step {self.steps[i]}", justify="right")
-            table.add_column("largest", justify="right")
-            table.add_column("largest / travelled", justify="right")
-            table.add_column("ODE error <=", justify="right")
-        names = sorted({name for d in self.differences.values() for name in d})
-        for name in names:
-            table.add_column(f"largest |{name} difference|", justify="right")
-        for model in self.models:
-            cells = []
-            if model in self.distance:
-                d = self.distance[model]
-                cells += [f"{d[i]:.2e}" for i in at]
-                cells += [f"{d.max():.2e}", f"{d.max() / max(self.travelled.max(), 1e-300):.1e}"]
-                cells.append(f"{self.ode_error[model].max():.1e}" if model in self.ode_error else "-")
-            elif self.distance:
-                cells += ["-"] * (len(at) + 3)
-            for name in names:
-                difference = self.differences[model].get(name)
-                cells.append("-" if difference is None else f"{np.abs(difference).max():.2e}")
-            table.add_row(model, *cells)
-        text = io.StringIO()
-        console = Console(file=text, width=30 + 22 * len(table.columns), legacy_windows=False)
-        console.print(table)
-        return text.getvalue() + "".join(f"! {note}\n" for note in self.notes)
+            columns += [f"step {self.steps[i]}" for i in at]
+            columns += ["largest", "largest / travelled", "ODE error <="]
+        columns += [f"largest |{name} difference|" for name in names]
+        rows = [(model, *self._distances(model, at), *self._largest(model, names)) for model in self.models]
+        return (Table(tuple(columns), tuple(rows), title="Distance to the reference run"),)
 
+    def _distances(self, model: str, at: np.ndarray) -> list[float | None]:
+        """Return the cells of a model's distances: at some steps, the largest, its part of the way, and the ODE error."""
+        if not self.distance:
+            return []
+        if model not in self.distance:
+            return [None] * (len(at) + 3)
+        distance, ode_error = self.distance[model], self.ode_error.get(model)
+        largest = float(distance.max())
+        part = largest / max(float(self.travelled.max()), 1e-300)
+        return [
+            *distance[at].tolist(),
+            largest,
+            part,
+            None if ode_error is None else float(ode_error.max()),
+        ]
+
+    def _largest(self, model: str, names: list[str]) -> list[float | None]:
+        """Return the cells of a model's differences in the observables of these names."""
+        found = self.differences[model]
+        return [float(np.abs(found[name]).max()) if name in found else None for name in names]
+
+    @override
     def to_frame(self) -> Any:
-        """A pandas DataFrame with one row per model and step. Needs `pandas`."""
+        """Return a pandas DataFrame with one row for each model and step; of an array observable the norm of the difference."""
         import pandas as pd
 
         frames = []
@@ -134,68 +133,46 @@ class Comparison:
                 if difference.ndim == 1:
                     columns[f"difference {name}"] = difference
                 else:
-                    flat = difference.reshape(len(difference), -1)
-                    columns[f"difference {name} (norm)"] = np.linalg.norm(flat, axis=1)
+                    columns[f"difference {name} (norm)"] = _tree.row_norms(difference)
             frames.append(pd.DataFrame(columns))
         return pd.concat(frames, ignore_index=True)
 
-    def plot(self) -> Any:
-        """Distance against steps with the ODE error below it, as a matplotlib figure."""
-        from eomdl.plotting import plot_comparison
-
-        return plot_comparison(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write one `.npz` file: arrays and JSON, no pickle."""
-        arrays = {"steps": self.steps, "times": self.times, "travelled": self.travelled}
-        index: dict[str, list[tuple[str, str]]] = {}
-        for field, group in _flat_groups(self).items():
-            index[field] = list(group)
-            arrays |= {f"{field}:{i}": value for i, value in enumerate(group.values())}
-        write_npz(
-            path,
-            arrays,
-            {"format": _FORMAT, "models": self.models, "index": index, "notes": self.notes},
-        )
-
-    @staticmethod
-    def load(path: str | Path) -> "Comparison":
-        """Read what `save` wrote; `ValueError` if the file is something else or truncated."""
-        arrays, meta = read_npz(path, _FORMAT)
-        nested: dict[str, dict[str, dict[str, np.ndarray]]] = {
-            field: {model: {} for model in meta["models"]} for field in ("block_distance", "differences")
-        }
-        flat: dict[str, dict[str, np.ndarray]] = {"distance": {}, "ode_error": {}}
-        for field, keys in meta["index"].items():
-            for i, (model, name) in enumerate(keys):
-                value = arrays[f"{field}:{i}"]
-                if field in flat:
-                    flat[field][model] = value
-                else:
-                    nested[field][model][name] = value
-        blocks = {model: b for model, b in nested["block_distance"].items() if model in flat["distance"]}
-        return Comparison(
-            steps=arrays["steps"],
-            times=arrays["times"],
-            travelled=arrays["travelled"],
-            block_distance=blocks,
-            differences=nested["differences"],
-            notes=tuple(meta["notes"]),
-            **flat,
-        )
+    @classmethod
+    @override
+    def _from_file(cls, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> "Comparison":
+        if meta["format"] == cls._names()[0]:
+            return _from_first_format(arrays, meta)
+        return cls._unpack(decode(meta["value"], arrays))
 
 
-def _flat_groups(c: Comparison) -> dict[str, dict[tuple[str, str], np.ndarray]]:
-    return {
-        "distance": {(m, ""): d for m, d in c.distance.items()},
-        "ode_error": {(m, ""): d for m, d in c.ode_error.items()},
-        "block_distance": {(m, b): d for m, group in c.block_distance.items() for b, d in group.items()},
-        "differences": {(m, n): d for m, group in c.differences.items() for n, d in group.items()},
+def _from_first_format(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> Comparison:
+    """Return the comparison from a file of the format of version 0.1, in which every mapping has a list of its keys."""
+    nested: dict[str, dict[str, dict[str, np.ndarray]]] = {
+        field: {model: {} for model in meta["models"]} for field in ("block_distance", "differences")
     }
+    flat: dict[str, dict[str, np.ndarray]] = {"distance": {}, "ode_error": {}}
+    for field, keys in meta["index"].items():
+        for i, (model, name) in enumerate(keys):
+            value = arrays[f"{field}:{i}"]
+            if field in flat:
+                flat[field][model] = value
+            else:
+                nested[field][model][name] = value
+    return Comparison(
+        steps=arrays["steps"],
+        times=arrays["times"],
+        travelled=arrays["travelled"],
+        block_distance={
+            model: b for model, b in nested["block_distance"].items() if model in flat["distance"]
+        },
+        differences=nested["differences"],
+        notes=tuple(Note(note) for note in meta["notes"]),
+        **flat,
+    )
 
 
 def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, smooth: int = 1) -> Comparison:
-    """Errors of `trajectories` (models, usually flows) against the `reference` run.
+    """Return the errors of `trajectories` (models, usually flows) against the `reference` run.
 
     ```python
     comparison = eomdl.compare(gd, {"gradient flow": path})
@@ -215,7 +192,7 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
     - `smooth`: compare means over this many consecutive steps (`Trajectory.smoothed`), of the reference
         and of the models. Past the edge of stability `smooth=2` compares the middle of the oscillation.
 
-    A run without rows, since it failed at once, is compared as NaN, with a note of why.
+    A run without saved steps, since it failed at once, is compared as NaN, with a note of why.
 
     **Returns:** `eomdl.Comparison`: distances over all parameters and per top-level block,
     relative to the distance travelled; differences of every observable that both have;
@@ -223,7 +200,7 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
 
     **Raises:** `ValueError` if the runs have no saved step in common, or parameters that
     differ in structure or shape. **Warns** where a model left its validity on its path according to its own
-    diagnostics (`Trajectory.warnings`).
+    diagnostics (`Trajectory.notes` that are faults).
     """
     smooth = _check.integer("smooth", smooth, 1)
     _check_runs(reference, trajectories)
@@ -273,7 +250,7 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
 def _common_steps(
     reals: Mapping[Target, Trajectory], runs: Mapping[str, Trajectory]
 ) -> Int[np.ndarray, " n"]:
-    """The steps that all runs saved, those beside them too where a model predicts means."""
+    """Return the steps that all runs saved, those beside them too where a model predicts means."""
     named = {f"reference, {target.name}": run for target, run in reals.items()}
     named |= {f"trajectories[{name!r}]": run for name, run in runs.items() if len(run.steps)}
     steps = functools.reduce(np.intersect1d, (np.asarray(run.steps) for run in named.values()))
@@ -286,30 +263,30 @@ def _common_steps(
 
 
 def _squares(run: Trajectory, other: Trajectory, steps: np.ndarray, other_steps: np.ndarray) -> Params:
-    """Squared distance of two runs in every leaf, shape (n,), a few rows in memory at a time; NaN where a run has no rows."""
+    """Return the squared distance of two runs in every leaf, shape (n,), a few steps in memory at a time; NaN where a run has none."""
     if not len(run.steps):
         return jax.tree.map(lambda _: np.full(len(steps), np.nan), run.params)
     here = np.searchsorted(np.asarray(run.steps), steps)
     there = np.searchsorted(np.asarray(other.steps), other_steps)
 
-    def of(a: Any, b: Any) -> np.ndarray:
+    def in_leaf(a: Any, b: Any) -> np.ndarray:
         a, b, step = np.asarray(a), np.asarray(b), block_length(a)
         squares = []
         for i in range(0, len(steps), step):
             apart = a[here[i : i + step]] - b[there[i : i + step]]
-            squares.append(np.sum(np.square(apart.reshape(len(apart), -1)), axis=1))
+            squares.append(np.sum(np.square(_tree.rows(apart)), axis=1))
         return np.concatenate(squares)
 
-    return jax.tree.map(of, run.params, other.params)
+    return jax.tree.map(in_leaf, run.params, other.params)
 
 
 def _root(squares: Params) -> Float[np.ndarray, " n"]:
-    """Distances over all leaves."""
+    """Return the distances over all leaves."""
     return np.sqrt(np.sum(jax.tree.leaves(squares), axis=0))
 
 
 def _at_steps(run: Trajectory, steps: np.ndarray) -> Trajectory:
-    """The rows at these steps; NaN where a run that failed at once has none."""
+    """Return the run at these steps; NaN where a run that failed at once has none."""
     if len(run.steps):
         return run.rows(np.searchsorted(np.asarray(run.steps), steps))
     filled = run.map_columns(lambda x: np.full((len(steps), *np.shape(x)[1:]), np.nan))
@@ -333,37 +310,44 @@ def _check_runs(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -
 
 
 def _differences(name: str, run: Trajectory, real: Trajectory) -> dict[str, np.ndarray]:
-    """Model minus reference of every observable that both have."""
-    found = {}
-    for key in run.observables.keys() & real.observables.keys():
-        value, expected = run.observables[key], real.observables[key]
+    """Model minus reference of every observable that both have, a pytree leaf by leaf."""
+    found, real_columns = {}, _columns(real)
+    for key, value in _columns(run).items():
+        expected = real_columns.get(key)
+        if expected is None:
+            continue
         if value.shape != expected.shape:
             raise ValueError(
                 f"trajectories[{name!r}].observables[{key!r}]: expected the reference's shape, "
                 f"{expected.shape[1:]} per step, got {value.shape[1:]}"
             )
         found[key] = value - expected
-    return {key: found[key] for key in run.observables if key in found}
+    return found
 
 
-def _notes(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> tuple[str, ...]:
-    """The notes of every run; warns of the models that left their validity."""
-    notes = [f"reference: {reference.message}"] if reference.message else []
+def _columns(run: Trajectory) -> dict[str, np.ndarray]:
+    """The observables by name, the leaves of one that is a pytree by their place in it."""
+    return {
+        f"{name}{jax.tree_util.keystr(place)}": leaf
+        for name, value in run.observables.items()
+        for place, leaf in jax.tree_util.tree_leaves_with_path(value)
+    }
+
+
+def _notes(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> tuple[Note, ...]:
+    """Return the notes of every run; warn of the models that left their validity."""
+    notes = [Note(reference.message, is_fault=True).about("reference")] if reference.message else []
     for name, run in trajectories.items():
-        notes += [f"{name}: {note}" for note in run.notes]
-        for warning in run.warnings:
-            warnings.warn(f"{name}: {warning}", stacklevel=3)
+        found = [note.about(name) for note in run.notes]
+        notes += found
+        for note in found:
+            if note.is_fault and note != f"{name}: {run.message}":
+                warnings.warn(note, stacklevel=3)
     return tuple(notes)
 
 
-def row_norms(tree: Any) -> Float[np.ndarray, " n"]:
-    """Euclidean norm of every row over all leaves."""
-    squares = [np.sum(np.square(x.reshape(len(x), -1)), axis=1) for x in jax.tree.leaves(tree)]
-    return np.sqrt(np.sum(squares, axis=0))
-
-
 def top_level_blocks(params: Params) -> dict[str, Params]:
-    """The parts of the pytree by name: the children of its root, or of the first node below that has several."""
+    """Return the parts of the pytree by name: the children of its root, or of the first node below that has several."""
     found = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is not params)[0]
     while len(found) == 1:
         ((path, only),) = found

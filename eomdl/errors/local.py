@@ -3,18 +3,19 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from eomdl import _check
+from eomdl import _check, _tree
 from eomdl._end import End
 from eomdl._types import Args, State
-from eomdl.errors.comparison import row_norms
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.base import AbstractFlow, map_of
 from eomdl.runs.continuous import solve
-from eomdl.runs.data import Window, stacked_window
+from eomdl.runs.data import ChunkData, stacked_batches
 from eomdl.runs.trajectory import Trajectory
 
 
@@ -26,7 +27,7 @@ def local_error(
     batches: Any = None,
     steps: Sequence[int] | None = None,
 ) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
-    r"""The local error of a flow, in one step, at points of the real path.
+    r"""Return the local error of a flow, in one step, at points of the real path.
 
     $d_k = |\varphi_{mh}(\theta_k) - \theta_{k+m}|$: the flow starts at a point of the reference and runs
     for the time of one step (of m steps, for a flow of stride m). It is $O(\eta^{n+2})$
@@ -52,22 +53,23 @@ def local_error(
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if batches is not None and (len(lengths) != 1 or () in lengths):
         raise ValueError(f"batches: expected arrays with one leading axis, the steps, got {batches!r:.80}")
-    window = stacked_window(args, batches)
+    data = stacked_batches(args, batches)
     errors = []
-    for k, state in zip(chosen, _states(flow, reference, chosen, window), strict=True):
+    for k, state in zip(chosen, _states(flow, reference, chosen, data), strict=True):
         here, end = reference.at(k), int(k + stride)
         path = solve(
             flow,
             here,
             end,
-            args=window.stride(k, stride),
+            args=data.stride(k, stride),
             resume=End(int(k), state, here),
             save_steps=[end],
+            solver=diffrax.Tsit5(),  # not what the flow recommends: this is the error of the flow itself
             estimate_error=False,
             diagnose=False,
         )
         difference = jax.tree.map(lambda a, b: np.asarray(a[-1:] - b), path.params, reference.at(end))
-        errors.append(float(row_norms(difference)[0]))
+        errors.append(float(_tree.row_norms(difference)[0]))
     return chosen, np.array(errors)
 
 
@@ -85,10 +87,10 @@ def _chosen(reference: Trajectory, stride: int, steps: Sequence[int] | None) -> 
 
 
 def _states(
-    flow: AbstractFlow, reference: Trajectory, chosen: np.ndarray, window: Window
+    flow: AbstractFlow, reference: Trajectory, chosen: np.ndarray, data: ChunkData
 ) -> Iterator[State | None]:
-    """The state of the flow's map at points of the real path; None where it is the parameters only."""
-    state, at = flow.init(reference.at(int(reference.steps[0])), window.at(0)), 0
+    """Iterate over the state of the flow's map at points of the real path; None where it is the parameters only."""
+    state, at = flow.init(reference.at(int(reference.steps[0])), data.at(0)), 0
     for k in chosen:
         if jax.tree.structure(state) == jax.tree.structure(flow.params(state)):
             yield None
@@ -99,11 +101,11 @@ def _states(
                 f"optimizer's state, got {reference.steps}"
             )
         for n in range(at, int(k)):
-            state = _step(flow, np.asarray(n), state, window)
+            state = _step(flow, np.asarray(n), state, data)
         at = int(k)
         yield state
 
 
 @eqx.filter_jit
-def _step(flow: AbstractFlow, k: Any, state: State, window: Window) -> State:
-    return flow.step(k * flow.step_size, state, window.at(k))
+def _step(flow: AbstractFlow, k: Any, state: State, data: ChunkData) -> State:
+    return map_of(flow)(state, data.at(k), jnp.asarray(k, jnp.result_type(float)))

@@ -1,4 +1,4 @@
-"""How far a real run oscillates along given directions: what the central flow's variances are held against."""
+"""How far a real run oscillates along given directions: what the central flow's variances are compared with."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from eomdl.runs.trajectory import Trajectory, summary
 def variances_along(
     reference: Trajectory, steps: ArrayLike, axes: ArrayLike, window: int = 32
 ) -> Float[np.ndarray, "n k"]:
-    r"""The variances of a real run's iterates about its smoothed path along axes that are given at n steps.
+    r"""Return the variances of a real run's iterates about its smoothed path along axes that are given at n steps.
 
     ```python
     flow = eomdl.flows.CentralFlow(loss, learning_rate=0.1)
-    seen = {"variances": flow.variances, "axes": flow.axes}
-    path = eomdl.solve(flow, params, 500, observe_state=seen, save_steps=20)
+    observe_state = {"variances": flow.variances, "axes": flow.axes}
+    path = eomdl.solve(flow, params, 500, observe_state=observe_state, save_steps=20)
     real = eomdl.descend(loss, params, optax.sgd(0.1), 520)
     measured = eomdl.errors.variances_along(
         real, path.steps, path.observables["axes"]
@@ -42,7 +42,7 @@ def variances_along(
     - `window`: w.
 
     **Returns:** shape (n, k), in squared units of the parameters; NaN at steps about which the run has not saved all steps
-    from $k - \lfloor w/2 \rfloor - 1$ to w + 1 steps after that. **Cost:** no gradients; w + 2 rows in memory at a time.
+    from $k - \lfloor w/2 \rfloor - 1$ to w + 1 steps after that. **Cost:** no gradients; w + 2 saved steps in memory at a time.
 
     **Raises:** `ValueError` for a wrong argument.
     """
@@ -73,7 +73,7 @@ def variances_along(
 
 
 def _beside(leaves: list[Any], at: int, count: int, axes: np.ndarray) -> np.ndarray:
-    """How far the iterates lie beside the smoothed path along the axes, shape (count - 2, k)."""
+    """Return how far the iterates lie beside the smoothed path along the axes, shape (count - 2, k)."""
     rows = np.concatenate([leaf[at : at + count].reshape(count, -1) for leaf in leaves], axis=1) @ axes.T
     smoothed = sum(a * rows[1 + j : count - 1 + j] for j, a in SMOOTHED.weights)
     return np.asarray(rows[1:-1] - smoothed)

@@ -6,12 +6,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from typing_extensions import override
 
-from eomdl import _check
+from eomdl import _check, _costs
 from eomdl._autodiff import descent_field
 from eomdl._types import Args, Loss, Params
+from eomdl.flows.averages import average_along_flow
 from eomdl.flows.descent import AbstractDescentFlow
-from eomdl.flows.memory import remembered
+from eomdl.maps.step_map import StepMap
 
 
 class AdamFlow(AbstractDescentFlow):
@@ -68,12 +70,17 @@ class AdamFlow(AbstractDescentFlow):
             )
 
     @property
-    def gradients(self) -> float:
-        """A gradient; at order 1 a Hessian-vector product more."""
-        return 2.7 if self.order else 1.0
+    @override
+    def map(self) -> "_AdamStep":
+        return _AdamStep(self)
 
+    @property
+    @override
+    def gradient_cost(self) -> float:
+        return _costs.GRADIENT_AND_PRODUCT if self.order else 1.0
+
+    @override
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        """The right-hand side of the equation above."""
         del t
         field = descent_field(self.loss, args)
         f = field(state)
@@ -86,40 +93,50 @@ class AdamFlow(AbstractDescentFlow):
             r = jnp.where(square > 0, r, 0)
             d = r + jnp.asarray(self.eps, f.dtype)
             safe = jnp.where(d > 0, d, 1)
-            share = jnp.where(r > 0, f * f / jnp.where(r > 0, r * safe, 1), 0)
-            return f / safe, share, safe
+            fraction = jnp.where(r > 0, f * f / jnp.where(r > 0, r * safe, 1), 0)
+            return f / safe, fraction, safe
 
         parts = jax.tree.map(scales, f)
-        leading, share, d = jax.tree.transpose(jax.tree.structure(f), jax.tree.structure((0, 0, 0)), parts)
+        leading, fraction, d = jax.tree.transpose(jax.tree.structure(f), jax.tree.structure((0, 0, 0)), parts)
         if self.order == 0:
             return leading
         _, product = jax.jvp(field, (state,), (leading,))  # H g/d: twice a sign
-        now, memory = ((1 + b) / (1 - b) for b in (self.b1, self.b2))
+        first, second = ((1 + b) / (1 - b) for b in (self.b1, self.b2))
 
-        def corrected(u: jax.Array, s: jax.Array, d: jax.Array, p: jax.Array) -> Any:
-            factor = (0.5 * self.learning_rate * (now - memory * s)).astype(u.dtype)
+        def correct(u: jax.Array, s: jax.Array, d: jax.Array, p: jax.Array) -> Any:
+            factor = (0.5 * self.learning_rate * (first - second * s)).astype(u.dtype)
             return u - factor * p / d
 
-        return jax.tree.map(corrected, leading, share, d, product)
+        return jax.tree.map(correct, leading, fraction, d, product)
 
-    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        """One step of the optimizer with its averages filled along the flow's own path."""
+
+class _AdamStep(StepMap):
+    """A step of the optimizer whose averages have filled along the flow's own path."""
+
+    flow: AdamFlow
+
+    @override
+    def __call__(self, state: Params, args: Args, k: ArrayLike) -> Params:
+        flow = self.flow
 
         def average(function: Any, decay: jax.Array) -> Params:
-            return remembered(function, lambda x: self(t, x, args), state, decay, self.learning_rate)
+            def field(x: Params) -> Params:
+                return flow(k * flow.learning_rate, x, args)
+
+            return average_along_flow(function, field, state, decay, flow.learning_rate)
 
         def gradient(x: Params) -> Params:
-            return jax.grad(self.loss)(x, args)
+            return jax.grad(flow.loss)(x, args)
 
         def square(x: Params) -> Params:
             return jax.tree.map(jnp.square, gradient(x))
 
-        def moved(x: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            h, eps, root = (jnp.asarray(c, x.dtype) for c in (self.learning_rate, self.eps, self.eps_root))
+        def update(x: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            h, eps, root = (jnp.asarray(c, x.dtype) for c in (flow.learning_rate, flow.eps, flow.eps_root))
             d = jnp.sqrt(jnp.maximum(v, 0) + root) + eps
             return x - jnp.where(d > 0, h * m / jnp.where(d > 0, d, 1), 0)
 
-        return jax.tree.map(moved, state, average(gradient, self.b1), average(square, self.b2))
+        return jax.tree.map(update, state, average(gradient, flow.b1), average(square, flow.b2))
 
 
 def rmsprop_flow(

@@ -2,29 +2,48 @@
 
 import abc
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, TypeAlias
 
+import diffrax
 import equinox as eqx
 import jax
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 from eomdl._end import Diagnostic
 from eomdl._target import ITERATES, Target
 from eomdl._types import Args, Params, State
+from eomdl.maps.step_map import StepMap
+
+
+Refresh: TypeAlias = Callable[[ArrayLike, State, Args], State]  # (t, state, args) -> state
+LeadingError: TypeAlias = Callable[[ArrayLike, Params, Params, Args], tuple[Params, Params]]
+
+
+class SolverOptions(NamedTuple):
+    """The arguments of `eomdl.solve` that a flow recommends; a plain tuple in this order does as well."""
+
+    solver: diffrax.AbstractSolver
+    stepsize_controller: diffrax.AbstractStepSizeController
+    dt0: float
 
 
 class AbstractFlow(eqx.Module):
     r"""A vector field $\dot x = F(t, x)$ that models a discrete optimizer.
 
-    Step k of the optimizer sits at time $t = k h$, where $h$ is `step_size`. To write
-    your own, subclass and define `step_size` (a field or a property) and `__call__`;
-    override the rest where the state holds more than the parameters, or where the
-    discrete map is known.
+    Step k of the optimizer is at time $t = k h$, where $h$ is `step_size`. To write your own flow, subclass and define
+    `step_size` (a field or a property) and `__call__`. Where the discrete step is known, define the property `map`. All else
+    has a default.
 
     ```python
     class PlainDescent(eomdl.AbstractFlow):
         loss: Callable
         step_size: jax.Array
+
+        @property
+        def map(self):
+            return eomdl.maps.GradientDescentStep(self.loss, self.step_size)
 
         def __call__(self, t, state, args):
             return jax.tree.map(lambda g: -g, jax.grad(self.loss)(state, args))
@@ -36,9 +55,22 @@ class AbstractFlow(eqx.Module):
 
     step_size: eqx.AbstractVar[jax.Array]
 
+    @abc.abstractmethod
+    def __call__(self, t: ArrayLike, state: State, args: Args) -> State:
+        """Return $F(t, x)$, the velocity of the state per unit of time (not per step)."""
+
+    @property
+    def map(self) -> StepMap | None:
+        """The discrete step that the flow models, on the flow's own state; None where it is not known.
+
+        `solve` chooses its tolerances by the flow's own error, which it measures against this map. `init`, `begin` and
+        `params` are those of the map by default.
+        """
+        return None
+
     @property
     def stride(self) -> int:
-        """The flow passes through every m-th iterate; m = 1 but for strided flows.
+        """The number m of steps between the iterates that the flow passes through: 1, except for strided flows.
 
         A flow of stride m sees the data of m steps: `eomdl.flows.step_data(args, n)` is that of the n-th.
         """
@@ -46,63 +78,87 @@ class AbstractFlow(eqx.Module):
 
     @property
     def target(self) -> Target:
-        """What the flow predicts of a real run, which `eomdl.compare` measures it against: by default its iterates."""
+        """What the flow predicts of a real run, with which `eomdl.compare` compares it: by default the iterates."""
         return ITERATES
 
-    @property
-    def refreshes(self) -> bool:
-        """Whether `refresh` does something: `solve` then integrates stride by stride."""
-        return False
-
-    @property
-    def gradients(self) -> float:
-        """What one evaluation costs, in gradients of the loss; NaN where that is not known."""
-        return math.nan
-
-    @abc.abstractmethod
-    def __call__(self, t: ArrayLike, state: State, args: Args) -> State:
-        """$F(t, x)$: the state's velocity per unit of time (not per step)."""
-
     def init(self, params: Params, args: Args) -> State:
-        """The state that starts at `params`."""
+        """Return the state of a new run that starts at `params`."""
         del args
-        return params
+        return params if self.map is None else self.map.init(params)
 
     def begin(self, t: ArrayLike, params: Params, state: State, args: Args) -> State:
-        """The state that goes on where a real run ended at time t with `params`, carrying `state`."""
-        del t, state
-        return self.init(params, args)
+        """Return the state that continues a real run, which ended at time t in `params` and the optimizer's `state`.
+
+        A flow with an `init` of its own needs a `begin` of its own too if it has a `map`.
+        """
+        del t
+        return self.init(params, args) if self.map is None else self.map.restore(state, params)
 
     def params(self, state: State) -> Params:
-        """The parameters held in the state."""
-        return state
+        """Return the parameters in a state."""
+        return state if self.map is None else self.map.params(state)
 
-    def refresh(self, t: ArrayLike, state: State, args: Args) -> State:
-        """The state with what is carried beside the parameters made anew (re-tracked eigenvectors, say).
+    @property
+    def refresh(self) -> Refresh | None:
+        """None, or a method `(t, state, args) -> state` that recomputes what the state holds beside the parameters.
 
-        Called at the start of every stride if `refreshes`; the parameters must stay as they are.
+        `solve` calls it at the start of every stride, and then integrates stride by stride. The parameters must stay as they are.
         """
-        del t, args
-        return state
-
-    def step(self, t: ArrayLike, state: State, args: Args) -> State | None:
-        """`step_span(args)` steps of the discrete map that this flow models; `None` if there is none.
-
-        `solve` measures the flow's own error against it to choose its tolerances.
-        """
-        del t, state, args
         return None
-
-    def step_span(self, args: Args) -> int:
-        """How many steps of the optimizer `step` takes at once: 1, but where a model speaks of epochs only."""
-        del args
-        return 1
 
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the flow cannot start from `params`."""
         del params, args
 
+    @property
+    def gradient_cost(self) -> float:
+        """The cost of one evaluation, in gradients of the loss; NaN where it is not known."""
+        return math.nan
+
+    @property
+    def recommended_solver(self) -> SolverOptions | None:
+        """The `(solver, stepsize_controller, dt0)` that `solve` takes where the user chooses neither a solver nor tolerances.
+
+        None for the default of `solve`, an adaptive solver.
+        """
+        return None
+
+    @property
+    def next_order(self) -> "AbstractFlow | None":
+        """The same model with one term (or point) more, None if there is none: `predict_error` checks itself by it."""
+        return None
+
+    @property
+    def leading_error(self) -> LeadingError | None:
+        r"""None, or a method `(t, params, error, args) -> (velocity, error's velocity)`, where the state is the parameters.
+
+        The second is $\dot e$ of the leading error $e$ against the optimizer, $-H e + \eta^{n+1} \xi_n$ for the equation of
+        motion with n counter terms. `eomdl.errors.predict_error` integrates both side by side. A subclass with another
+        field has another leading error: it defines its own, or sets None.
+        """
+        return None
+
     def diagnostics(self, t: ArrayLike, state: State, args: Args) -> dict[str, Diagnostic]:
-        """Named numbers that tell whether the model is valid here, each with its limit; recorded by `solve`."""
+        """Return named numbers that tell whether the model is valid here, each with its limit; `solve` records them."""
         del t, state, args
         return {}
+
+
+class AbstractStateStep(StepMap):
+    """A step on the state of a flow that is made by `flow.init(params, args)`, not from the parameters only."""
+
+    @override
+    def init(self, params: Params) -> State:
+        raise ValueError(
+            f"step_map: expected one that starts at parameters, got {type(self).__name__}, whose state is made by "
+            "`flow.init(params, args)`"
+        )
+
+
+def map_of(flow: AbstractFlow) -> StepMap:
+    """Return the map of a flow. **Raises:** `ValueError` if it has none."""
+    if flow.map is None:
+        raise ValueError(
+            f"flow: expected one that defines `map`, the step that it models, got {type(flow).__name__}"
+        )
+    return flow.map

@@ -8,66 +8,47 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Float
+from typing_extensions import override
 
 from eomdl import _check, _tree
 from eomdl._end import Diagnostic
 from eomdl._target import SMOOTHED, Target
 from eomdl._types import Args, Loss, Params
-from eomdl.curvature import Eigenpairs
-from eomdl.curvature.pairs import preconditioned_pairs
+from eomdl.curvature.tracker import RTOL, THOROUGH, EigenpairTracker, TrackedPairs
+from eomdl.flows.base import AbstractStateStep
 from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.flows.oscillation import NEAR, THRESHOLD, Balance
 from eomdl.flows.preconditioners import DESCENT, AbstractPreconditioner
 
 
-_MOST = 4  # directions, where the user names no number
-_WARM = 4  # Hessian-vector products at most, for each tracked direction at a step
-# Of the largest eigenvalue: the residual of a tracked pair, and of a look in passing. The value is wrong by about its square.
-_RTOL, _ROUGH = 1e-2, 5e-2
-_EVERY = 16  # steps from one look at the next direction to another
-
-
-class _Look(NamedTuple):
-    """A search for the next direction: `rounds`, each from the vector of the one before; products in each; residual."""
-
-    rounds: int
-    num_matvecs: int
-    rtol: float
-
-
-_COLD = _Look(1, 16, _RTOL)
-_GLANCE = _Look(2, 4, _ROUGH)  # a round of 8 would take 8 copies of the parameters more
+_MAX_DIRECTIONS = 4  # where the user names no number
 
 
 class CentralState(NamedTuple):
     r"""Where a central flow is, and what it holds from one step to the next.
 
     - `params`; `moment`: $\nu$ of RMSProp, None for gradient descent.
-    - `vectors`: the tracked directions, with $u_i^\top P u_j = \delta_{ij}$, a leading axis k on every leaf. As in all that follows,
-        places that are not in use are 0.
+    - `tracked`: the k critical directions, eigenpairs of $P^{-1} H$, critical at 2. As in all that follows, places that are not
+        active are 0.
     - `force`: $\frac12 \nabla \langle H, \Sigma \rangle$, like the parameters.
     - `squares`: what oscillations add to the squared gradient that the moment averages.
     - `variance`: X, shape (k, k), with $\Sigma = \sum_{ij} X_{ij} u_i u_j^\top$.
-    - `curvature`: eigenvalues of $P^{-1} H$ in the tracked directions, (k,), largest first; critical at 2.
-    - `since`: (k,), the step from which 1, 2, ... k directions are tracked, 0 for those from the start; -1 for a place not in use.
     - `worst`: of all steps so far, (2,): the largest residual of a pair near the threshold, as a part of the largest
         eigenvalue, and the largest error of the complementarity problem.
     """
 
     params: Params
     moment: Any
-    vectors: Params
+    tracked: TrackedPairs
     force: Params
     squares: Any
     variance: jax.Array
-    curvature: jax.Array
-    since: jax.Array
     worst: jax.Array
 
     @property
-    def tracked(self) -> jax.Array:
-        """How many directions are tracked."""
-        return jnp.sum(self.since >= 0)
+    def curvature(self) -> jax.Array:
+        """The eigenvalues in the tracked directions, shape (k,), largest first."""
+        return self.tracked.values
 
 
 class CentralFlow(AbstractDescentFlow):
@@ -87,7 +68,7 @@ class CentralFlow(AbstractDescentFlow):
 
     $$X \succeq 0, \qquad 2 I - A - \dot A[X] \succeq 0, \qquad \text{their product } 0,$$
 
-    where $\dot A$ is the rate of A per step. So the bound is looked at one step ahead: the curvature comes to it within
+    where $\dot A$ is the rate of A per step. So the bound is applied one step ahead: the curvature comes to it within
     a step and drifts no further than a step's nonlinearity. For one direction of gradient descent at the edge
     $\Sigma = \max(0, 2 \langle -g, T \rangle / |T|^2)$ along u, $T = \nabla (u^\top H u)$. Where nothing is critical this is gradient flow.
 
@@ -99,7 +80,7 @@ class CentralFlow(AbstractDescentFlow):
 
     - `loss`; `learning_rate` $\eta$, a leaf of the pytree, and the time of a step.
     - `directions`: k, the most that are tracked; by default 4, or all of a smaller space. The first is tracked from the start, another
-        one from where the next eigenvalue is within 10 % of the bound, which is looked at every 16 steps;
+        one from where the next eigenvalue is within 10 % of the bound, which is searched for every 16 steps;
         `Trajectory.notes` says from which step. Directions beyond k are not held at the bound: the diagnostic
         `curvature of the next direction` then says to raise it.
     - `preconditioner`: by default gradient descent's; `eomdl.flows.SecondMoment` is RMSProp's.
@@ -146,89 +127,73 @@ class CentralFlow(AbstractDescentFlow):
 
     @property
     def target(self) -> Target:
-        """The smoothed path."""
+        """What it predicts: the smoothed path of a real run."""
         return SMOOTHED
 
     @property
-    def refreshes(self) -> bool:
-        """True: directions and oscillation are found anew at every step."""
-        return True
+    @override
+    def map(self) -> "_CentralStep":
+        return _CentralStep(self)
 
     @property
-    def gradients(self) -> float:
-        """One; what a step costs beside is in the class's docstring."""
-        return 1.0
+    @override
+    def gradient_cost(self) -> float:
+        return 1.0  # what a step costs besides is in the docstring of the class
 
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the loss is no real number, or there are fewer parameters than directions."""
         _check.loss_is_scalar(self.loss, params, args)
-        _check.integer("directions", self._most(params), 1, _tree.size(params))
+        _check.integer("directions", self._num_directions(params), 1, _tree.size(params))
 
     def init(self, params: Params, args: Args) -> CentralState:
-        """Nothing oscillates yet; the moment is the squared gradient."""
-        return self._started(params, self.preconditioner.init(jax.grad(self.loss)(params, args)), args)
+        """Return a state in which nothing oscillates yet; the moment is the squared gradient."""
+        return self._start(params, self.preconditioner.init(jax.grad(self.loss)(params, args)), args)
 
     def begin(self, t: ArrayLike, params: Params, state: Any, args: Args) -> CentralState:
-        """From where a real run ended, with its moment."""
+        """Return the state where a real run ended, with its moment."""
         del t
-        return self._started(params, self.preconditioner.read(state), args)
-
-    def params(self, state: CentralState) -> Params:
-        """The parameters."""
-        return state.params
+        return self._start(params, self.preconditioner.read(state), args)
 
     def __call__(self, t: ArrayLike, state: CentralState, args: Args) -> CentralState:
-        """The velocity with the oscillation as it was found at the last step."""
+        """Return the velocity, with the oscillation of the last `refresh`."""
         del t
         gradient = jax.grad(self.loss)(state.params, args)
         diagonal = self._diagonal(state)
         whole = _tree.add(gradient, state.force)
         still = jax.tree.map(jnp.zeros_like, state)
-        squares = self.preconditioner.collected(jax.tree.map(jnp.square, gradient))
+        squares = self.preconditioner.collect(jax.tree.map(jnp.square, gradient))
         rate = self.preconditioner.rate(state.moment, _tree.add(squares, state.squares))
         return still._replace(
             params=jax.tree.map(lambda g, p: -g / (p * self.learning_rate.astype(g.dtype)), whole, diagonal),
             moment=_tree.scale(1 / self.learning_rate, rate),
         )
 
-    def step(self, t: ArrayLike, state: CentralState, args: Args) -> CentralState:
-        """One step of the optimizer."""
-        del t
-        gradient = jax.grad(self.loss)(state.params, args)
-        squares = self.preconditioner.collected(jax.tree.map(jnp.square, gradient))
-        state = state._replace(moment=self.preconditioner.next(state.moment, squares))
-        moved = jax.tree.map(lambda w, g, p: w - g / p, state.params, gradient, self._diagonal(state))
-        return state._replace(params=moved)
-
     def refresh(self, t: ArrayLike, state: CentralState, args: Args) -> CentralState:
-        """Directions tracked from those there are, and the oscillation that holds their curvature over the step."""
-        state = self._watched(jnp.round(t / self.learning_rate), state, args)
-        diagonal = self._diagonal(state)
-        pairs = self._pairs(state, args)
-        found = Balance(
+        """Return the state with the directions here, and the oscillation that holds their curvature over the step."""
+        tracker = self._tracker(state.params, state.moment, args)
+        tracked, residual = tracker.refresh(state.tracked, jnp.round(t / self.learning_rate))
+        balance = Balance(
             self.loss,
             self.preconditioner,
             self.learning_rate,
             state.params,
             state.moment,
-            diagonal,
-            pairs,
+            tracker.preconditioner,
+            tracked,
             args,
-        ).found()
-        relative = pairs.residuals / jnp.max(jnp.abs(pairs.values))
-        residual = jnp.max(jnp.where(pairs.values >= NEAR, relative, 0))
-        worst = jnp.stack([residual, found.error]).astype(state.worst.dtype)
+        )
+        oscillation = balance.solve()
+        worst = jnp.stack([residual, oscillation.error]).astype(state.worst.dtype)
         return state._replace(
-            vectors=pairs.vectors,
-            force=found.force,
-            squares=found.squares,
-            variance=found.variance,
-            curvature=pairs.values,
+            tracked=tracked,
+            force=oscillation.force,
+            squares=oscillation.squares,
+            variance=oscillation.variance,
             worst=jnp.maximum(state.worst, worst),
         )
 
     def mean_loss(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, ""]:
-        r"""The loss averaged over the oscillation, $L + \frac12 \langle H, \Sigma \rangle$.
+        r"""Return the loss averaged over the oscillation, $L + \frac12 \langle H, \Sigma \rangle$.
 
         For gradient descent $L + \operatorname{tr} \Sigma / \eta$.
         """
@@ -236,40 +201,42 @@ class CentralFlow(AbstractDescentFlow):
         return self.loss(state.params, args) + THRESHOLD / 2 * jnp.trace(state.variance)
 
     def mean_squared_gradient(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, ""]:
-        r"""The squared norm of the gradient averaged over the oscillation, $|g|^2 + 4 \operatorname{tr}(P \Sigma P)$.
+        r"""Return the squared norm of the gradient averaged over the oscillation, $|g|^2 + 4 \operatorname{tr}(P \Sigma P)$.
 
         For gradient descent $|g|^2 + 4 \operatorname{tr} \Sigma / \eta^2$.
         """
         del t
         gradient = jax.grad(self.loss)(state.params, args)
-        weighted = jax.vmap(lambda u: jax.tree.map(jnp.multiply, u, self._diagonal(state)))(state.vectors)
+        weighted = jax.vmap(lambda u: jax.tree.map(jnp.multiply, u, self._diagonal(state)))(
+            state.tracked.vectors
+        )
         return _tree.vdot(gradient, gradient) + THRESHOLD**2 * jnp.sum(
             state.variance * _tree.gram(weighted, weighted)
         )
 
     def variances(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, " k"]:
-        r"""The variances of the iterates around the path along the critical directions: eigenvalues of $\Sigma$, largest first."""
+        r"""Return the variances of the iterates around the path along the critical directions: eigenvalues of $\Sigma$, largest first."""
         del t, args
-        return jnp.maximum(self._principal(state)[0], 0)
+        return jnp.maximum(self._principal_axes(state)[0], 0)
 
     def axes(self, t: ArrayLike, state: CentralState, args: Args) -> Float[jax.Array, "k size"]:
-        r"""The directions of `variances`: orthonormal eigenvectors of $\Sigma$, 0 in places that are not in use.
+        r"""Return the directions of `variances`: orthonormal eigenvectors of $\Sigma$, 0 in places that are not active.
 
         In the order of `jax.flatten_util.ravel_pytree`, for `eomdl.errors.variances_along`. Rows of k times the number of
         parameters: record them at a few steps.
         """
         del t, args
-        mixed = _tree.combine(self._principal(state)[1], state.vectors)
+        mixed = _tree.combine(self._principal_axes(state)[1], state.tracked.vectors)
         return jax.vmap(lambda u: ravel_pytree(u)[0])(mixed)
 
     def diagnostics(self, t: ArrayLike, state: CentralState, args: Args) -> dict[str, Diagnostic]:
-        """Whether all critical directions are tracked and since when, whether they were found, and whether the bound could be held."""
+        """Return whether all critical directions are tracked and since when, how well, and whether the bound could be held."""
         del t
-        most = self._most(state.params)
-        found = {
+        num_directions = self._num_directions(state.params)
+        diagnostics = {
             "residual of the tracked directions": Diagnostic(
                 state.worst[0],
-                10 * _RTOL,
+                10 * RTOL,
                 "The eigenvectors change faster than they are tracked: the curvature is not known to better than about 1 %.",
             ),
             "complementarity error": Diagnostic(
@@ -279,119 +246,73 @@ class CentralFlow(AbstractDescentFlow):
                 "there, or the steps are too large for the model. Lower the learning rate.",
             ),
         }
-        for i in range(1, most):
-            found[f"step from which {i + 1} directions are tracked"] = Diagnostic(
-                state.since[i],
+        for i in range(1, num_directions):
+            diagnostics[f"step from which {i + 1} directions are tracked"] = Diagnostic(
+                state.tracked.since[i],
                 0.0,
                 "The curvature of that many came within 10 % of the bound.",
                 is_fault=False,
             )
-        if most < _tree.size(state.params):
-            beyond = self._next(state, args, _COLD).values[0]
-            # While there is room for it, the next look takes it.
-            beyond = jnp.where(state.tracked < most, jnp.minimum(beyond, NEAR), beyond)
-            found["curvature of the next direction"] = Diagnostic(
+        if num_directions < _tree.size(state.params):
+            tracker = self._tracker(state.params, state.moment, args)
+            beyond = tracker.find_next(state.tracked, THOROUGH).values[0]
+            # While there is room for it, the next search takes it.
+            beyond = jnp.where(state.tracked.num_active < num_directions, jnp.minimum(beyond, NEAR), beyond)
+            diagnostics["curvature of the next direction"] = Diagnostic(
                 beyond,
-                THRESHOLD * (1 - _RTOL / 10),
-                f"More directions are critical than the {most} tracked. Raise `directions`.",
+                THRESHOLD * (1 - RTOL / 10),
+                f"More directions are critical than the {num_directions} tracked. Raise `directions`.",
             )
-        return found
+        return diagnostics
 
-    def _principal(self, state: CentralState) -> tuple[jax.Array, jax.Array]:
-        r"""Eigenvalues of $\Sigma$, largest first, -1 in places not in use, and its eigenvectors in terms of the tracked ones."""
-        unused = jnp.diag((state.since < 0).astype(state.since.dtype))
-        root = jnp.linalg.cholesky(_tree.gram(state.vectors, state.vectors) + unused)
-        values, vectors = jnp.linalg.eigh(root.T @ state.variance @ root - unused)
-        mixed = jax.scipy.linalg.solve_triangular(root.T, vectors, lower=False).T
-        return values[::-1], mixed[::-1]
-
-    def _most(self, params: Params) -> int:
-        """How many directions there is room for."""
-        return min(_MOST, _tree.size(params)) if self.directions is None else self.directions
-
-    def _started(self, params: Params, moment: Any, args: Args) -> CentralState:
-        k, dtype = self._most(params), _tree.dtype(params)
-        state = CentralState(
+    def _start(self, params: Params, moment: Any, args: Args) -> CentralState:
+        k, dtype = self._num_directions(params), _tree.dtype(params)
+        return CentralState(
             params=params,
             moment=moment,
-            vectors=jax.tree.map(lambda x: jnp.zeros((k, *x.shape), x.dtype), params),
+            tracked=self._tracker(params, moment, args).init(k),
             force=_tree.zeros_like(params),
             squares=_tree.zeros_like(moment),
             variance=jnp.zeros((k, k), dtype),
-            curvature=jnp.zeros(k, dtype),
-            since=jnp.full(k, -1, dtype),
             worst=jnp.zeros(2, dtype),
         )
-        vectors, curvature, since = self._grown(0, state, args, _COLD)
-        return state._replace(vectors=vectors, curvature=curvature, since=since)
 
-    def _watched(self, step: jax.Array, state: CentralState, args: Args) -> CentralState:
-        """With the directions that have come near the bound, every few steps, while there is room for more."""
-        if len(state.since) == 1:  # else a loop is compiled that never runs
-            return state
-        due = (step % _EVERY == 0) & (state.tracked < len(state.since))
-        # Of what changes only: all else of the state would be copied.
-        vectors, curvature, since = jax.lax.cond(
-            due,
-            lambda: self._grown(step, state, args, _GLANCE),
-            lambda: (state.vectors, state.curvature, state.since),
-        )
-        return state._replace(vectors=vectors, curvature=curvature, since=since)
+    def _num_directions(self, params: Params) -> int:
+        """Return how many directions there is room for."""
+        return min(_MAX_DIRECTIONS, _tree.size(params)) if self.directions is None else self.directions
 
-    @eqx.filter_jit  # begun on the host: compiled once
-    def _grown(
-        self, step: ArrayLike, state: CentralState, args: Args, look: _Look
-    ) -> tuple[Params, jax.Array, jax.Array]:
-        """Vectors, curvature and `since` with the next directions that are near the bound; the first one wherever it is."""
+    def _tracker(self, params: Params, moment: Any, args: Args) -> EigenpairTracker:
+        diagonal = self.preconditioner.diagonal(self.learning_rate, moment, params)
+        return EigenpairTracker(self.loss, params, args, diagonal, NEAR)
 
-        def held(carry: tuple) -> CentralState:
-            return state._replace(vectors=carry[0], curvature=carry[1], since=carry[2])
-
-        def goes_on(carry: tuple) -> jax.Array:
-            return carry[3] & (held(carry).tracked < len(state.since))
-
-        def advanced(carry: tuple) -> tuple:
-            here, place = held(carry), held(carry).tracked
-            found = self._next(here, args, look)
-            taken = (found.values[0] >= NEAR) | (place == 0)
-            new = (found.vectors, found.values, jnp.full(1, step, state.since.dtype))
-            kept = jax.tree.map(
-                lambda old, x: old.at[place].set(jnp.where(taken, x[0], old[place])), carry[:3], new
-            )
-            return *kept, taken
-
-        start = (state.vectors, state.curvature, state.since, jnp.asarray(True))
-        return jax.lax.while_loop(goes_on, advanced, start)[:3]
-
-    def _next(self, state: CentralState, args: Args, look: _Look) -> Eigenpairs:
-        """The largest pair of P^-1 H beside the tracked ones."""
-        diagonal, tracked = self._diagonal(state), state.vectors
-
-        def searched(start: Params) -> Eigenpairs:
-            found = preconditioned_pairs(
-                self.loss, state.params, args, 1, start, diagonal, look.num_matvecs, look.rtol, beside=tracked
-            )
-            return _as_in(state, found)
-
-        # Zeros are none: a random vector takes their place.
-        none = jax.tree.map(lambda x: jnp.zeros_like(x[None]), state.params)
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(searched, none))
-        return jax.lax.fori_loop(0, look.rounds, lambda _, found: searched(found.vectors), empty)
-
-    def _pairs(self, state: CentralState, args: Args) -> Eigenpairs:
-        """The tracked pairs of P^-1 H, from those of the step before."""
-        diagonal, k = self._diagonal(state), len(state.since)
-        found = preconditioned_pairs(
-            self.loss, state.params, args, k, state.vectors, diagonal, _WARM, _RTOL, used=state.tracked
-        )
-        return _as_in(state, found)
+    def _principal_axes(self, state: CentralState) -> tuple[jax.Array, jax.Array]:
+        r"""Return the eigenvalues of $\Sigma$, largest first, -1 in inactive places, and its eigenvectors in terms of the tracked ones."""
+        tracked = state.tracked
+        inactive = jnp.diag((tracked.since < 0).astype(tracked.since.dtype))
+        root = jnp.linalg.cholesky(_tree.gram(tracked.vectors, tracked.vectors) + inactive)
+        values, vectors = jnp.linalg.eigh(root.T @ state.variance @ root - inactive)
+        mixed = jax.scipy.linalg.solve_triangular(root.T, vectors, lower=False).T
+        return values[::-1], mixed[::-1]
 
     def _diagonal(self, state: CentralState) -> Params:
         return self.preconditioner.diagonal(self.learning_rate, state.moment, state.params)
 
 
-def _as_in(state: CentralState, pairs: Eigenpairs) -> Eigenpairs:
-    """In the dtypes of the state."""
-    vectors = jax.tree.map(lambda x, like: x.astype(like.dtype), pairs.vectors, state.vectors)
-    values, residuals = (x.astype(state.curvature.dtype) for x in (pairs.values, pairs.residuals))
-    return Eigenpairs(values, vectors, residuals, pairs.converged, pairs.matvecs)
+class _CentralStep(AbstractStateStep):
+    """One step of the optimizer."""
+
+    flow: CentralFlow
+
+    @override
+    def __call__(self, state: CentralState, args: Args, k: ArrayLike) -> CentralState:
+        del k
+        flow = self.flow
+        gradient = jax.grad(flow.loss)(state.params, args)
+        squares = flow.preconditioner.collect(jax.tree.map(jnp.square, gradient))
+        state = state._replace(moment=flow.preconditioner.next(state.moment, squares))
+        params = jax.tree.map(lambda w, g, p: w - g / p, state.params, gradient, flow._diagonal(state))
+        return state._replace(params=params)
+
+    @override
+    def params(self, state: CentralState) -> Params:
+        return state.params

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+from typing_extensions import override
 
 from eomdl import _check
 from eomdl._types import Args, Loss, Params
@@ -16,10 +17,10 @@ class AbstractDescentFlow(AbstractFlow):
 
     # Equinox lets a property fill an AbstractVar; mypy does not know.
     @property  # type: ignore[misc]
+    @override
     def step_size(self) -> jax.Array:
-        """The learning rate."""
         return self.learning_rate
 
+    @override
     def validate(self, params: Params, args: Args) -> None:
-        """Raise `ValueError` if the loss does not give one real number at `params`."""
         _check.loss_is_scalar(self.loss, params, args)

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, ClassVar
 import equinox as eqx
 import jax
 from jax.typing import ArrayLike
+from typing_extensions import override
 
-from eomdl import _check, _tree
+from eomdl import _check
 from eomdl._autodiff import descent_field
 from eomdl._types import Args, Loss, Params
 from eomdl.flows.descent import AbstractDescentFlow
+from eomdl.flows.equation_of_motion import EquationOfMotion, with_leading_error
+from eomdl.maps.gradient_descent import GradientDescentStep
 
 
 class GradientFlow(AbstractDescentFlow):
@@ -41,21 +44,26 @@ class GradientFlow(AbstractDescentFlow):
         def __init__(self, loss: Loss, learning_rate: ArrayLike) -> None: ...
 
     @property
-    def gradients(self) -> float:
-        """One."""
+    @override
+    def map(self) -> GradientDescentStep:
+        return GradientDescentStep(self.loss, self.learning_rate)
+
+    @property
+    @override
+    def gradient_cost(self) -> float:
         return 1.0
 
+    @property
+    @override
+    def next_order(self) -> EquationOfMotion:
+        return EquationOfMotion(self.loss, self.learning_rate, 1)
+
+    @override
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        r"""$-\nabla L$."""
         del t
         return descent_field(self.loss, args)(state)
 
-    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        """One step of gradient descent."""
+    @override
+    def leading_error(self, t: ArrayLike, params: Params, error: Params, args: Args) -> tuple[Params, Params]:
         del t
-        return gradient_descent_step(self.loss, self.learning_rate, state, args)
-
-
-def gradient_descent_step(loss: Loss, learning_rate: jax.Array, params: Params, args: Args) -> Params:
-    r"""$\theta - \eta \nabla L(\theta)$."""
-    return _tree.add(params, _tree.scale(learning_rate, descent_field(loss, args)(params)))
+        return with_leading_error(self.loss, self.learning_rate, 0, params, error, args)

@@ -1,5 +1,6 @@
 """The flow of any step map: the interpolating vector field."""
 
+import dataclasses
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
+from typing_extensions import override
 
 from eomdl import _check, _tree
 from eomdl._end import Diagnostic
@@ -66,11 +68,11 @@ class InterpolatingFlow(AbstractFlow):
         `(state, args, k) -> state` whose state is the parameters.
     - `step_size`: h, time per optimizer step; a leaf of the pytree. It only sets the clock.
     - `points`: K, the number of iterates, which is the formal order. More is not always better:
-        `eomdl.flows.choose_points` finds the best number for a path.
+        `eomdl.choice.choose_points` finds the best number for a path.
     - `stride`: m. The flow passes through every m-th iterate; `solve` gets those between by steps
         of the map from there.
     - `weights`: $b_0, \dots, b_{K-1}$, e.g. `eomdl.flows.minimax_weights(...)`; by default
-        `eomdl.flows.taylor_weights(points)`, the equation above. With `backward` they are K + 1, those of
+        Taylor's, of the equation above. With `backward` they are K + 1, those of
         $d_{-1} = x - y$ first.
     - `backward`: n, the number of relaxations by which the iterate before is found; 0 leaves it out.
 
@@ -121,26 +123,24 @@ class InterpolatingFlow(AbstractFlow):
             )
 
     @property
-    def gradients(self) -> float:
-        """One for each step of the map that it takes."""
+    @override
+    def map(self) -> StepMap:
+        return self.step_map
+
+    @property
+    @override
+    def gradient_cost(self) -> float:
         return float((self.points + self.backward) * self.stride)
 
-    def init(self, params: Params, args: Args) -> State:
-        """The state of the step map that starts at `params`."""
-        del args
-        return self.step_map.init(params)
+    @property
+    @override
+    def next_order(self) -> "InterpolatingFlow | None":
+        if self.weights is not None or self.points == MAX_POINTS:
+            return None
+        return dataclasses.replace(self, points=self.points + 1)
 
-    def begin(self, t: ArrayLike, params: Params, state: State, args: Args) -> State:
-        """The state of the step map where a real run ended in `state`, with `params` in it."""
-        del t, args
-        return self.step_map.restore(state, params)
-
-    def params(self, state: State) -> Params:
-        """The parameters held in the state."""
-        return self.step_map.params(state)
-
+    @override
     def __call__(self, t: ArrayLike, state: State, args: Args) -> State:
-        """The velocity at x, from (K + n) m steps of the map."""
         unit = 1 / (self.stride * self.step_size)
         if self.backward == 0:
             weights = taylor_weights(self.points) if self.weights is None else self.weights
@@ -151,12 +151,8 @@ class InterpolatingFlow(AbstractFlow):
         before = self._step_before(t, state, args, guess)
         return _tree.scale(unit, _tree.add(total, _tree.scale(weights[0], before)))
 
-    def step(self, t: ArrayLike, state: State, args: Args) -> State:
-        """One step of the map."""
-        return self.step_map(state, args, t / self.step_size)
-
+    @override
     def validate(self, params: Params, args: Args) -> None:
-        """Raise `ValueError` if the map changes what its state is made of; warn if it is not near the identity."""
         check_step(self.step_map, params, step_data(args, 0))
         if _tree.is_traced(self, params, args):
             return
@@ -170,19 +166,19 @@ class InterpolatingFlow(AbstractFlow):
                 stacklevel=3,
             )
 
+    @override
     def diagnostics(self, t: ArrayLike, state: State, args: Args) -> dict[str, Diagnostic]:
-        """The last difference over the first: the construction converges where it is below 1."""
         return {
             "the last difference over the first": Diagnostic(
                 self.last_difference(t, state, args),
                 limit=1.0,
                 meaning="From 1 on the series of the logarithm has stopped converging, and more points make it "
-                "worse: see eomdl.flows.choose_points, try stride=2, or start after a few real steps.",
+                "worse: see eomdl.choice.choose_points, try stride=2, or start after a few real steps.",
             )
         }
 
     def last_difference(self, t: ArrayLike, state: State, args: Args) -> jax.Array:
-        r"""$|\Delta^K \theta| / |\Delta \theta|$ (K at least 2), the last difference against the first.
+        r"""Return $|\Delta^K \theta| / |\Delta \theta|$ (K at least 2), the last difference over the first.
 
         About $(m \eta \lambda)^{K-1}$ for the fastest mode that is still moving. Near 1 and above the series
         no longer converges. Record it by `solve(..., observe_state={"last difference": flow.last_difference})`.
@@ -198,20 +194,20 @@ class InterpolatingFlow(AbstractFlow):
         return jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 0)
 
     def _step_before(self, t: ArrayLike, state: State, args: Args, guess: State) -> State:
-        r"""$d_{-1} = x - y$ with $\Psi(y) = x$, by relaxations that begin at the guess.
+        r"""Return $d_{-1} = x - y$ with $\Psi(y) = x$, by relaxations that begin at the guess.
 
         The step from y begins m steps ago; with batches it sees those of this stride, like every step of the field.
         """
         start = t - self.stride * self.step_size
 
-        def relaxed(d: State, _: None) -> tuple[State, None]:
+        def relax(d: State, _: None) -> tuple[State, None]:
             (taken,) = self._combine(start, _tree.sub(state, d), args, np.ones(1))
             return _tree.add(d, _tree.scale(RELAXATION, _tree.sub(taken, d))), None
 
-        return jax.lax.scan(relaxed, guess, length=self.backward)[0]
+        return jax.lax.scan(relax, guess, length=self.backward)[0]
 
     def _combine(self, t: ArrayLike, state: State, args: Args, *weights: Any) -> list[State]:
-        r"""$\sum_i b_i d_i$ for every set of weights, with $d_i$ the increments of the strided map.
+        r"""Return $\sum_i b_i d_i$ for every set of weights, with $d_i$ the increments of the strided map.
 
         One loop, so that the program and its memory do not grow with the points.
         """

@@ -3,19 +3,19 @@
 from typing import Any
 
 import jax
-from matfree import decomp
 
 from eomdl import _tree
 from eomdl._types import Args, State
+from eomdl.linalg.arnoldi import Krylov, arnoldi
 from eomdl.maps.step_map import StepMap
 
 
-def arnoldi(
+def krylov_of_step(
     step_map: StepMap, state: State, k: Any, args: Args, stride: int, depth: int, start: State | None = None
-) -> Any:
-    """The map's Jacobian less the identity on a Krylov space of dimension `depth`: `Q_tall` (vectors), `J_small`.
+) -> Krylov:
+    """Return the map's Jacobian less the identity on a Krylov space of dimension `depth`.
 
-    From one fixed random vector, or from `start`. NaN where the space ends before.
+    The space begins with one fixed random vector, or with `start`. **Cost:** `depth` Jacobian-vector products of `stride` steps.
     """
 
     def increment(x: State) -> State:
@@ -25,5 +25,4 @@ def arnoldi(
         return total
 
     start = _tree.random_normal(jax.random.key(0), state) if start is None else start
-    decompose = decomp.hessenberg(depth, reortho="full", reortho_vjp="full", custom_vjp=False)
-    return decompose(lambda v: jax.jvp(increment, (state,), (v,))[1], start)
+    return arnoldi(lambda v: jax.jvp(increment, (state,), (v,))[1], start, depth)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import equinox as eqx
 import jax
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Params
 from eomdl.flows.base import AbstractFlow
+from eomdl.maps.step_map import StepMap
 from eomdl.series.euler import MAX_ORDER, modified_field
 from eomdl.series.trees import EULER, ButcherTableau
 
@@ -19,7 +21,7 @@ Field: TypeAlias = Callable[[Params, Args], Params]  # (x, args) -> velocity
 
 
 def _explicit(method: Any) -> ButcherTableau:
-    """The tableau in exact fractions."""
+    """Return the tableau in exact fractions."""
     _check.kind("method", method, ButcherTableau, "an eomdl.series.ButcherTableau")
     lengths = [len(row) for row in method.a]
     if lengths != list(range(len(method.b))) or not method.b:
@@ -78,28 +80,41 @@ class ModifiedFlow(AbstractFlow):
             self, field: Field, step_size: ArrayLike, order: int = 1, method: ButcherTableau = EULER
         ) -> None: ...
 
+    @property
+    @override
+    def map(self) -> "_MethodStep":
+        return _MethodStep(self.field, self.step_size, self.method)
+
+    @override
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        """The field and its correction."""
         del t
         return modified_field(lambda x: self.field(x, args), state, self.step_size, self.order, self.method)
 
-    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        """One step of the method."""
-        del t
-        slopes: list[Params] = []
-        for row in self.method.a:
-            slopes.append(self.field(self._moved(state, row, slopes), args))
-        return self._moved(state, self.method.b, slopes)
-
-    def _moved(self, state: Params, weights: tuple, slopes: list[Params]) -> Params:
-        for weight, slope in zip(weights, slopes, strict=True):
-            if weight:
-                state = _tree.add(state, _tree.scale(float(weight) * self.step_size, slope))
-        return state
-
+    @override
     def validate(self, params: Params, args: Args) -> None:
-        """Raise `ValueError` if the field's velocity is not like `params`."""
         velocity = _check.shape_of(
             "field", "a function (x, args) -> velocity like x", self.field, params, args
         )
         _check.same_structure("field's velocity", velocity, "params", params)
+
+
+class _MethodStep(StepMap):
+    """A step of an explicit Runge-Kutta method."""
+
+    field: Field
+    step_size: jax.Array
+    method: ButcherTableau = eqx.field(static=True)
+
+    @override
+    def __call__(self, state: Params, args: Args, k: ArrayLike) -> Params:
+        del k
+        slopes: list[Params] = []
+        for row in self.method.a:
+            slopes.append(self.field(self._advance(state, row, slopes), args))
+        return self._advance(state, self.method.b, slopes)
+
+    def _advance(self, state: Params, weights: tuple, slopes: list[Params]) -> Params:
+        for weight, slope in zip(weights, slopes, strict=True):
+            if weight:
+                state = _tree.add(state, _tree.scale(float(weight) * self.step_size, slope))
+        return state

@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING, ClassVar
 import equinox as eqx
 import jax
 from jax.typing import ArrayLike
+from typing_extensions import override
 
-from eomdl import _check, _tree
+from eomdl import _check, _costs, _tree
 from eomdl._types import Args, Loss, Params
+from eomdl.flows.averages import average_along_flow
 from eomdl.flows.base import AbstractFlow
-from eomdl.flows.memory import remembered
 from eomdl.flows.penalized import penalized_descent
+from eomdl.maps.response import mean_age
+from eomdl.maps.step_map import StepMap
 
 
 class MomentumFlow(AbstractFlow):
@@ -53,27 +56,42 @@ class MomentumFlow(AbstractFlow):
         return self.learning_rate / (1 - self.momentum)
 
     @property
-    def gradients(self) -> float:
-        """A gradient, and one Hessian-vector product."""
-        return 2.7
+    @override
+    def map(self) -> "_MomentumStep":
+        return _MomentumStep(self)
+
+    @property
+    @override
+    def gradient_cost(self) -> float:
+        return _costs.GRADIENT_AND_PRODUCT
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         r"""$-\nabla$ of the loss with its penalty on the gradient."""
         del t
-        age = self.momentum ** (2 if self.nesterov else 1) / (1 - self.momentum)
+        age = mean_age(self.momentum, self.nesterov)
         return penalized_descent(self.loss, self.step_size * (1 + 2 * age) / 2, state, args)
-
-    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        """One step of the optimizer with its memory filled along the flow's own path."""
-        gradient = jax.grad(self.loss)
-        mean = remembered(
-            lambda x: gradient(x, args), lambda x: self(t, x, args), state, self.momentum, self.step_size
-        )
-        if not self.nesterov:
-            return _tree.sub(state, _tree.scale(self.step_size, mean))
-        now = _tree.sub(state, _tree.scale(self.learning_rate, gradient(state, args)))
-        return _tree.sub(now, _tree.scale(self.momentum * self.step_size, mean))
 
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the loss does not give one real number at `params`."""
         _check.loss_is_scalar(self.loss, params, args)
+
+
+class _MomentumStep(StepMap):
+    """A step of the optimizer whose memory has filled along the flow's own path."""
+
+    flow: MomentumFlow
+
+    @override
+    def __call__(self, state: Params, args: Args, k: ArrayLike) -> Params:
+        flow, gradient = self.flow, jax.grad(self.flow.loss)
+        mean = average_along_flow(
+            lambda x: gradient(x, args),
+            lambda x: flow(k * flow.step_size, x, args),
+            state,
+            flow.momentum,
+            flow.step_size,
+        )
+        if not flow.nesterov:
+            return _tree.sub(state, _tree.scale(flow.step_size, mean))
+        now = _tree.sub(state, _tree.scale(flow.learning_rate, gradient(state, args)))
+        return _tree.sub(now, _tree.scale(flow.momentum * flow.step_size, mean))

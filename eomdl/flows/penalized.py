@@ -9,7 +9,7 @@ from eomdl._types import Args, Loss, Params
 
 
 def penalized_descent(loss: Loss, coefficient: ArrayLike, params: Params, args: Args) -> Params:
-    r"""$-\nabla (L + \frac{c}{2} |\nabla L|^2) = -g - c H g$, gradient and product in one pass."""
+    r"""Return $-\nabla (L + \frac{c}{2} |\nabla L|^2) = -g - c H g$, gradient and product in one pass."""
     field = descent_field(loss, args)
     f = field(params)
     _, hf = jax.jvp(field, (params,), (f,))  # f'f = H g

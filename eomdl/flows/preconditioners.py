@@ -1,4 +1,4 @@
-"""What the central flow needs to know of an optimizer: the matrix that it divides gradients by, and how that moves."""
+"""Preconditioners of the central flow: the matrix by which an optimizer divides gradients, and how that moves."""
 
 import abc
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 from eomdl import _check, _tree
-from eomdl._types import Params
+from eomdl._types import Params, State
+from eomdl.maps.response import second_moment
 
 
 class AbstractPreconditioner(eqx.Module):
@@ -18,57 +20,62 @@ class AbstractPreconditioner(eqx.Module):
 
     @abc.abstractmethod
     def init(self, gradient: Params) -> Any:
-        """The moment where gradients have long been like this one; None where there is none."""
+        """Return the moment where gradients have long been like this one; None where there is none."""
 
     @abc.abstractmethod
-    def read(self, state: Any) -> Any:
-        """The moment in a state of the optimizer; None where there is none."""
+    def read(self, state: State) -> Any:
+        """Return the moment in a state of the optimizer; None where there is none."""
 
     @abc.abstractmethod
     def diagonal(self, learning_rate: jax.Array, moment: Any, like: Params) -> Params:
-        """P, a pytree like the parameters."""
+        """Return P, a pytree like the parameters."""
 
     @abc.abstractmethod
-    def collected(self, squares: Params) -> Any:
-        """What the moment averages, from a pytree like $g^2$."""
+    def collect(self, squares: Params) -> Any:
+        """Return what the moment averages, from a pytree like $g^2$."""
 
     @abc.abstractmethod
     def rate(self, moment: Any, squares: Any) -> Any:
-        """The moment's velocity per step where it averages these squares."""
+        """Return the moment's velocity per step where it averages these squares."""
 
     @abc.abstractmethod
     def next(self, moment: Any, squares: Any) -> Any:
-        """The moment after a step of the optimizer."""
+        """Return the moment after a step of the optimizer."""
 
     @abc.abstractmethod
     def diagonal_rate(self, learning_rate: jax.Array, diagonal: Params, rate: Any) -> Params:
-        """The velocity of P, from that of the moment."""
+        """Return the velocity of P, from that of the moment."""
 
 
 class NoMoment(AbstractPreconditioner):
-    r"""Gradient descent: $P = 1/\eta$."""
+    r"""The preconditioner of gradient descent, $P = 1/\eta$."""
 
+    @override
     def init(self, gradient: Params) -> None:
-        """None."""
+        return None
 
-    def read(self, state: Any) -> None:
-        """None."""
+    @override
+    def read(self, state: State) -> None:
+        return None
 
+    @override
     def diagonal(self, learning_rate: jax.Array, moment: None, like: Params) -> Params:
-        r"""$1/\eta$."""
         return jax.tree.map(lambda x: jnp.full_like(x, 1 / learning_rate.astype(x.dtype)), like)
 
-    def collected(self, squares: Params) -> None:
-        """None."""
+    @override
+    def collect(self, squares: Params) -> None:
+        return None
 
+    @override
     def rate(self, moment: None, squares: None) -> None:
-        """None."""
+        return None
 
+    @override
     def next(self, moment: None, squares: None) -> None:
-        """None."""
+        return None
 
+    @override
     def diagonal_rate(self, learning_rate: jax.Array, diagonal: Params, rate: None) -> Params:
-        """0."""
         return _tree.zeros_like(diagonal)
 
 
@@ -76,7 +83,10 @@ DESCENT = NoMoment()
 
 
 class SecondMoment(AbstractPreconditioner):
-    r"""RMSProp: $P = \sqrt{\nu + \epsilon} / \eta$, and $\nu$ averages $g^2$, or $|g|^2$ for all parameters together.
+    r"""The preconditioner of RMSProp, $P = \sqrt{\nu + \epsilon} / \eta$.
+
+    $\nu$ averages $g^2$, or $|g|^2$ for all parameters together. In a step it becomes $\beta_2 \nu + (1-\beta_2) g^2$; its velocity per
+    step is $\frac{1-\beta_2}{\beta_2} (g^2 - \nu)$, whose map over a step near rest is that of the average.
 
     ```python
     flow = eomdl.flows.CentralFlow(loss, 1e-3, directions=2, preconditioner=eomdl.flows.SecondMoment(0.99))
@@ -96,35 +106,35 @@ class SecondMoment(AbstractPreconditioner):
 
         def __init__(self, decay: ArrayLike = 0.99, eps: ArrayLike = 1e-8, scalar: bool = False) -> None: ...
 
+    @override
     def init(self, gradient: Params) -> Any:
-        """$g^2$."""
-        return self.collected(jax.tree.map(jnp.square, gradient))
+        return self.collect(jax.tree.map(jnp.square, gradient))
 
-    def read(self, state: Any) -> Any:
-        """The `nu` of a state of optax."""
-        return optax.tree.get(state, "nu")
+    @override
+    def read(self, state: State) -> Any:
+        return second_moment(state)
 
+    @override
     def diagonal(self, learning_rate: jax.Array, moment: Any, like: Params) -> Params:
-        r"""$\sqrt{\nu + \epsilon}/\eta$."""
         moment = self._spread(moment, like)
         return jax.tree.map(
             lambda x, nu: (jnp.sqrt(nu + self.eps) / learning_rate).astype(x.dtype), like, moment
         )
 
-    def collected(self, squares: Params) -> Any:
-        """Themselves, or their sum."""
+    @override
+    def collect(self, squares: Params) -> Any:
         return optax.tree.sum(squares) if self.scalar else squares
 
+    @override
     def rate(self, moment: Any, squares: Any) -> Any:
-        r"""$\frac{1-\beta_2}{\beta_2} (g^2 - \nu)$, whose map over a step near rest is that of the average."""
         return _tree.scale((1 - self.decay) / self.decay, _tree.sub(squares, moment))
 
+    @override
     def next(self, moment: Any, squares: Any) -> Any:
-        r"""$\beta_2 \nu + (1-\beta_2) g^2$."""
         return _tree.add(moment, _tree.scale(1 - self.decay, _tree.sub(squares, moment)))
 
+    @override
     def diagonal_rate(self, learning_rate: jax.Array, diagonal: Params, rate: Any) -> Params:
-        r"""$\dot\nu / (2 \eta^2 P)$."""
         rate = self._spread(rate, diagonal)
         return jax.tree.map(lambda p, r: (r / (2 * learning_rate**2 * p)).astype(p.dtype), diagonal, rate)
 

@@ -1,25 +1,25 @@
 """The principal flow of gradient descent: exact on quadratics, at any learning rate."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
-from matfree import decomp
+from typing_extensions import override
 
-from eomdl import _check, _tree
+from eomdl import _check, _costs, _tree
 from eomdl._end import Diagnostic
-from eomdl._types import Args, Loss, Params, VectorField
+from eomdl._types import Args, Loss, Params, State
 from eomdl.flows.descent import AbstractDescentFlow
-from eomdl.flows.gradient import gradient_descent_step
+from eomdl.linalg.arnoldi import arnoldi
+from eomdl.linalg.lanczos import lanczos
+from eomdl.maps.gradient_descent import GradientDescentStep
+from eomdl.maps.step_map import StepMap
 
 
 MATVECS = 16
-_PRODUCT = 1.7  # of a Hessian with a vector where the gradient is known: gradients, as XLA counts flops on a tanh MLP
 _ANALYTIC = "a function analytic in the parameters, whose value is complex where they are"
 
 
@@ -70,43 +70,62 @@ class PrincipalFlow(AbstractDescentFlow):
         def __init__(self, loss: Loss, learning_rate: ArrayLike, num_matvecs: int = MATVECS) -> None: ...
 
     @property
-    def gradients(self) -> float:
-        """A gradient and the products."""
-        return 1 + _PRODUCT * self.num_matvecs
+    @override
+    def map(self) -> GradientDescentStep:
+        return GradientDescentStep(self.loss, self.learning_rate)
+
+    @property
+    @override
+    def gradient_cost(self) -> float:
+        return 1 + _costs.HESSIAN_VECTOR_PRODUCT * self.num_matvecs
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        r"""$\varphi(\eta H)\, g$."""
+        r"""Return $\varphi(\eta H)\, g$."""
         del t
-        krylov, rates = self._rates(state, args)
-        return krylov.combined(krylov.length * rates)
-
-    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        """One step of gradient descent."""
-        del t
-        return gradient_descent_step(self.loss, self.learning_rate, state, args)
+        space = self._velocity(state, args)
+        return _tree.combine(space.length * space.rates, space.basis)
 
     def diagnostics(self, t: ArrayLike, state: Params, args: Args) -> dict[str, Diagnostic]:
-        """The part of the velocity that leads out of the Krylov space."""
+        """Return the part of the velocity that leads out of the Krylov space."""
         del t
-        krylov, rates = self._rates(state, args)
-        out = self.learning_rate * krylov.residual * jnp.abs(rates[-1])
+        space = self._velocity(state, args)
+        outside = self.learning_rate * space.residual * jnp.abs(space.rates[-1])
         return {
             "Lanczos remainder": Diagnostic(
-                out / jnp.linalg.norm(rates),
+                outside / jnp.linalg.norm(space.rates),
                 limit=0.1,
                 meaning="The velocity is not resolved by so few Hessian-vector products: raise num_matvecs.",
             )
         }
 
-    def _rates(self, state: Params, args: Args) -> "tuple[_Krylov, jax.Array]":
-        """The Krylov space, and the velocity in it for a gradient of length 1."""
-        krylov = _Krylov.of(lambda p: jax.grad(self.loss)(p, args), state, self.num_matvecs, _lanczos)
-        values, vectors = jnp.linalg.eigh(krylov.matrix)
-        return krylov, vectors @ (principal_rate(self.learning_rate * values) * vectors[0])
+    def _velocity(self, state: Params, args: Args) -> "_Velocity":
+        """Return the velocity in the Krylov space of the gradient."""
+        gradient, hessian = jax.linearize(lambda p: jax.grad(self.loss)(p, args), state)
+        found, basis = lanczos(hessian, gradient, _depth(self.num_matvecs, state), keep_basis=True)
+        values, vectors = jnp.linalg.eigh(found.matrix)
+        rates = vectors @ (principal_rate(self.learning_rate * values) * vectors[0])
+        return _Velocity(_tree.norm(gradient), basis, rates, found.residual)
+
+
+class _Velocity(NamedTuple):
+    """The velocity of the principal flow as `length` times the sum of `rates` times the vectors of `basis`.
+
+    `length` is that of the gradient, along which the first vector is; `residual`: by how much the last product leads out of the space.
+    """
+
+    length: jax.Array
+    basis: Params
+    rates: jax.Array
+    residual: jax.Array
+
+
+def _depth(num_matvecs: int, params: Params) -> int:
+    """Return the dimension of the Krylov space."""
+    return min(num_matvecs, _tree.size(params))
 
 
 def principal_rate(x: jax.Array) -> jax.Array:
-    r"""$\log|1 - x| / x$, with $|1 - x|$ not below the rounding unit."""
+    r"""Return $\log|1 - x| / x$, with $|1 - x|$ not below the rounding unit."""
     small = x < 0.5
     near = jnp.log1p(jnp.where(small, -x, 0))
     far = jnp.log(jnp.maximum(jnp.abs(1 - x), jnp.finfo(x.dtype).eps))
@@ -166,40 +185,30 @@ class ComplexPrincipalFlow(AbstractDescentFlow):
         def __init__(self, loss: Loss, learning_rate: ArrayLike, num_matvecs: int = MATVECS) -> None: ...
 
     @property
-    def gradients(self) -> float:
-        """Four times the real form."""
-        return 4 * (1 + _PRODUCT * self.num_matvecs)
+    @override
+    def map(self) -> "_ComplexDescentStep":
+        return _ComplexDescentStep(self.loss, self.learning_rate)
 
-    def init(self, params: Params, args: Args) -> ComplexState:
-        """Real parameters."""
-        del args
-        return ComplexState(params, _tree.zeros_like(params))
-
-    def params(self, state: ComplexState) -> Params:
-        """The real part."""
-        return state.real
+    @property
+    @override
+    def gradient_cost(self) -> float:
+        return 4 * (1 + _costs.HESSIAN_VECTOR_PRODUCT * self.num_matvecs)
 
     def __call__(self, t: ArrayLike, state: ComplexState, args: Args) -> ComplexState:
-        r"""$\varphi(\eta H)\, g$ at complex parameters."""
+        r"""Return $\varphi(\eta H)\, g$ at complex parameters."""
         del t
         gradient = jax.grad(self.loss, holomorphic=True)
-        krylov = _Krylov.of(lambda p: gradient(p, args), _joined(state), self.num_matvecs, _arnoldi)
-        values, vectors = jnp.linalg.eig(krylov.matrix)
+        g, hessian = jax.linearize(lambda p: gradient(p, args), _join(state))
+        krylov = arnoldi(hessian, g, _depth(self.num_matvecs, g))
+        values, vectors = jnp.linalg.eig(krylov.matrix_of_start)
         first = jnp.linalg.solve(vectors, jnp.eye(len(values), 1, dtype=values.dtype))[:, 0]
         rates = vectors @ (_complex_rate(self.learning_rate * values) * first)
-        return _split(krylov.combined(krylov.length * rates))
-
-    def step(self, t: ArrayLike, state: ComplexState, args: Args) -> ComplexState:
-        """One step of gradient descent, from complex parameters if they are."""
-        del t
-        at = _joined(state)
-        gradient = jax.grad(self.loss, holomorphic=True)(at, args)
-        return _split(_tree.sub(at, _tree.scale(self.learning_rate, gradient)))
+        return _split(_tree.combine(_tree.norm(g) * rates, krylov.basis))
 
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the loss is not analytic at `params`."""
         _check.loss_is_scalar(self.loss, params, args)
-        at = _joined(self.init(params, args))
+        at = _join(self.init(params, args))
         value = _check.shape_of("loss", _ANALYTIC, self.loss, at, args)
         if not jnp.issubdtype(value.dtype, jnp.complexfloating):
             raise ValueError(f"loss: expected {_ANALYTIC}, got a value of dtype {value.dtype}")
@@ -213,7 +222,34 @@ class ComplexPrincipalFlow(AbstractDescentFlow):
             )
 
 
-def _joined(state: ComplexState) -> Params:
+class _ComplexDescentStep(StepMap):
+    """One step of gradient descent, from complex parameters if they are."""
+
+    loss: Loss
+    learning_rate: jax.Array
+
+    @override
+    def __call__(self, state: ComplexState, args: Args, k: ArrayLike) -> ComplexState:
+        del k
+        at = _join(state)
+        gradient = jax.grad(self.loss, holomorphic=True)(at, args)
+        return _split(_tree.sub(at, _tree.scale(self.learning_rate, gradient)))
+
+    @override
+    def init(self, params: Params) -> ComplexState:
+        return ComplexState(params, _tree.zeros_like(params))
+
+    @override
+    def params(self, state: ComplexState) -> Params:
+        return state.real
+
+    @override
+    def restore(self, state: State, params: Params) -> ComplexState:
+        del state
+        return self.init(params)
+
+
+def _join(state: ComplexState) -> Params:
     return jax.tree.map(jax.lax.complex, state.real, state.imaginary)
 
 
@@ -223,7 +259,7 @@ def _split(x: Params) -> ComplexState:
 
 @eqx.filter_jit
 def _cauchy_riemann(loss: Loss, at: Params, args: Args) -> tuple[jax.Array, jax.Array]:
-    """The derivative along a random direction of real numbers, and along i times it."""
+    """Return the derivatives along a random direction of real numbers, and along i times it."""
     v = _tree.random_normal(jax.random.key(0), jax.tree.map(jnp.real, at))
 
     def along(unit: complex) -> jax.Array:
@@ -234,7 +270,7 @@ def _cauchy_riemann(loss: Loss, at: Params, args: Args) -> tuple[jax.Array, jax.
 
 
 def _complex_rate(x: jax.Array) -> jax.Array:
-    r"""$\log(1 - x) / x$, the cut along the negative imaginary axis of $1 - x$, $|1 - x|$ not below the rounding unit."""
+    r"""Return $\log(1 - x) / x$, the cut along the negative imaginary axis of $1 - x$, $|1 - x|$ not below the rounding unit."""
     zero = jnp.abs(x) == 0
     size = jnp.maximum(jnp.abs(1 - x), jnp.finfo(x.real.dtype).eps)
     # log|1 - x| without the rounding of 1 - x where x is small: |1 - x|^2 = 1 + (|x|^2 - 2 Re x).
@@ -243,47 +279,3 @@ def _complex_rate(x: jax.Array) -> jax.Array:
     angle = jnp.angle(1j * (x - 1)) + np.pi / 2  # -i(1 - x), turned back: from -pi/2 to 3 pi/2
     log = jax.lax.complex(jnp.where(small, near, jnp.log(size)), angle.astype(size.dtype))
     return jnp.where(zero, -1, log / jnp.where(zero, 1, x))
-
-
-class _Krylov(NamedTuple):
-    """A gradient, and its Hessian on the Krylov space that begins with it.
-
-    - `length`: of the gradient; `basis`: (depth, n); `matrix`: (depth, depth).
-    - `residual`: length of what the last product leads out of the space by.
-    """
-
-    length: jax.Array
-    basis: jax.Array
-    matrix: jax.Array
-    residual: jax.Array
-    unravel: Callable[[jax.Array], Params]
-
-    @staticmethod
-    def of(gradient: VectorField, params: Params, num_matvecs: int, decompose: Callable) -> "_Krylov":
-        """Of the gradient at `params`; where the space ends before, the rest of basis and matrix is zero."""
-        g, product = jax.linearize(gradient, params)
-        flat, unravel = ravel_pytree(g)
-        depth = min(num_matvecs, len(flat))
-        length = jnp.linalg.norm(flat)
-        start = jnp.where(length > 0, flat, jnp.ones_like(flat))
-        found = decompose(depth)(lambda v: ravel_pytree(product(unravel(v)))[0], start)
-        # matfree divides by the length of what is left, 0 where the space ends. (A Hessian that is not finite makes the
-        # first entry so too.)
-        curved = jnp.isfinite(found.J_small[0, 0])
-        basis, matrix, left = (
-            jnp.where(curved & ~jnp.isfinite(x), 0, x) for x in (found.Q_tall, found.J_small, found.residual)
-        )
-        return _Krylov(length, basis, matrix, jnp.linalg.norm(left), unravel)
-
-    def combined(self, coefficients: jax.Array) -> Params:
-        """The vector with these coefficients, like the parameters."""
-        return self.unravel(coefficients.astype(self.basis.dtype) @ self.basis)
-
-
-def _lanczos(depth: int) -> Any:
-    # Without reorthogonalization: the coupling to a vector that is rounding only is then as small as it is.
-    return decomp.tridiag_sym(depth, reortho="none", custom_vjp=False)
-
-
-def _arnoldi(depth: int) -> Any:
-    return decomp.hessenberg(depth, reortho="full", custom_vjp=False)

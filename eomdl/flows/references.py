@@ -104,7 +104,7 @@ ENTRIES = {
 
 
 def own_entry() -> str:
-    """The entry of this package; the same data are in CITATION.cff, which no wheel contains."""
+    """Return the entry of this package; the same data are in CITATION.cff, which no wheel contains."""
     return f"""@misc{{eomdl,
   author  = {{{{The eomdl authors}}}},
   title   = {{eomdl: a modified-equation {{ODE}} solver for gradient descent}},
@@ -113,7 +113,7 @@ def own_entry() -> str:
 
 
 def citation(flow: AbstractFlow) -> str:
-    """BibTeX of what to cite for a flow: this package, then the papers that the flow is from.
+    """Return BibTeX of what to cite for a flow: this package, then the papers that the flow is from.
 
     ```python
     print(eomdl.citation(eomdl.EquationOfMotion(loss, learning_rate=0.1, order=1)))

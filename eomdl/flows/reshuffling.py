@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 from eomdl import _check
 from eomdl._types import Args, Loss, Params
 from eomdl.flows.descent import AbstractDescentFlow
-from eomdl.flows.gradient import gradient_descent_step
 from eomdl.flows.penalized import penalized_descent
+from eomdl.maps.gradient_descent import GradientDescentStep
+from eomdl.maps.step_map import StepMap
 
 
 _ORDERS = 4  # and their reverses: all of them up to m = 3
@@ -46,40 +48,21 @@ class ReshufflingFlow(AbstractDescentFlow):
 
         def __init__(self, loss: Loss, learning_rate: ArrayLike) -> None: ...
 
+    @property
+    @override
+    def map(self) -> "_EpochStep":
+        return _EpochStep(GradientDescentStep(self.loss, self.learning_rate))
+
+    @override
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        """The mean of the minibatches' own velocities."""
         del t
         velocities = jax.lax.map(
             lambda batch: penalized_descent(self.loss, self.learning_rate / 2, state, batch), args
         )
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), velocities)
 
-    def step(self, t: ArrayLike, state: Params, args: Args) -> Params:
-        r"""The mean of an epoch over a few orders: up to $O(\eta^3)$ that over all orders.
-
-        Every order comes with its reverse, so that each minibatch is before each other one in half of them.
-        """
-        del t
-        count = self.step_span(args)
-        starts = np.arange(0, count, max(count // _ORDERS, 1))
-        orders = (np.arange(count) + starts[:, None]) % count
-
-        def epoch(order: jax.Array) -> Params:
-            def one(x: Params, i: jax.Array) -> tuple[Params, None]:
-                batch = jax.tree.map(lambda leaf: leaf[i], args)
-                return gradient_descent_step(self.loss, self.learning_rate, x, batch), None
-
-            return jax.lax.scan(one, state, order)[0]
-
-        ends = jax.lax.map(epoch, jnp.asarray(np.concatenate([orders, orders[:, ::-1]])))
-        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), ends)
-
-    def step_span(self, args: Args) -> int:
-        """The number of minibatches in an epoch."""
-        return len(jax.tree.leaves(args)[0])
-
+    @override
     def validate(self, params: Params, args: Args) -> None:
-        """Raise `ValueError` if `args` are not stacked minibatches, or the loss of one is not one real number."""
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(args)}
         if len(lengths) != 1 or () in lengths:
             raise ValueError(
@@ -87,3 +70,32 @@ class ReshufflingFlow(AbstractDescentFlow):
                 f"axes {sorted(lengths)}"
             )
         _check.loss_is_scalar(self.loss, params, jax.tree.map(lambda leaf: leaf[0], args))
+
+
+class _EpochStep(StepMap):
+    r"""The mean of an epoch over a few orders of its minibatches: up to $O(\eta^3)$ that over all orders.
+
+    Every order comes with its reverse, so that each minibatch is before each other one in half of them.
+    """
+
+    step: GradientDescentStep
+
+    @override
+    def __call__(self, state: Params, args: Args, k: ArrayLike) -> Params:
+        count = self.num_steps(args)
+        starts = np.arange(0, count, max(count // _ORDERS, 1))
+        orders = (np.arange(count) + starts[:, None]) % count
+
+        def epoch(order: jax.Array) -> Params:
+            def one(x: Params, i: jax.Array) -> tuple[Params, None]:
+                batch = jax.tree.map(lambda leaf: leaf[i], args)
+                return self.step(x, batch, k), None
+
+            return jax.lax.scan(one, state, order)[0]
+
+        ends = jax.lax.map(epoch, jnp.asarray(np.concatenate([orders, orders[:, ::-1]])))
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), ends)
+
+    @override
+    def num_steps(self, args: Args) -> int:
+        return len(jax.tree.leaves(args)[0])

@@ -3,27 +3,30 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from typing_extensions import override
 
-from eomdl import _check, _tree
+from eomdl import _check, _costs, _tree
 from eomdl._end import Diagnostic
 from eomdl._target import MIDPOINTS, Target
 from eomdl._types import Args, Params, State
-from eomdl.flows.base import AbstractFlow
-from eomdl.flows.ends import SHARE, alternating, between_ends
-from eomdl.flows.linearized import arnoldi
+from eomdl.flows.base import AbstractFlow, AbstractStateStep, SolverOptions
+from eomdl.flows.linearized import krylov_of_step
+from eomdl.flows.symmetric_difference import MIN_COSINE, is_alternating, symmetric_difference
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 
 
-_DEPTH = 48  # of the Krylov space in which the modes are looked for at the start
-_GLANCE = 16  # and for the diagnostics
+# Dimensions of the Krylov space in which the modes are computed.
+_DEPTH_AT_START = 48
+_DEPTH_FOR_DIAGNOSTICS = 16
 
 
 class RodState(NamedTuple):
-    """Where a rod flow is.
+    """The state of a rod flow.
 
     - `centre`: c, a state of the step map; `direction`: u of length 1, or 0 where nothing oscillates.
     - `log_length`: log l of the rod d = l u, since l grows from rounding to the size of the oscillation.
@@ -55,26 +58,22 @@ class RodFlow(AbstractFlow):
     alternate are parts of one vector d, and u turns between them as d does: a mode with $b_i$ gains on one with $b_j$ at the rate
     $b_i - b_j$, and the plane of a complex pair turns by the imaginary part. So several modes take no more rods.
 
-    **What it predicts:** the midpoints $(\theta_k + \theta_{k+1}) / 2$, which is c (`eomdl.compare` measures it against those).
+    **What it predicts:** the midpoints $(\theta_k + \theta_{k+1}) / 2$, which is c (`eomdl.compare` compares it with those).
 
     **Where to begin:** at a step of a real run whose fastest mode alternates, multiplier $1 - b < 0$, with b best above 1.8: `resume=`
     that run. The rod is half of the step in the mode of $-f'$ with the largest b, and in those with nearly as large a b. Where none is
     above 1 the rod is 0 for the whole run, and the flow is $\dot c = f - \frac12 f' f$, the modified equation with one correction. With
     momentum $\beta$ the fastest mode is a complex pair up to $\eta\lambda = (1 + \sqrt\beta)^2$, shortly before its edge at $2 + 2\beta$.
 
-    **Which solver:** Euler with steps of 1/4 or 1/3: along the rod the equation of c has the rate $b + b^2/2$, 4 a step at the edge of
-    stability, where steps of 1 are out of the stability of every explicit method here. The guide "Past the edge of stability" has the
-    numbers.
+    **Which solver:** by default Euler with constant steps of 1/3: along the rod the equation of c has the rate $b + b^2/2$, 4 per
+    step at the edge of stability, where steps of 1 are out of the stability of every explicit method here. The guide "Past the edge
+    of stability" has the numbers.
 
     **Arguments:** `step_map`, `step_size`: as in `eomdl.InterpolatingFlow` (heavy ball, Adam and others have a rod in the space of
     parameters and momenta).
 
     **State:** `RodState`. **Cost** of one evaluation: 2 steps of the map and a Jacobian-vector product, about 4.7 gradients; no third
     derivatives. At the start 48 Jacobian-vector products. **Memory:** about 8 copies of the state.
-
-    **Measured** on an MLP 64-32-32-10 at the edge, 400 steps on; distances to the midpoints over the distance travelled, with the rod and
-    without: gradient descent 1.5e-3, 7.1e-2; heavy ball ($\beta = 0.5$) 1.7e-2, 9.8e-2; Adam ($\beta_1 = 0.5$) 8.5e-3, 0.12, and
-    ($\beta_1 = 0.9$) 1.9e-2, 7.1e-2. A frame of two directions with the covariance was worse (9.7e-3 with gradient descent).
 
     **Limits:** a mode of which the rod has no part at the start is not followed later; the diagnostics say so where it grows. With
     Adam the second moment must stay positive at both ends of the rod.
@@ -95,29 +94,35 @@ class RodFlow(AbstractFlow):
         def __init__(self, step_map: StepMap | StepFunction, step_size: ArrayLike) -> None: ...
 
     @property
-    def gradients(self) -> float:
-        """At both ends, and a product at the centre."""
-        return 4.7
+    @override
+    def map(self) -> "_RodStep":
+        return _RodStep(self)
 
     @property
+    @override
+    def gradient_cost(self) -> float:
+        return 2 + _costs.STEP_DERIVATIVE
+
+    @property
+    @override
+    def recommended_solver(self) -> SolverOptions:
+        return SolverOptions(diffrax.Euler(), diffrax.ConstantStepSize(), 1 / 3)
+
+    @property
+    @override
     def target(self) -> Target:
-        """Midpoints."""
         return MIDPOINTS
 
-    def params(self, state: RodState) -> Params:
-        """Those of the centre."""
-        return self.step_map.params(state.centre)
-
+    @override
     def init(self, params: Params, args: Args) -> RodState:
-        """The rod of a new run at `params`."""
-        return self._started(jnp.zeros(()), self.step_map.init(params), args)
+        return self._start(jnp.zeros(()), self.step_map.init(params), args)
 
+    @override
     def begin(self, t: ArrayLike, params: Params, state: State, args: Args) -> RodState:
-        """The rod where a real run ended in `state`, with `params` in it."""
-        return self._started(jnp.asarray(t / self.step_size), self.step_map.restore(state, params), args)
+        return self._start(jnp.asarray(t / self.step_size), self.step_map.restore(state, params), args)
 
+    @override
     def __call__(self, t: ArrayLike, state: RodState, args: Args) -> RodState:
-        """The velocities of centre, direction and the logarithm of the length."""
         # In a step c moves by the mean of f at k and k + 1: its velocity at k is f at k, less half of f' times f.
         k = jnp.asarray(t / self.step_size)
         mean, turn, b = self._parts(k, state, args)
@@ -126,28 +131,16 @@ class RodFlow(AbstractFlow):
         velocity = RodState(_tree.sub(mean, _tree.scale(0.5, bent)), turn, growth)
         return _tree.scale(1 / self.step_size, velocity)
 
-    def step(self, t: ArrayLike, state: RodState, args: Args) -> RodState:
-        """One step of the map from both ends of the rod, and of the drift."""
-        k = jnp.asarray(t / self.step_size) + 0.5
-        increment = self._increment(k, args)
-        mean, turn, b = self._parts(k, state, args)
-        here = increment(state.centre)
-        ends = [_tree.add(state.centre, _tree.scale(s, here)) for s in (0.5, -0.5)]
-        drift = _tree.scale(0.5, _tree.add(*map(increment, ends)))
-        centre = _tree.add(state.centre, _tree.add(mean, _tree.sub(drift, here)))
-        factor = jnp.where(b == 0, 1, jnp.maximum(0.5 * b**2 - 1, jnp.finfo(b.dtype).tiny))
-        grown = state.log_length + 0.5 * jnp.log(factor)
-        return RodState(centre, _tree.add(state.direction, turn), grown.astype(state.log_length.dtype))
-
+    @override
     def validate(self, params: Params, args: Args) -> None:
-        """Raise `ValueError` if the map changes what its state is made of."""
         check_step(self.step_map, params, args)
 
+    @override
     def diagnostics(self, t: ArrayLike, state: RodState, args: Args) -> dict[str, Diagnostic]:
-        """Whether a mode alternates and grows of which the rod has no part."""
-        values, vectors, basis = self._modes(jnp.asarray(t / self.step_size), state.centre, args, _GLANCE)
+        k = jnp.asarray(t / self.step_size)
+        values, vectors, basis = self._modes(k, state.centre, args, _DEPTH_FOR_DIAGNOSTICS)
         along = jax.vmap(_tree.vdot, (0, None))(basis, _tree.unit(state.direction))
-        left = jnp.where(jnp.abs(vectors.conj().T @ along) > SHARE, 0, values.real)
+        left = jnp.where(jnp.abs(vectors.conj().T @ along) > MIN_COSINE, 0, values.real)
         return {
             "b of a mode beside the rod": Diagnostic(
                 jnp.max(left, initial=0),
@@ -161,22 +154,22 @@ class RodFlow(AbstractFlow):
         return lambda x: self.step_map.increment(x, args, k)
 
     def _parts(self, k: jax.Array, state: RodState, args: Args) -> tuple[State, State, jax.Array]:
-        r"""$\bar f$, $F u - b u$, and b."""
+        r"""Return $\bar f$, $F u - b u$, and b."""
         increment = self._increment(k, args)
-        mean, image, b = between_ends(increment, state.centre, state.direction, state.log_length)
-        turn = _tree.sub(image, _tree.scale(b, _tree.unit(state.direction)))
+        mean, quotient, b = symmetric_difference(increment, state.centre, state.direction, state.log_length)
+        turn = _tree.sub(quotient, _tree.scale(b, _tree.unit(state.direction)))
         return mean, _tree.scale(_tree.norm(state.direction), turn), b
 
     @eqx.filter_jit
-    def _started(self, k: jax.Array, state: State, args: Args) -> RodState:
-        """The rod of the real run that goes on from a state at step k."""
+    def _start(self, k: jax.Array, state: State, args: Args) -> RodState:
+        """Return the rod of the real run that continues from a state at step k."""
         first = self.step_map.increment(state, args, k)
         second = self.step_map.increment(_tree.add(state, first), args, k + 1)
         # Of a mode multiplied by 1 - b the second difference is b^2 times what is left of it; the half step is b/2 times it.
         bend = _tree.sub(second, first)
-        values, vectors, basis = self._modes(k, state, args, _DEPTH, bend)
+        values, vectors, basis = self._modes(k, state, args, _DEPTH_AT_START, bend)
         parts = jnp.linalg.pinv(vectors)[:, 0] * _tree.norm(bend)  # the basis begins with the bend
-        moving = alternating(values)
+        moving = is_alternating(values)
         rod = vectors @ jnp.where(moving, 0.5 * parts / jnp.where(moving, values, 1), 0)
         d = _tree.combine(rod.real, basis)
         length = _tree.norm(d).astype(_tree.dtype(state))
@@ -186,8 +179,33 @@ class RodFlow(AbstractFlow):
     def _modes(
         self, k: jax.Array, state: State, args: Args, depth: int, start: State | None = None
     ) -> tuple[jax.Array, jax.Array, State]:
-        """Eigenvalues of -f', its eigenvectors (columns) in a basis, and the basis, a stack of vectors."""
-        found = arnoldi(self.step_map, state, k, args, 1, min(depth, _tree.size(state)), start)
-        basis, matrix = (jax.tree.map(jnp.nan_to_num, x) for x in (found.Q_tall, found.J_small))
-        values, vectors = jnp.linalg.eig(-matrix)
-        return values, vectors, basis
+        """Return the eigenvalues of -f', its eigenvectors (columns) in a basis, and the basis, a stack of vectors."""
+        krylov = krylov_of_step(self.step_map, state, k, args, 1, min(depth, _tree.size(state)), start)
+        # In a part of the space that is not the start's, no mode is in the start. Where the map has no derivative (Adam's
+        # at a second moment of 0) none is found.
+        matrix = krylov.matrix if start is None else krylov.matrix_of_start
+        values, vectors = jnp.linalg.eig(-jnp.nan_to_num(matrix))
+        return values, vectors, krylov.basis
+
+
+class _RodStep(AbstractStateStep):
+    """One step of the map from both ends of the rod, and of the drift."""
+
+    flow: RodFlow
+
+    @override
+    def __call__(self, state: RodState, args: Args, k: ArrayLike) -> RodState:
+        middle = jnp.asarray(k) + 0.5
+        increment = self.flow._increment(middle, args)
+        mean, turn, b = self.flow._parts(middle, state, args)
+        here = increment(state.centre)
+        ends = [_tree.add(state.centre, _tree.scale(s, here)) for s in (0.5, -0.5)]
+        drift = _tree.scale(0.5, _tree.add(*map(increment, ends)))
+        centre = _tree.add(state.centre, _tree.add(mean, _tree.sub(drift, here)))
+        factor = jnp.where(b == 0, 1, jnp.maximum(0.5 * b**2 - 1, jnp.finfo(b.dtype).tiny))
+        log_length = state.log_length + 0.5 * jnp.log(factor)
+        return RodState(centre, _tree.add(state.direction, turn), log_length.astype(state.log_length.dtype))
+
+    @override
+    def params(self, state: RodState) -> Params:
+        return self.flow.step_map.params(state.centre)

@@ -1,4 +1,4 @@
-"""How many points the logarithm of a step map takes on a path, and how far the map is from the identity."""
+"""How many points the logarithm of a step map needs on a path, and how far the map is from the identity."""
 
 import dataclasses
 from typing import Any
@@ -12,15 +12,15 @@ from jaxtyping import Complex, Float
 from eomdl import _check, _tree
 from eomdl._end import End
 from eomdl._types import Args, Params, State
-from eomdl.flows.linearized import arnoldi
-from eomdl.flows.stretch import scan_windows, starting_state
+from eomdl.choice.differences import scan_increments, starting_state
+from eomdl.flows.linearized import krylov_of_step
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.series.weights import MAX_POINTS, difference_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """What `choose_points` found.
+    """The result of `choose_points`.
 
     - `points`: the best number of points.
     - `terms`: shape (max_points,), the mean size along the path of the first term left out by
@@ -41,17 +41,18 @@ def choose_points(
     max_points: int = 8,
     start: End | None = None,
 ) -> Points:
-    r"""The number of points whose first term left out is smallest along the real path.
+    r"""Choose the number of points whose first term left out is smallest along the real path.
 
     $K = \arg\min_K \sum_k \frac{1}{K+1} |\Delta^{K+1} \theta_k|$ over the iterates $\theta_k$ of the real run. The series
     of the logarithm is at best asymptotic where the map changes from step to step, so it is cut at its
     smallest term.
 
     **Arguments:** `step_map`, `stride`: as in `eomdl.InterpolatingFlow`; `params`, `num_steps`, `args`: the
-    run to look at; `max_points`: the largest number to consider; `start`: the end of a real run (`trajectory.end`),
+    run; `max_points`: the largest number to consider; `start`: the end of a real run (`trajectory.end`),
     to begin there; its steps count in `num_steps`.
 
-    **Returns:** `eomdl.flows.Points`.
+    **Returns:** an object with `points`, the best number, and `terms`, shape (max_points,): the mean size along the path of
+    the first term left out by 1, 2, ..., max_points points, in units of the first difference.
 
     **Cost:** `num_steps + stride * (max_points + 1)` steps of the map, and memory for
     `max_points + 2` copies of the parameters. The flow would compute the same differences of the
@@ -79,22 +80,22 @@ def choose_points(
 def _term_sizes(
     step_map: StepMap, state: State, start: Any, args: Args, count: int, stride: int, max_points: int
 ) -> jax.Array:
-    r"""Mean of $|\Delta^j \theta| / j$ over the path, j = 1 ... max_points + 1."""
+    r"""Return the means of $|\Delta^j \theta| / j$ over the path, j = 1 ... max_points + 1."""
     weights = jnp.asarray(
         np.stack(
             [np.pad(difference_weights(j), (0, max_points + 1 - j)) / j for j in range(1, max_points + 2)]
         )
     )
 
-    def look(first: Params, window: Params) -> jax.Array:
+    def measure(first: Params, here: Params) -> jax.Array:
         del first
         return jax.vmap(
             lambda w: _tree.norm(
-                jax.tree.map(lambda leaf: jnp.tensordot(w.astype(leaf.dtype), leaf, 1), window)
+                jax.tree.map(lambda leaf: jnp.tensordot(w.astype(leaf.dtype), leaf, 1), here)
             )
         )(weights)
 
-    return scan_windows(step_map, state, start, args, stride, max_points + 1, count, look).mean(0)
+    return scan_increments(step_map, state, start, args, stride, max_points + 1, count, measure).mean(0)
 
 
 def departure_from_identity(
@@ -106,14 +107,14 @@ def departure_from_identity(
     num_matvecs: int = 16,
     start: End | None = None,
 ) -> float:
-    r"""$\max |\mu - 1|$ over the multipliers $\mu$ (eigenvalues of $D\Psi$) of a step map.
+    r"""Return $\max |\mu - 1|$ over the multipliers $\mu$ (eigenvalues of $D\Psi$) of a step map.
 
     For gradient descent this is $\eta \lambda_{max}$ (or $\eta |\lambda_{min}|$ if that is larger). From 1 on the Taylor
     series of the logarithm diverges. Use it for the `bound` of `eomdl.flows.minimax_weights`.
 
-    **Arguments:** as in `eomdl.flows.choose_points`; `num_matvecs`: size of the Krylov space.
+    **Arguments:** as in `eomdl.choice.choose_points`; `num_matvecs`: size of the Krylov space.
 
-    **Cost:** `num_matvecs` Jacobian-vector products of the map (`matfree`'s Arnoldi iteration), about 2.7
+    **Cost:** `num_matvecs` Jacobian-vector products of the map (Arnoldi iteration), about 2.7
     gradients each, times the stride.
 
     **Raises:** `ValueError` for a wrong argument.
@@ -131,12 +132,17 @@ def departure_from_identity(
 def multipliers(
     step_map: StepMap, state: State, step: int, args: Args, stride: int, depth: int
 ) -> Complex[np.ndarray, " depth"]:
-    """Ritz values of the map's Jacobian on a Krylov space of dimension `depth`: its multipliers, the outermost best."""
-    hessenberg = np.asarray(_hessenberg(step_map, state, np.asarray(float(step)), args, stride, depth))
-    return 1 + np.linalg.eigvals(np.nan_to_num(hessenberg)).astype(complex)
+    """Return the Ritz values of the map's Jacobian on a Krylov space of dimension `depth`: its multipliers, the outermost best.
+
+    Where the Jacobian is not finite it counts as the identity.
+    """
+    matrix = np.asarray(_jacobian_matrix(step_map, state, np.asarray(float(step)), args, stride, depth))
+    return 1 + np.linalg.eigvals(np.nan_to_num(matrix)).astype(complex)
 
 
 @eqx.filter_jit
-def _hessenberg(step_map: StepMap, state: State, k: Any, args: Args, stride: int, depth: int) -> jax.Array:
-    """The map's Jacobian less the identity, on a Krylov space of dimension `depth`."""
-    return arnoldi(step_map, state, k, args, stride, depth).J_small
+def _jacobian_matrix(
+    step_map: StepMap, state: State, k: Any, args: Args, stride: int, depth: int
+) -> jax.Array:
+    """Return the map's Jacobian less the identity, on a Krylov space of dimension `depth`."""
+    return krylov_of_step(step_map, state, k, args, stride, depth).matrix

@@ -6,13 +6,13 @@ from jaxtyping import Float
 from eomdl import _check
 from eomdl._end import End
 from eomdl._types import Args, Params
-from eomdl.flows.stretch import Differences, differences, starting_state
+from eomdl.choice.differences import Differences, differences, starting_state
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
 from eomdl.series.weights import log_coefficients, weights_of_differences
 
 
-BEYOND = 4  # differences after the last point, which stand for all that a flow leaves out
-MAX_FITTED = 16  # points: the rounding of the differences after them grows like 2^K
+NUM_LEFT_OUT = 4  # differences after the last point, which stand for all that a flow leaves out
+MAX_FITTED_POINTS = 16  # the rounding of the differences after them grows like 2^K
 
 
 def fitted_weights(
@@ -26,25 +26,23 @@ def fitted_weights(
     order: int | None = None,
     start: End | None = None,
 ) -> Float[np.ndarray, " points"]:
-    r"""Weights of least error on the path itself, for `InterpolatingFlow(..., weights=...)`.
+    r"""Return the weights of least error on the path itself, for `InterpolatingFlow(..., weights=...)`.
 
     ```python
-    weights = eomdl.flows.fitted_weights(step_map, params, points=6, args=data)
+    weights = eomdl.choice.fitted_weights(step_map, params, points=6, args=data)
     flow = eomdl.InterpolatingFlow(step_map, step_size=0.1, points=6, weights=weights)
     ```
 
     $\min_c \sum_k |\sum_j (c_j - c^{log}_j)\, \Delta^j \theta_k|^2$ over the first strides k of the real run, with
     $c^{log}_j = (-1)^{j+1}/j$ up to the fourth difference after the last point, and $c_j = c^{log}_j$ up to the order p. Taylor
     weights are best where all multipliers are near 1, minimax weights for any multiplier up to a bound; these are best for
-    the multipliers that the path has, with the sizes that they have in it. On the digits network of the benchmarks 6 points
-    come five times nearer to gradient descent than with Taylor's weights.
+    the multipliers that the path has, with the sizes that they have in it.
 
     **Arguments:**
 
-    - `step_map`, `stride`: as in `eomdl.InterpolatingFlow`; `params`, `args`, `start`: as in `eomdl.flows.choose_points`.
+    - `step_map`, `stride`: as in `eomdl.InterpolatingFlow`; `params`, `args`, `start`: as in `eomdl.choice.choose_points`.
     - `points`: K, at most 16; `order`: p, the formal order, by default K // 2, at least 1.
-    - `num_steps`: how many steps of the real run to look at, its fastest ones: in our runs 16 give the same weights as 64
-        to within a few percent of the error.
+    - `num_steps`: how many steps of the real run to fit to, its fastest ones.
 
     **Returns:** $b_0, \dots, b_{K-1}$.
 
@@ -53,7 +51,7 @@ def fitted_weights(
     **Raises:** `ValueError` for a wrong argument or a run that becomes non-finite.
     """
     step_map = as_step_map(step_map)
-    points = _check.integer("points", points, 1, MAX_FITTED)
+    points = _check.integer("points", points, 1, MAX_FITTED_POINTS)
     num_steps = _check.integer("num_steps", num_steps, 1)
     stride = _check.integer("stride", stride, 1)
     order = max(points // 2, 1) if order is None else _check.integer("order", order, 1, points)
@@ -61,17 +59,17 @@ def fitted_weights(
     check_step(step_map, params, args)
     state, first = starting_state(step_map, params, start)
     count = max(num_steps // stride, 1)
-    found = differences(step_map, state, first, args, stride, count, points + BEYOND)
-    return weights_of_differences(fitted_coefficients(found, points, order))
+    measured = differences(step_map, state, first, args, stride, count, points + NUM_LEFT_OUT)
+    return weights_of_differences(fitted_coefficients(measured, points, order))
 
 
-def fitted_coefficients(found: Differences, points: int, order: int) -> Float[np.ndarray, " points"]:
-    r"""$c_1 \dots c_K$: those of the logarithm up to the order, the others by least squares over the stretch."""
-    log = log_coefficients(found.order)
+def fitted_coefficients(measured: Differences, points: int, order: int) -> Float[np.ndarray, " points"]:
+    r"""Return $c_1 \dots c_K$: those of the logarithm up to the order, the others by least squares over the strides measured."""
+    log = log_coefficients(measured.order)
     if order == points:
         return log[:points]
     free, tail = slice(order, points), slice(points, None)
-    products = found.products[:, : found.order, : found.order].sum(0)
+    products = measured.products[:, : measured.order, : measured.order].sum(0)
     scale = np.sqrt(np.diag(products))
     scale = np.where(scale > 0, scale, 1.0)
     normal = products / scale[:, None] / scale

@@ -1,8 +1,8 @@
-r"""The differences of a real run on a short stretch of it, of which the logarithm of its step map is made.
+r"""The finite differences of the first steps of a real run, of which the logarithm of its step map is made.
 
 With the iterates $\theta_k$, $\Delta^j \theta_k$ the j-th forward difference, and the map $\Psi$ of m steps of the
 optimizer, a flow of difference coefficients $c_1 = 1, c_2, \dots$ has the velocity $\sum_j c_j \Delta^j \theta$ per stride; the
-logarithm has $(-1)^{j+1}/j$. A difference $u = c - c^{log}$ makes the error $\sum_j u_j \Delta^j \theta_k$ a stride, and these
+logarithm has $(-1)^{j+1}/j$. A difference $u = c - c^{log}$ makes the error $\sum_j u_j \Delta^j \theta_k$ per stride, and these
 sums telescope: $\sum_{l<k} \Delta^j \theta_l = \Delta^{j-1} \theta_k - \Delta^{j-1} \theta_0$.
 """
 
@@ -24,7 +24,7 @@ from eomdl.series.weights import difference_weights
 
 
 def starting_state(step_map: StepMap, params: Params, start: End | None) -> tuple[State, int]:
-    """The state and the step at which a real run begins, or goes on from `start`."""
+    """Return the state and the step at which a real run begins, or continues from `start`."""
     if start is None:
         return step_map.init(params), 0
     _check.kind("start", start, End, "an eomdl.runs.End (trajectory.end)")
@@ -33,7 +33,7 @@ def starting_state(step_map: StepMap, params: Params, start: End | None) -> tupl
     return step_map.restore(start.state, start.params), int(start.step)
 
 
-def scan_windows(
+def scan_increments(
     step_map: StepMap,
     state: State,
     start: Any,
@@ -41,12 +41,12 @@ def scan_windows(
     stride: int,
     length: int,
     count: int,
-    look: Callable[[Params, Params], Any],
+    measure: Callable[[Params, Params], Any],
 ) -> Any:
-    """`look(first, window)` for `count` windows, each one stride on, stacked.
+    """Return `measure(first, here)` at `count` strides of a run, stacked.
 
-    A window holds `length` increments of the parameters over a stride, leaves with leading axis `length`; `first` is the
-    window at the start.
+    `here` holds `length` increments of the parameters, each over a stride, from that stride on: leaves with leading
+    axis `length`. `first` are those at the start.
     """
 
     def advance(carry: tuple, _: None) -> tuple:
@@ -62,15 +62,15 @@ def scan_windows(
 
     k = start.astype(jnp.result_type(float))
     first: Params
-    here, first = jax.lax.scan(advance, (state, k), length=length)
+    end, first = jax.lax.scan(advance, (state, k), length=length)
 
     def one(carry: tuple, _: None) -> tuple:
-        here, window = carry
-        out = look(first, window)
-        here, d = advance(here, None)
-        return (here, jax.tree.map(lambda w, new: jnp.concatenate([w[1:], new[None]]), window, d)), out
+        end, here = carry
+        out = measure(first, here)
+        end, d = advance(end, None)
+        return (end, jax.tree.map(lambda x, new: jnp.concatenate([x[1:], new[None]]), here, d)), out
 
-    return jax.lax.scan(one, (here, first), length=count)[1]
+    return jax.lax.scan(one, (end, first), length=count)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,23 +86,23 @@ class Differences:
 
     @property
     def order(self) -> int:
-        """J, the highest difference."""
+        """The order J of the highest difference."""
         return self.products.shape[-1] // 2
 
     def local(self, u: np.ndarray) -> Float[np.ndarray, " n"]:
-        r"""$|\sum_j u_j \Delta^j \theta_k|$ for each stride: an error of the velocity, per stride."""
+        r"""Return $|\sum_j u_j \Delta^j \theta_k|$ for each stride: an error of the velocity, per stride."""
         return self._norms(np.pad(u, (0, 2 * self.order - len(u))))
 
-    def summed(self, u: np.ndarray) -> float:
-        r"""The largest sum of these errors as vectors over the strides, $|\sum_j u_j (\Delta^{j-1} \theta_k - \Delta^{j-1} \theta_0)|$.
+    def largest_sum(self, u: np.ndarray) -> float:
+        r"""Return the largest sum of these errors as vectors, $|\sum_j u_j (\Delta^{j-1} \theta_k - \Delta^{j-1} \theta_0)|$.
 
         $u_1 = 0$. What the later steps make of an error is left out: where they contract, this is too much.
         """
         here = np.append(u[1:], np.zeros(self.order - len(u) + 1))
         return float(self._norms(np.concatenate([here, -here])).max())
 
-    def limit(self, u: np.ndarray) -> float:
-        r"""The same sum over the whole of a run that comes to rest, where only $|\sum_j u_j \Delta^{j-1} \theta_0|$ is left."""
+    def sum_at_rest(self, u: np.ndarray) -> float:
+        r"""Return the same sum over the whole of a run that comes to rest, where only $|\sum_j u_j \Delta^{j-1} \theta_0|$ is left."""
         here = np.append(u[1:], np.zeros(self.order - len(u) + 1))
         return float(self._norms(np.concatenate([np.zeros(self.order), here]))[0])
 
@@ -113,11 +113,13 @@ class Differences:
 def differences(
     step_map: StepMap, state: State, start: int, args: Args, stride: int, count: int, order: int
 ) -> Differences:
-    """Those of the real run from a state on; `ValueError` if it does not stay finite."""
-    found = np.asarray(_products(step_map, state, np.asarray(start), args, stride, count, order), np.float64)
-    if not np.all(np.isfinite(found)):
+    """Return those of the real run from a state on. **Raises:** `ValueError` if it does not stay finite."""
+    products = np.asarray(
+        _products(step_map, state, np.asarray(start), args, stride, count, order), np.float64
+    )
+    if not np.all(np.isfinite(products)):
         raise ValueError("params: expected a run that stays finite, got infinite or NaN differences")
-    return Differences(found, _tree.size(step_map.params(state)))
+    return Differences(products, _tree.size(step_map.params(state)))
 
 
 @eqx.filter_jit
@@ -128,12 +130,12 @@ def _products(
         np.stack([np.pad(difference_weights(j), (0, order - j)) for j in range(1, order + 1)])
     )
 
-    def look(first: Params, window: Params) -> jax.Array:
+    def measure(first: Params, here: Params) -> jax.Array:
         def of(leaf: jax.Array, begin: jax.Array) -> jax.Array:
             w = weights.astype(leaf.dtype)
             rows = jnp.concatenate([jnp.tensordot(w, x.reshape(order, -1), 1) for x in (leaf, begin)])
             return rows @ rows.T
 
-        return sum(jax.tree.leaves(jax.tree.map(of, window, first)), jnp.zeros((2 * order, 2 * order)))
+        return sum(jax.tree.leaves(jax.tree.map(of, here, first)), jnp.zeros((2 * order, 2 * order)))
 
-    return scan_windows(step_map, state, start, args, stride, order, count, look)
+    return scan_increments(step_map, state, start, args, stride, order, count, measure)

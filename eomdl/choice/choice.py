@@ -1,52 +1,57 @@
 """Which flow, with which solver and tolerance, describes a run to a given error at the least cost."""
 
 import dataclasses
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import optax
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 from eomdl import _check
 from eomdl._end import End
+from eomdl._result import AbstractResult, Note, Table
 from eomdl._types import Args, Loss, Params
-from eomdl.errors.candidates import Candidate, Stretch, look, rated
+from eomdl.choice.candidates import Candidate, Probe, estimates, probe_run
+from eomdl.choice.differences import starting_state
+from eomdl.choice.trials import Real, Trials, real_run, run_trials
 from eomdl.errors.comparison import compare
-from eomdl.errors.trials import Real, Trials, real_run, trials
 from eomdl.flows.base import AbstractFlow
-from eomdl.flows.stretch import starting_state
 from eomdl.maps.optimizer import optimizer_step
 from eomdl.maps.step_map import check_step
 from eomdl.runs.trajectory import Trajectory
 
 
-SHARE = 0.1  # of the run that is looked at,
-AT_LEAST = 32  # steps of it
+PROBE_FRACTION = 0.1  # of the run, on which flows have their trials,
+MIN_PROBE_STEPS = 32  # but at least as many steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """What `choose_flow` found.
+class Choice(AbstractResult):
+    """The result of `choose_flow`.
 
     - `chosen`: the candidate to take. `flow`, `solve_options`, `predicted_error`, `predicted_cost`: its fields.
     - `candidates`: all of them, the chosen one first, then those predicted to stay within the tolerance by their cost,
         then the others by their error.
     - `tolerance`: as asked for.
-    - `cost`: what the choice has cost, in gradients.
+    - `cost`: the cost of the choice, in gradients.
     - `notes`: where it is not to be trusted, and why.
+
+    Its table has one row for each flow, with its best solver. Its picture shows the predicted cost of each flow against its own error,
+    log scales: dots, one colour for each kind; dashed, the tolerance; ring, the chosen one; crosses, what was `measured` of whole runs.
+    No file can hold it, since a flow holds the loss: keep `to_frame()`.
     """
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
     tolerance: float
     cost: float
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     @property
     def flow(self) -> AbstractFlow:
-        """The flow chosen."""
+        """The flow of the candidate that was chosen."""
         return self.chosen.flow
 
     @property
@@ -61,11 +66,11 @@ class Choice:
 
     @property
     def predicted_cost(self) -> float:
-        """Gradients a step of the optimizer."""
+        """The gradients per step of the optimizer."""
         return self.chosen.predicted_cost
 
-    def measured(self, real: Trajectory, paths: Mapping[str, Trajectory]) -> "Choice":
-        """With the measured error and cost of candidates that have been run, `{candidate's name: its run}`.
+    def with_runs(self, real: Trajectory, paths: Mapping[str, Trajectory]) -> "Choice":
+        """Return the choice with the measured error and cost of candidates that have been run, `{candidate's name: its run}`.
 
         **Raises:** `ValueError` for a name that is not a candidate's, or runs that cannot be compared.
         """
@@ -76,54 +81,37 @@ class Choice:
                 f"paths: expected names of candidates, such as {self.chosen.name!r}, got {unknown}"
             )
         distance = compare(real, paths).distance
-        known = tuple(
+        candidates = tuple(
             c.with_run(paths[c.name], float(np.max(distance[c.name]))) if c.name in paths else c
             for c in self.candidates
         )
-        return dataclasses.replace(self, chosen=known[0], candidates=known)
+        return dataclasses.replace(self, chosen=candidates[0], candidates=candidates)
 
     def by_flow(self) -> tuple[Candidate, ...]:
-        """The best candidate of each flow: one solver for each."""
+        """Return the best candidate of each flow: one solver for each."""
         best: dict[str, Candidate] = {}
         for c in self.candidates:
             best.setdefault(c.model, c)
         return tuple(best.values())
 
-    def table(self, rows: int = 12) -> str:
-        """The candidates as text, one row for each of the first flows with its best solver; then the notes."""
-        from rich.console import Console
-        from rich.table import Table
+    @property
+    @override
+    def verdict(self) -> str:
+        return f"The choice of {self.chosen.name} has cost {self.cost:.0f} gradients."
 
-        rows = _check.integer("rows", rows, 1)
-        title = f"Flows for a distance of {self.tolerance:.1e}: the largest error, and gradients a step"
-        table = Table(title=title)
-        table.add_column("flow")
-        table.add_column("solver")
-        for head in (
-            "of the flow",
-            "of the solver",
-            "both",
-            "on the stretch",
-            "measured",
-            "cost",
-            "measured",
-        ):
-            table.add_column(head, justify="right")
-        for c in self.by_flow()[:rows]:
-            errors = (c.model_error, c.ode_error, c.predicted_error, c.tried, c.measured_error)
-            costs = (c.predicted_cost, c.measured_cost)
-            cells = ["-" if np.isnan(x) else f"{x:.1e}" for x in errors]
-            table.add_row(c.model, c.method, *cells, *("-" if np.isnan(x) else f"{x:.1f}" for x in costs))
-        text = io.StringIO()
-        Console(file=text, width=140, legacy_windows=False).print(table)
-        said = f"The choice has cost {self.cost:.0f} gradients.\n"
-        return text.getvalue() + said + "".join(f"! {note}\n" for note in self.notes)
-
-    def plot(self) -> Any:
-        """Predicted cost against the error of each flow itself, with what was measured, as a matplotlib figure."""
-        from eomdl.plotting import plot_choice
-
-        return plot_choice(self)
+    @override
+    def _tables(self) -> tuple[Table, ...]:
+        heads = ("of the flow", "of the solver", "both", "in the trial", "error, measured")
+        rows = []
+        for c in self.by_flow():
+            errors = (c.model_error, c.ode_error, c.predicted_error, c.trial_error, c.measured_error)
+            numbers = [None if np.isnan(x) else x for x in (*errors, c.predicted_cost, c.measured_cost)]
+            rows.append((c.model, c.method, *numbers))
+        columns = ("flow", "solver", *heads, "gradients per step", "gradients, measured")
+        title = (
+            f"Flows for a distance of {self.tolerance:.1e}: the largest error of each with its best solver"
+        )
+        return (Table(columns, tuple(rows), title=title),)
 
 
 def choose_flow(
@@ -136,29 +124,29 @@ def choose_flow(
     learning_rate: ArrayLike,
     args: Args = None,
     start: End | None = None,
-    stretch: int | None = None,
+    probe_steps: int | None = None,
     progress: Any = False,
 ) -> Choice:
-    r"""The cheapest flow, solver and tolerance that stay within a distance of a run of an optimizer.
+    r"""Choose the cheapest flow, solver and tolerance that stay within a distance of a run of an optimizer.
 
     ```python
-    choice = eomdl.errors.choose_flow(loss, params, optax.sgd(0.1), 200, 1e-4, learning_rate=0.1, args=data)
+    choice = eomdl.choice.choose_flow(loss, params, optax.sgd(0.1), 200, 1e-4, learning_rate=0.1, args=data)
     path = eomdl.solve(choice.flow, params, 200, args=data, **choice.solve_options)
     print(choice.table())
     ```
 
     **Candidates:** `InterpolatingFlow` of 2 to 14 points (float32: 6) with Taylor's weights, with minimax weights (where the multipliers
-    allow them) and with weights fitted to the path (`eomdl.flows.fitted_weights`), stride 1, and stride 2 where a
+    allow them) and with weights fitted to the path (`eomdl.choice.fitted_weights`), stride 1, and stride 2 where a
     multiplier is further than 0.7 from 1; for plain gradient descent also `GradientFlow` and `EquationOfMotion` of
     order 1 and 2. Each with diffrax's Bosh3, Tsit5 and Dopri8.
 
     **How.** The differences of the real run on its first steps say what each flow leaves out. The sum of that over the run
     telescopes: it is complete when the differences have died away, so the first, fastest steps decide. The same differences are
     the derivatives of the path, which say how long the steps of each solver may be at a tolerance; the multipliers (16
-    products with the map's derivative, at the end of the stretch) say what is stable. The cheapest candidate is then
-    tried: it is integrated over a stretch of the run and compared with the real run there. After the stretch its error is
+    products with the map's derivative, at the end of the probe) say what is stable. The cheapest candidate then has a
+    trial: it is integrated over the probe, the first steps of the run, and compared with the real run there. After it its error is
     taken to grow by as much in each doubling of the steps as in the last one (linearly for an optimizer with a memory). If
-    that is more than the tolerance all errors are corrected by the factor found, and the next is tried, up to five.
+    that is more than the tolerance all errors are corrected by the factor found, and the next has a trial, up to five.
 
     **Arguments:**
 
@@ -166,15 +154,14 @@ def choose_flow(
     - `tolerance`: the largest Euclidean distance over all parameters, at any step.
     - `learning_rate`: the time of one step, which sets the flow's clock; for gradient descent its learning rate.
     - `start`: the end of a real run, to begin there (pass it to `solve` as `resume` too).
-    - `stretch`: how many steps to try a flow on, by default a tenth of the run and at least 32. Differences are taken in
+    - `probe_steps`: how many first steps to try a flow on, by default a tenth of the run and at least 32. Differences are taken in
         the first 32 of them, which should hold the fastest part of the path.
     - `progress`: as in `eomdl.solve`, for the trials.
 
-    **Returns:** `eomdl.errors.Choice`. If no candidate is within the tolerance, the nearest, and a note.
+    **Returns:** `eomdl.choice.Choice`. If no candidate is within the tolerance, the nearest, and a note.
 
-    **Cost:** a real run over the stretch, 50 steps more, 43 gradients for the multipliers, and the trials; counted in
-    `Choice.cost`: on the digits network, 200 steps, 510 gradients for 1e-4 and 770 for 1e-6, where the run itself takes 740 and
-    2,360. **Memory:** 54 copies of the parameters (float32: 30).
+    **Cost:** a real run over the probe, 50 steps more, 43 gradients for the multipliers, and the trials; counted in
+    `Choice.cost`. **Memory:** 54 copies of the parameters (float32: 30).
 
     **Raises:** `ValueError` for a wrong argument, an optimizer that has no flow, a run that does not stay finite.
 
@@ -192,33 +179,34 @@ def choose_flow(
     first = starting_state(step_map, params, start)[1]
     if first >= num_steps:
         raise ValueError(f"num_steps: expected more than the {first} steps of start, got {num_steps}")
-    length = max(AT_LEAST, round(SHARE * (num_steps - first)))
-    length = length if stretch is None else _check.integer("stretch", stretch, 2)
+    length = max(MIN_PROBE_STEPS, round(PROBE_FRACTION * (num_steps - first)))
+    length = length if probe_steps is None else _check.integer("probe_steps", probe_steps, 2)
     last = min(first + length, num_steps)
     options: dict[str, Any] = dict(args=args, resume=start, progress=progress)
     run = real_run(step_map, params, last, step_size, options)
     real = Real(step_map, params, step_size, first, num_steps, options, run)
-    looked = look(step_map, params, step_size, args, start, run.end, num_steps)
-    return _result(trials(rated(loss, looked), tolerance, real, looked.plain), tolerance, looked)
+    probe = probe_run(step_map, params, step_size, args, start, run.end, num_steps)
+    trials = run_trials(estimates(loss, probe), tolerance, real, probe.is_gradient_descent)
+    return _result(trials, tolerance, probe)
 
 
-def _result(found: Trials, tolerance: float, looked: Stretch) -> Choice:
-    """The chosen one first, then those within the tolerance by their cost, then the others by their error."""
-    within = [c for c in found.others if c.predicted_error <= tolerance]
-    beyond = [c for c in found.others if c.predicted_error > tolerance]
+def _result(trials: Trials, tolerance: float, probe: Probe) -> Choice:
+    """Return the chosen one first, then those within the tolerance by their cost, then the others by their error."""
+    within = [c for c in trials.others if c.predicted_error <= tolerance]
+    beyond = [c for c in trials.others if c.predicted_error > tolerance]
     ranked = sorted(within, key=lambda c: c.predicted_cost)
     ranked += sorted(beyond, key=lambda c: (c.predicted_error, c.predicted_cost))
-    candidates = (*found.tried, *ranked)
+    candidates = (*trials.tried, *ranked)
     return Choice(
         chosen=candidates[0],
         candidates=candidates,
         tolerance=tolerance,
-        cost=looked.cost + found.cost,
-        notes=_notes(candidates[0], tolerance, looked),
+        cost=probe.cost + trials.cost,
+        notes=_notes(candidates[0], tolerance, probe),
     )
 
 
-def _notes(chosen: Candidate, tolerance: float, looked: Stretch) -> tuple[str, ...]:
+def _notes(chosen: Candidate, tolerance: float, probe: Probe) -> tuple[Note, ...]:
     notes = []
     if chosen.predicted_error > tolerance:
         notes.append(
@@ -226,21 +214,21 @@ def _notes(chosen: Candidate, tolerance: float, looked: Stretch) -> tuple[str, .
             f"{chosen.predicted_error:.1e}. Raise the tolerance, lower the learning rate, or begin after the first, fastest "
             "steps (`start=` the end of a real run)."
         )
-    if looked.departure >= 1:
+    if probe.departure >= 1:
         notes.append(
-            f"The map departs from the identity by {looked.departure:.2f} (eta*lambda_max of gradient descent). From 1 on the "
+            f"The map departs from the identity by {probe.departure:.2f} (eta*lambda_max of gradient descent). From 1 on the "
             "series of the logarithm has no limit for stride 1, and what is left out of it is not known from its next terms."
         )
-    noise = looked.rounding * np.sqrt(looked.num_steps - looked.first)
+    noise = probe.rounding * np.sqrt(probe.num_steps - probe.first)
     if noise > 0.1 * tolerance:
         notes.append(
             f"The rounding of the real run itself may come to {noise:.1e} in this precision. Use float64 "
             "(jax.config.update('jax_enable_x64', True)) for such a tolerance."
         )
-    growth = looked.growth
+    growth = probe.growth
     if growth > 1.5:
         notes.append(
-            f"The steps of the run are {growth:.1f} times as long at the end of the stretch as at its start: the fastest part of "
-            "the path may come later, and was not seen. Take a longer `stretch`."
+            f"The steps of the run are {growth:.1f} times as long at the end of the probe as at its start: the fastest part of "
+            "the path may come later, and was not seen. Raise `probe_steps`."
         )
-    return tuple(notes)
+    return tuple(Note(text, is_fault=True) for text in notes)

@@ -1,4 +1,4 @@
-"""What an optimizer remembers along a smooth path."""
+"""The averages that an optimizer keeps, along a smooth path."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ from eomdl import _tree
 from eomdl._types import Params, VectorField
 
 
-def remembered(
+def average_along_flow(
     function: Callable[[Params], Any], field: VectorField, x: Params, decay: ArrayLike, step: ArrayLike
 ) -> Any:
-    r"""Exponential average of a function over the past of x on the flow of `field`.
+    r"""Return the exponential average of a function over the past of x on the flow of `field`.
 
     $\sum_{j \ge 0} (1 - b) b^j f(x(t - jh)) = f - h a \dot f + \frac{h^2}{2} q \ddot f + O(h^3)$
 
@@ -21,11 +21,11 @@ def remembered(
     b = `decay`. f must change little within the memory: $h a$ is small against its time scale.
     """
 
-    def along(f: Callable[[Params], Any]) -> Callable[[Params], Any]:
+    def derivative(f: Callable[[Params], Any]) -> Callable[[Params], Any]:
         return lambda y: jax.jvp(f, (y,), (field(y),))[1]
 
-    first = along(function)
+    first = derivative(function)
     age = decay / (1 - decay)
     square = decay * (1 + decay) / (1 - decay) ** 2
     now = _tree.sub(function(x), _tree.scale(step * age, first(x)))
-    return _tree.add(now, _tree.scale(step**2 * square / 2, along(first)(x)))
+    return _tree.add(now, _tree.scale(step**2 * square / 2, derivative(first)(x)))
