@@ -1,25 +1,24 @@
-"""Runs: discrete and continuous, on one clock, in one type."""
+"""Runs: discrete and continuous, single and in ensembles, on one clock, in one type."""
 
-from eomdl._end import RESULTS, End, Stats
-from eomdl.runs.checkpoints import Checkpoints, Crossing, logarithmic_steps
-from eomdl.runs.continuous import solve
-from eomdl.runs.discrete import descend, iterate
+from eomdl._end import End
+from eomdl.runs.checkpoints import Crossing, logarithmic_steps
+from eomdl.runs.data import stacked, stream
+from eomdl.runs.ensemble import each, members, stack
+from eomdl.runs.monitor import AbstractMonitor
 from eomdl.runs.options import RunOptions
 from eomdl.runs.rows_on_disk import RowsOnDisk
-from eomdl.runs.trajectory import Trajectory
 
 
 __all__ = [
-    "RESULTS",
-    "Checkpoints",
+    "AbstractMonitor",
     "Crossing",
     "End",
     "RowsOnDisk",
     "RunOptions",
-    "Stats",
-    "Trajectory",
-    "descend",
-    "iterate",
+    "each",
     "logarithmic_steps",
-    "solve",
+    "members",
+    "stack",
+    "stacked",
+    "stream",
 ]

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,10 +16,11 @@ from tqdm import tqdm
 from eomdl import _check, _devices, _processes, _structure
 from eomdl._end import End
 from eomdl._types import Args, Observable, Params
-from eomdl.runs.files import DamagedFile
-from eomdl.runs.plan import saved_steps
+from eomdl.observe.base import is_per_member
+from eomdl.runs.chunk import saved_steps
 from eomdl.runs.storage import OneFile, Sharded
-from eomdl.runs.trajectory import Trajectory, concatenated, summary
+from eomdl.runs.trajectory import Trajectory, concatenate, summary
+from eomdl.storage.files import DamagedFile
 
 
 def logarithmic_steps(num_steps: int, per_decade: int = 8) -> np.ndarray:
@@ -40,7 +42,7 @@ class Crossing:
 
     At the first recorded step k with $o_{k-1} < c \le o_k$ (`rising`), or $o_{k-1} > c \ge o_k$; every time. A
     run that begins on the far side has no event until it has come back. Recorded are the saved steps, those of
-    the schedule, and every 1024th of a stretch.
+    the schedule, and every 1024th step.
 
     **Arguments:** `observable`, its name in `observe`; `level` c, such as $2/\eta$ for the sharpness; `rising`.
 
@@ -55,7 +57,7 @@ class Crossing:
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """Whether the event is at each of the values, shape (n,) -> (n - 1,): not known of the first.
 
-        NaN is no value: what comes after it is held against the last one that is.
+        NaN is no value: what comes after it is compared with the last one that is.
         """
         sign = 1.0 if self.rising else -1.0
         last = _filled(np.asarray(values, float))[:-1]
@@ -95,7 +97,7 @@ class Checkpoints:
         devices that the run's parameters are on, whatever their number; `numpy.asarray` reads a leaf of `end` whole. Else
         the first process gathers the whole state in host memory, into one file.
 
-    **Cost:** of a checkpoint, writing the state; of an event, at most one more stretch of the run (up to 256 saved
+    **Cost:** of a checkpoint, writing the state; of an event, at most one more chunk of the run (up to 256 saved
     steps), which is repeated to have the state there.
 
     One folder is for one run: a run locks it, for as long as it lasts or its process lives, and its checkpoints
@@ -201,9 +203,14 @@ class Checkpoints:
         for step in tqdm(steps, desc="checkpoints", disable=not progress):
             row = self.at(step)
             values = _devices.on_host(_observed(functions, self._params(row), args))
-            observables = {name: np.asarray(value)[None] for name, value in values.items()}
-            rows.append(dataclasses.replace(row, params=None, observables=observables, ode_error=None))
-        return concatenated(rows)
+            observables = jax.tree.map(lambda value: np.asarray(value)[None], values)
+            row = dataclasses.replace(row, params=None, observables=observables, ode_error=None)
+            rows.append(
+                dataclasses.replace(
+                    row, per_member=tuple(n for n, f in functions.items() if is_per_member(f))
+                )
+            )
+        return concatenate(rows)
 
     def _params(self, checkpoint: Trajectory) -> Params:
         """The parameters of a checkpoint, where those of `like` are."""
@@ -226,7 +233,7 @@ class Checkpoints:
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.folder / ".lock", timeout=0)
-        with _processes.together("checkpoints"):
+        with _processes.barrier("checkpoints"):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 if _processes.is_first():
@@ -250,7 +257,7 @@ class Checkpoints:
             except DamagedFile:
                 path.rename(path.with_name(path.name + ".damaged"))
 
-    def begin(self, num_steps: int, start: End, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+    def begin(self, num_steps: int, start: End, shapes: Mapping[str, Any]) -> np.ndarray:
         """Raise if a run from `start` must not write here; the steps of its schedule."""
         for name, event in self._events.items():
             if event.observable not in shapes:
@@ -258,17 +265,17 @@ class Checkpoints:
                     f"events: expected the name of an observable in observe, {sorted(shapes)}, got "
                     f"{event.observable!r}"
                 )
-            if shapes[event.observable] != ():
+            shape = getattr(shapes[event.observable], "shape", "a pytree")
+            if shape != ():
                 raise ValueError(
-                    f"events[{name!r}]: expected a scalar observable, got {event.observable!r} of shape "
-                    f"{shapes[event.observable]}"
+                    f"events[{name!r}]: expected a scalar observable, got {event.observable!r} of shape {shape}"
                 )
-        with _processes.together("checkpoints"):
+        with _processes.barrier("checkpoints"):
             if _processes.is_first():
                 self._set_damaged_aside(int(start.step))
                 self._refuse_others(start)
         # All processes see the same files: none writes before all have come here.
-        with _processes.together("checkpoints"):
+        with _processes.barrier("checkpoints"):
             self._there = set(self.steps.tolist())
         self._before = {}
         steps = saved_steps("schedule", num_steps, self._schedule)
@@ -331,5 +338,5 @@ def _filled(values: np.ndarray) -> np.ndarray:
 
 
 @eqx.filter_jit
-def _observed(observe: dict[str, Observable], params: Params, args: Args) -> dict[str, jax.Array]:
+def _observed(observe: dict[str, Observable], params: Params, args: Args) -> dict[str, Any]:
     return {name: f(params, args) for name, f in observe.items()}

@@ -6,20 +6,23 @@ from typing import Any, ClassVar, Unpack
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 from eomdl import _check, _devices, _structure
 from eomdl._end import RESULTS
+from eomdl._fingerprint import fingerprint
 from eomdl._types import STATIC, Args, Loss, Params, State, record_type
 from eomdl.maps.optimizer import ExtraArgs, gradient_update
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
-from eomdl.observe.telemetry import EdgeTelemetry
-from eomdl.runs.data import Window
-from eomdl.runs.dynamics import AbstractDynamics, AbstractWatch, Advanced, Span, as_row, scan_rows
-from eomdl.runs.identity import identity
-from eomdl.runs.options import RunOptions, Setup, set_up
+from eomdl.runs.chunk import Chunk
+from eomdl.runs.data import ChunkData
+from eomdl.runs.dynamics import AbstractDynamics, Advanced, first_record, scan_records
+from eomdl.runs.ensemble import AbstractMembers, Ensemble, Single, as_members
+from eomdl.runs.ensemble_dynamics import MemberMap
+from eomdl.runs.options import RunOptions, set_up
+from eomdl.runs.run import Run
 from eomdl.runs.trajectory import Trajectory
 
 
@@ -31,7 +34,6 @@ def descend(
     *,
     step_size: ArrayLike | None = None,
     extra_args: ExtraArgs | None = None,
-    telemetry: EdgeTelemetry | None = None,
     **options: Unpack[RunOptions],
 ) -> Trajectory:
     r"""Train: `num_steps` steps of an optax optimizer, $\theta_{k+1} = \theta_k + u(\nabla L(\theta_k))$.
@@ -50,29 +52,27 @@ def descend(
         does not tell an optimizer's learning rate. `compare` works on steps.
     - `extra_args`: as in `eomdl.optimizer_step`, for optimizers whose update needs more
         than the gradient.
-    - `telemetry`: an `eomdl.observe.EdgeTelemetry`, which looks at the steps that are due.
-    - `options`: `args`, `batches`, `observe`, `save_params`, `save_steps`, `progress`, `resume`,
+    - `options`: `args`, `batches`, `observe`, `monitors`, `save_params`, `save_steps`, `progress`, `resume`,
         `checkpoints`, `throw`: see `eomdl.runs.RunOptions`.
 
     **Returns:** `eomdl.Trajectory`. A run that becomes non-finite, runs out of batches or
     is interrupted (Ctrl-C) returns the part computed, with a `result` and `message` that
     say so.
 
-    **Cost:** one gradient a step, the observables, and the looks of the telemetry.
+    **Cost:** one gradient per step, the observables, and the monitors.
 
     **Raises:** `ValueError` for a wrong argument.
     """
     _check.optimizer(optimizer)
     if extra_args is not None:
         _check.function("extra_args", extra_args, "a function (params, args) -> dict")
-    setup = set_up("descend", params, num_steps, options)
-    _check.loss_is_scalar(loss, setup.params, setup.data.example, setup.data.source)
-    _check.kind("telemetry", telemetry, EdgeTelemetry | None, "an eomdl.observe.EdgeTelemetry or None")
-    return _run(_Descent(loss, optimizer, extra_args), setup, step_size, gradients=1, telemetry=telemetry)
+    run = set_up("descend", params, num_steps, options)
+    _check.loss_is_scalar(loss, run.params, run.data.example, run.data.source)
+    return _run(Single(_Descent(loss, optimizer, extra_args)), run, step_size, gradients=1)
 
 
 def iterate(
-    step_map: StepMap | StepFunction,
+    step_map: StepMap | StepFunction | Ensemble,
     params: Params,
     num_steps: int,
     *,
@@ -85,36 +85,45 @@ def iterate(
     run = eomdl.iterate(lambda w, args, k: 0.9 * w, jnp.ones(3), 100)
     ```
 
-    **Arguments:** `step_map`, an `eomdl.StepMap` or a function `(state, args, k) -> state` whose state
-    is the parameters; `params`, `num_steps` and `step_size` as in `eomdl.descend`; `options`: see
+    **Arguments:** `step_map`, an `eomdl.StepMap`, a function `(state, args, k) -> state` whose state
+    is the parameters, or an `eomdl.Ensemble` of one of these; `params`, `num_steps` and `step_size` as in `eomdl.descend`; `options`: see
     `eomdl.runs.RunOptions`.
 
     **Returns:** `eomdl.Trajectory`; its `end.state` is the state of the map.
 
-    **Cost:** one evaluation of the map a step, and the observables.
+    **Cost:** one evaluation of the map per step, and the observables.
 
     **Raises:** `ValueError` for a wrong argument, and for a map that changes the structure,
     shapes or dtypes of its state.
     """
-    step_map = as_step_map(step_map)
-    setup = set_up("iterate", params, num_steps, options)
-    check_step(step_map, setup.params, setup.data.example)
-    return _run(step_map, setup, step_size, gradients=0)
+    members = as_members(step_map)
+    members = dataclasses.replace(members, member=as_step_map(members.member))
+    run = set_up("iterate", params, num_steps, options)
+    members.check_params(run.params)
+    check_step(members.member, members.first(run.params), members.first_args(run.data.example))
+    return _run(members, run, step_size, gradients=0)
 
 
 class _Descent(StepMap):
-    """The optimizer as optax has it: the counters in its state are integers, k is not looked at."""
+    """The optimizer as optax has it: the counters in its state are integers, and k is not used."""
 
     loss: Loss
     optimizer: optax.GradientTransformation
     extra_args: ExtraArgs | None = None
 
+    @override
     def init(self, params: Params) -> State:
         return params, self.optimizer.init(params)
 
+    @override
     def params(self, state: State) -> Params:
         return state[0]
 
+    @override
+    def memory(self, state: State) -> State:
+        return state[1]
+
+    @override
     def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
         update = gradient_update(self.loss, self.optimizer, self.extra_args)
         params, optimizer_state = state
@@ -123,77 +132,68 @@ class _Descent(StepMap):
 
 
 @record_type
-class _Discrete(AbstractDynamics):
+class StepDynamics(AbstractDynamics):
     """A step map, step by step; `gradients` are counted for each step."""
 
-    # A map comes to the same bits wherever its run is cut, so longer stretches only save time.
-    max_rows: ClassVar[int] = 1024
+    # A map comes to the same bits wherever its run is cut, so longer chunks only save time.
+    max_records: ClassVar[int] = 1024
 
     step_map: StepMap
     time_step: Any
     gradients: int = dataclasses.field(metadata=STATIC)
 
     @property
+    @override
     def step_size(self) -> Any:
         return self.time_step
 
-    @property
-    def identity(self) -> str:
-        return identity(self.step_map)
+    @override
+    def fingerprint(self, params: Params, args: Args) -> str:
+        return fingerprint(self.step_map, params, args)
 
-    def advance(self, state: State, span: Span, window: Window) -> Advanced:
-        start, layout = state, _devices.layout(state)
-        state, rows, steps = _iterate(self.step_map, self.gradients, layout, state, span, window)
-        rows = as_row(self.step_map.params(start)) if rows is None else rows
+    @override
+    def as_member(self) -> "StepDynamics":
+        return dataclasses.replace(self, step_map=MemberMap(self.step_map))
+
+    @override
+    def advance(self, state: State, chunk: Chunk) -> Advanced:
+        start, shardings = state, _devices.shardings(state)
+        state, params, steps = _iterate(self.step_map, self.gradients, shardings, state, chunk)
+        params = first_record(self.step_map.params(start)) if params is None else params
         counts = {"gradient_evaluations": steps}
-        return Advanced(state, rows, {}, None, RESULTS.successful, counts)
+        return Advanced(state, params, {}, None, RESULTS.successful, counts)
 
-    def params(self, state: State, step: int, window: Window) -> Params:
+    @override
+    def params(self, state: State, step: int, data: ChunkData) -> Params:
         return self.step_map.params(state)
 
-
-class _Watch(AbstractWatch):
-    """Telemetry of a descent, whose state is the parameters and the optimizer's state."""
-
-    def __init__(self, telemetry: EdgeTelemetry):
-        self._telemetry = telemetry
-
-    def is_due(self, step: int) -> bool:
-        return self._telemetry.due(step)
-
-    def look(self, step: int, state: State, window: Window) -> None:
-        params, optimizer_state = state
-        self._telemetry.look(step, params, optimizer_state, window.at(np.asarray(step)))
+    @override
+    def monitor_state(self, state: State) -> State:
+        return self.step_map.memory(state)
 
 
-def _run(
-    step_map: StepMap,
-    setup: Setup,
-    step_size: ArrayLike | None,
-    gradients: int,
-    telemetry: EdgeTelemetry | None = None,
-) -> Trajectory:
+def _run(members: AbstractMembers, run: Run, step_size: ArrayLike | None, gradients: int) -> Trajectory:
     time_step = jnp.nan if step_size is None else _check.positive_scalar("step_size", step_size)
-    state = step_map.init(setup.starting_params)
-    if setup.begin is not None and setup.begin.state is not None:
-        hint = "another optimizer begins anew with `resume.without_state()`"
-        state = _structure.restore("resume.end.state", setup.begin.state, state, hint)
-    watch = None if telemetry is None else _Watch(telemetry)
-    return setup.run(_Discrete(step_map, time_step, gradients), state, watch=watch)
+    step_map: StepMap = members.member
+    state = members.start(step_map.init, run.start)(run.starting_params)
+    if run.begin is not None and run.begin.state is not None:
+        hint = "another optimizer begins afresh with `resume.without_state()`"
+        state = _structure.restore("resume.end.state", run.begin.state, state, hint)
+    return run.run(members.vectorize(StepDynamics(step_map, time_step, gradients)), state)
 
 
 @eqx.filter_jit
 def _iterate(
-    step_map: StepMap, gradients: int, layout: Any, state: State, span: Span, window: Window
+    step_map: StepMap, gradients: int, shardings: Any, state: State, chunk: Chunk
 ) -> tuple[State, Params | None, jax.Array]:
-    """The state at the end, the parameters of every row (None for the start only), the number of gradients."""
+    """The state at the end, the parameters of every record (None for the start only), the number of gradients."""
 
     def step(k: jax.Array, state: State) -> State:
-        new = step_map(state, window.at(k), k.astype(jnp.result_type(float)))
-        return _devices.laid_out(new, layout)
+        new = step_map(state, chunk.data.at(k), k.astype(jnp.result_type(float)))
+        return _devices.with_shardings(new, shardings)
 
     def read(k: jax.Array, state: State) -> Params | None:
-        return None if span.is_one_row else step_map.params(state)
+        return None if chunk.has_one_record else step_map.params(state)
 
-    state, rows = scan_rows(step, state, read, span)
-    return state, rows, gradients * jnp.sum(span.gaps)
+    state, params = scan_records(step, state, read, chunk)
+    return state, params, gradients * jnp.sum(chunk.steps_between)

@@ -1,54 +1,24 @@
-"""How a state is carried on: all in which a real run, an ODE and an SDE differ."""
+"""How a state is carried over a chunk: all in which a real run, an ODE, an SDE and an ensemble differ."""
 
 import abc
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from eomdl._end import Diagnostic, Stats
-from eomdl._types import STATIC, Params, State, record_type
-from eomdl.runs.data import Window
-
-
-@record_type
-class Span:
-    """A stretch of a run, as a compiled program sees it: R rows, each recorded before its gap.
-
-    - `start`: the first step.
-    - `gaps`: steps after each row, shape (R,).
-    - `single`: no gap is longer than one step.
-    - `reversible`: `jax.grad` may be asked to go back through it.
-    """
-
-    start: Any
-    gaps: Any
-    single: bool = dataclasses.field(metadata=STATIC)
-    reversible: bool = dataclasses.field(default=False, metadata=STATIC)
-
-    @property
-    def is_one_row(self) -> bool:
-        """Whether its only row is the start: a program then gives none, since it would be a copy of what it was given."""
-        return len(self.gaps) == 1
-
-    @property
-    def steps(self) -> jax.Array:
-        """The step number of every row."""
-        return self.start + jnp.cumsum(self.gaps) - self.gaps
-
-    @property
-    def end(self) -> jax.Array:
-        """The number of steps taken at the end of the span."""
-        return self.start + jnp.sum(self.gaps)
+from eomdl._types import Args, Params, State
+from eomdl.runs.chunk import Chunk
+from eomdl.runs.data import ChunkData
 
 
 class Advanced(NamedTuple):
-    """What advancing over a span gives.
+    """What advancing over a chunk gives.
 
-    - `state` at its end.
-    - `params`: of every row, leading axis R; `observables` of the whole state, `{name: (R, ...)}`.
+    - `state`: at its end.
+    - `params`: of every record, leading axis R. `observables`: of the whole state, `{name: leading axis R}`.
     - `ode_error`: (R,), or None.
     - `result`: an item of `RESULTS`.
     - `counts`: what it has cost, by the names in `Stats`.
@@ -56,46 +26,74 @@ class Advanced(NamedTuple):
 
     state: State
     params: Params
-    observables: dict[str, jax.Array]
+    observables: dict[str, Any]
     ode_error: jax.Array | None
     result: Any
     counts: dict[str, jax.Array]
 
 
-class AbstractDynamics(abc.ABC):
-    """A state and how it is carried on. The loop asks nothing else of a run.
+class AbstractPreparation(abc.ABC):
+    """What a run was asked to be carried by, before anything is measured.
 
-    `max_rows`: of a stretch, a power of two.
+    - `max_records`: of a chunk, a power of two.
+    - `step_size`: the time of a step; nan where it is not known.
     """
 
-    max_rows: ClassVar[int] = 256
-
-    @property
-    @abc.abstractmethod
-    def step_size(self) -> Any:
-        """Time of a step; nan where it is not known."""
-
-    @property
-    @abc.abstractmethod
-    def identity(self) -> str:
-        """What the state is carried on by, in a word that survives the disk."""
+    max_records: ClassVar[int] = 256
+    step_size: Any
 
     @abc.abstractmethod
-    def advance(self, state: State, span: Span, window: Window) -> Advanced:
-        """The rows of a span, and the state at its end."""
+    def fingerprint(self, params: Params, args: Args) -> str:
+        """The fingerprint of what carries the state; `params` and `args` are an example."""
 
     @abc.abstractmethod
-    def params(self, state: State, step: int, window: Window) -> Params:
-        """The parameters at the end of a stretch."""
+    def as_member(self) -> "AbstractPreparation":
+        """The same for one member of an ensemble.
 
-    def prepared(self, state: State, span: Span, window: Window) -> "AbstractDynamics":
-        """Itself with what is measured on the host before the first step: tolerances, units."""
-        del state, span, window
+        Its state is an `EnsembleState` of one, which stays where it was last finite: nothing that it does ends a run.
+        """
+
+    @abc.abstractmethod
+    def prepare(self, state: State, chunk: Chunk) -> "AbstractDynamics":
+        """The dynamics, with what is measured on the host before the first step: tolerances, scales."""
+
+
+class AbstractDynamics(AbstractPreparation):
+    """A state and how it is carried over a chunk. The loop asks nothing else of a run.
+
+    `has_members`: its observables of the state have an axis of members.
+    """
+
+    has_members: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def advance(self, state: State, chunk: Chunk) -> Advanced:
+        """The records of a chunk, and the state at its end."""
+
+    @abc.abstractmethod
+    def params(self, state: State, step: int, data: ChunkData) -> Params:
+        """The parameters at a step, from the state there and the data of its chunk."""
+
+    @override
+    def prepare(self, state: State, chunk: Chunk) -> "AbstractDynamics":
         return self
 
-    def diagnose(self, state: State, step: int, window: Window) -> dict[str, Diagnostic]:
-        """Whether the model is valid here."""
-        del state, step, window
+    def for_all(self, others: Sequence["AbstractDynamics"]) -> "AbstractDynamics":
+        """One dynamics for all members of an ensemble, from those prepared for some."""
+        del others
+        return self
+
+    def without_labels(self) -> "AbstractDynamics":
+        """The same without what only the host reads, so that it makes no other compiled program."""
+        return self
+
+    def monitor_state(self, state: State) -> State:
+        """The part of the state that a monitor sees beside the parameters."""
+        return state
+
+    def diagnose(self, state: State, step: int, data: ChunkData) -> dict[str, Diagnostic]:
+        """Numbers that tell whether the model is valid here."""
+        del state, step, data
         return {}
 
     def stats(self, stats: Stats) -> Stats:
@@ -103,65 +101,54 @@ class AbstractDynamics(abc.ABC):
         return stats
 
 
-def as_row(params: Params) -> Params:
-    """The only row of a stretch."""
+def first_record(params: Params) -> Params:
+    """The only record of a chunk: the parameters at its start, with an axis of records."""
     return jax.tree.map(lambda x: x[None], params)
 
 
-class AbstractWatch(abc.ABC):
-    """What looks at a run on the host from outside, between two stretches, and changes nothing."""
-
-    @abc.abstractmethod
-    def is_due(self, step: int) -> bool:
-        """Whether there is a look before this step."""
-
-    @abc.abstractmethod
-    def look(self, step: int, state: State, window: Window) -> None:
-        """Look at the state before a step, with the data of the steps that follow."""
-
-
-def scan_rows(
+def scan_records(
     step: Callable[[jax.Array, Any], Any],
     state: Any,
     read: Callable[[jax.Array, Any], Any],
-    span: Span,
+    chunk: Chunk,
 ) -> tuple[Any, Any]:
-    """For every gap: record `read(k, state)`, then apply `step(k, state)` gap times.
+    """For every record of a chunk: keep `read(k, state)`, then apply `step(k, state)` up to the next one.
 
-    Gaps of 0 are the last ones; rows after the first of them are zeros.
+    Zeros in `steps_between` are the last ones; records after the first of them are zeros.
     """
-    if span.reversible:
-        return _reversible_rows(step, state, read, span)
+    if chunk.reversible:
+        return _scan_reversibly(step, state, read, chunk)
 
-    def advanced(i: jax.Array, k: jax.Array, state: Any) -> Any:
-        return step(k, state) if span.single else jax.lax.fori_loop(k, k + gaps[i], step, state)
+    def advance(i: jax.Array, k: jax.Array, state: Any) -> Any:
+        return step(k, state) if chunk.single_steps else jax.lax.fori_loop(k, k + between[i], step, state)
 
-    def row(i: jax.Array, carry: tuple) -> tuple:
-        k, state, rows = carry
-        return k + gaps[i], advanced(i, k, state), kept(rows, i, read(k, state))
+    def keep(records: Any, i: jax.Array, new: Any) -> Any:
+        return jax.tree.map(lambda column, x: column.at[i].set(x, mode="drop"), records, new)
 
-    def kept(rows: Any, i: jax.Array, new: Any) -> Any:
-        return jax.tree.map(lambda row, x: row.at[i].set(x, mode="drop"), rows, new)
+    def record(i: jax.Array, carry: tuple) -> tuple:
+        k, state, records = carry
+        return k + between[i], advance(i, k, state), keep(records, i, read(k, state))
 
-    gaps = jnp.asarray(span.gaps)
-    k = jnp.asarray(span.start, gaps.dtype)
-    # By `vmap`, so that rows are spread over devices as what is read is.
-    rows = jax.vmap(lambda _: jax.tree.map(jnp.zeros_like, read(k, state)))(gaps)
-    count = jnp.sum(gaps > 0)
-    k, state, rows = jax.lax.fori_loop(0, count, row, (k, state, rows))
-    return state, kept(rows, count, read(k, state))
+    between = jnp.asarray(chunk.steps_between)
+    k = jnp.asarray(chunk.start, between.dtype)
+    # By `vmap`, so that records are sharded over devices as what is read is.
+    records = jax.vmap(lambda _: jax.tree.map(jnp.zeros_like, read(k, state)))(between)
+    count = jnp.sum(between > 0)
+    k, state, records = jax.lax.fori_loop(0, count, record, (k, state, records))
+    return state, keep(records, count, read(k, state))
 
 
-def _reversible_rows(
-    step: Callable[[jax.Array, Any], Any], state: Any, read: Callable[[jax.Array, Any], Any], span: Span
+def _scan_reversibly(
+    step: Callable[[jax.Array, Any], Any], state: Any, read: Callable[[jax.Array, Any], Any], chunk: Chunk
 ) -> tuple[Any, Any]:
-    """The same for gaps of 0 and 1, by a loop that `jax.grad` can reverse; it looks at every gap."""
+    """The same for 0 and 1 steps between records, by a loop that `jax.grad` can reverse; it tests every record."""
 
-    def row(carry: tuple, gap: jax.Array) -> tuple:
+    def record(carry: tuple, between: jax.Array) -> tuple:
         k, state = carry
-        return (k + gap, jax.lax.cond(gap > 0, step, lambda k, state: state, k, state)), read(k, state)
+        moved = jax.lax.cond(between > 0, step, lambda k, state: state, k, state)
+        return (k + between, moved), read(k, state)
 
-    gaps = jnp.asarray(span.gaps)
+    between = jnp.asarray(chunk.steps_between)
     records: Any
-    (_, state), records = jax.lax.scan(row, (jnp.asarray(span.start, gaps.dtype), state), gaps)
+    (_, state), records = jax.lax.scan(record, (jnp.asarray(chunk.start, between.dtype), state), between)
     return state, records

@@ -1,9 +1,7 @@
-"""One compiled program that carries a flow over a span: the only file that calls diffrax's solver."""
+"""The compiled programs that carry a flow over a chunk: the only file that calls diffrax's solver."""
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import diffrax
@@ -15,55 +13,82 @@ from jax.flatten_util import ravel_pytree
 from eomdl import _devices, _tree
 from eomdl._end import RESULTS, result_where
 from eomdl._types import Args, Params, State, StateObservable
-from eomdl.flows.base import AbstractFlow
+from eomdl._upstream import no_callbacks
+from eomdl.flows.base import AbstractFlow, map_of
 from eomdl.flows.stride import step_data
-from eomdl.runs.data import Window
-from eomdl.runs.dynamics import Span, as_row, scan_rows
+from eomdl.runs.chunk import Chunk
+from eomdl.runs.data import ChunkData
+from eomdl.runs.dynamics import first_record, scan_records
 
 
-class Integrator(eqx.Module):
-    """How diffrax is to integrate.
+class OdeProblem(eqx.Module):
+    """A flow, and how diffrax is to integrate it.
 
-    - `dt0`: the first ODE step tried, in steps.
-    - `widen`: times this. No step is longer than this times half of the way there is: so where nothing else limits
-        steps, those of a run with twice the number are longer. None to leave all that to the controller.
+    - `dt0`: the first ODE step tried, in steps of the optimizer.
     - `flat`: as one vector, which compiles twice as fast where a state has hundreds of leaves, but takes two
         copies of it more, and gathers what is sharded.
-    - `layout`: of the state, as `_devices.layout` gives it.
+    - `shardings`: of the state, as `_devices.shardings` gives them.
+    - `scales`: a factor for each leaf by which the solver weighs its errors; None for 1 everywhere.
+    - `observe_state`: recorded beside the parameters.
+    - `records_state`: the records are of the flow's state, at the last multiple of the stride, in place of both.
     """
 
+    flow: AbstractFlow
     solver: diffrax.AbstractSolver
     adjoint: diffrax.AbstractAdjoint
     max_steps: int = eqx.field(static=True)
     dt0: jax.Array
-    widen: jax.Array | None = None
-    flat: bool = eqx.field(static=True, default=False)
-    layout: tuple = ()
+    flat: bool = eqx.field(static=True)
+    shardings: tuple
+    observe_state: dict[str, StateObservable]
+    scales: State = None
+    records_state: bool = eqx.field(static=True, default=False)
 
 
-class _Problem(eqx.Module):
-    """The ODE of a flow as the solver sees it.
+class StepControl(eqx.Module):
+    """How the ODE steps are chosen.
 
-    On the clock of steps from `base` on, in units in which the solver weighs its state, all of it in the widest of
-    its dtypes; `unravel` takes the state out of one vector, each leaf in its own dtype (None where it is not flat).
+    - `first_step_factor`: a factor of `dt0`; no step is longer than this times half of the way there is, so that where
+        nothing else limits steps, those of a run with twice the factor are longer. None to leave all that to the
+        controller.
     """
 
-    flow: AbstractFlow
-    integrator: Integrator
     controller: diffrax.AbstractStepSizeController
-    units: State
+    first_step_factor: jax.Array | None = None
+
+
+class _Integration(eqx.Module):
+    """The ODE as the solver sees it, on the clock of steps from `base` on.
+
+    The solver's state is the real part of the flow's, in its scales and in the widest of its dtypes. `rest` is the other
+    part, counters and keys, which changes at the start of a stride only: a velocity may hold anything there. `unravel`
+    takes the real part out of one vector, each leaf in its own dtype (None where it is not flat). Where it is not
+    `active` the state rests.
+    """
+
+    problem: OdeProblem
+    control: StepControl
     base: jax.Array
-    unravel: Callable[[jax.Array], State] | None = eqx.field(static=True)
+    active: Any
+    rest: State
+    is_real: State = eqx.field(static=True)
     dtypes: State = eqx.field(static=True)
+    unravel: Callable[[jax.Array], State] | None = eqx.field(static=True)
 
     def field(self, s: Any, y: State, args: Args) -> State:
-        h = self.flow.step_size
-        velocity = self.flow((self.base + s) * h, self.from_solver(y), args)
-        velocity = _devices.laid_out(velocity, self.integrator.layout)
-        return _tree.scale(h, self.to_solver(velocity))
+        h = self.problem.flow.step_size
+        velocity = self.problem.flow((self.base + s) * h, self.from_solver(y), args)
+        velocity = eqx.combine(eqx.filter(velocity, self.is_real), self.rest)
+        velocity = _devices.with_shardings(velocity, self.problem.shardings)
+        change = _tree.scale(h, self.to_solver(velocity))
+        if self.active is True:
+            return change
+        return jax.tree.map(lambda leaf: jnp.where(self.active, leaf, 0), change)
 
     def to_solver(self, x: State) -> State:
-        y = x if self.units is None else jax.tree.map(jnp.multiply, self.units, x)
+        y = eqx.filter(x, self.is_real)
+        if self.problem.scales is not None:
+            y = jax.tree.map(jnp.multiply, self.problem.scales, y)
         if self.unravel is not None:
             return ravel_pytree(y)[0]
         widest = jnp.result_type(*jax.tree.leaves(y))
@@ -74,21 +99,23 @@ class _Problem(eqx.Module):
             x = self.unravel(y)
         else:
             x = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), y, self.dtypes)
-        return x if self.units is None else jax.tree.map(jnp.divide, x, self.units)
+        if self.problem.scales is not None:
+            x = jax.tree.map(jnp.divide, x, self.problem.scales)
+        return eqx.combine(x, self.rest)
 
     def solve(self, x: State, s0: Any, s1: Any, args: Args, saveat: diffrax.SaveAt) -> diffrax.Solution:
         """From step base + s0 to base + s1."""
         time = _tree.dtype(x)
-        first, controller = self.integrator.dt0, self.controller
-        if self.integrator.widen is not None:
+        first, controller = self.problem.dt0, self.control.controller
+        factor = self.control.first_step_factor
+        if factor is not None:
             longest = 0.5 * (s1 - s0)
-            first = self.integrator.widen * jnp.minimum(first, longest)
-            longest = (self.integrator.widen * longest).astype(time)
-            controller = dataclasses.replace(cast(Any, controller), dtmax=longest)
-        with _no_callbacks():
+            first = factor * jnp.minimum(first, longest)
+            controller = dataclasses.replace(cast(Any, controller), dtmax=(factor * longest).astype(time))
+        with no_callbacks():
             return diffrax.diffeqsolve(
                 diffrax.ODETerm(self.field),
-                self.integrator.solver,
+                self.problem.solver,
                 jnp.asarray(s0, time),
                 jnp.asarray(s1, time),
                 first.astype(time),
@@ -96,168 +123,168 @@ class _Problem(eqx.Module):
                 args,
                 saveat=saveat,
                 stepsize_controller=controller,
-                adjoint=self.integrator.adjoint,
-                max_steps=self.integrator.max_steps,
+                adjoint=self.problem.adjoint,
+                max_steps=self.problem.max_steps,
                 throw=False,
             )
 
 
-@contextlib.contextmanager
-def _no_callbacks() -> Iterator[None]:
-    """Trace diffrax's checks of its own arguments without a callback to the host.
+class Integrated(eqx.Module):
+    """The final state, what is recorded, result and counts.
 
-    A program with a callback is kept by no compilation cache and runs it on device 0. What would be checked is
-    made here (steps in order, a first step forward); a check in a user's loss makes the state NaN, which the
-    run reports. Equinox has no other way to say this than an environment variable that it reads at import.
+    `records`: parameters (None for those of the start only) and observables, or states; leading axis R.
     """
-    errors = cast(Any, eqx)._errors
-    before = errors.EQX_ON_ERROR
-    if "EQX_ON_ERROR" not in os.environ:
-        errors.EQX_ON_ERROR = "nan"
-    try:
-        yield
-    finally:
-        errors.EQX_ON_ERROR = before
+
+    state: State
+    records: Any
+    result: Any
+    counts: dict[str, jax.Array]
+
+
+def integrator_for(problem: OdeProblem, chunk: Chunk) -> Callable[..., Integrated]:
+    """The program `(problem, control, state, chunk) -> Integrated` for this flow and these data."""
+    at_once = chunk.data.batches is None and problem.flow.refresh is None
+    return integrate_at_once if at_once else integrate_by_strides
 
 
 @eqx.filter_jit
-def integrate(
-    flow: AbstractFlow,
-    integrator: Integrator,
-    controller: diffrax.AbstractStepSizeController,
-    units: State,
-    observe_state: dict[str, StateObservable],
-    state: State,
-    span: Span,
-    window: Window,
-) -> tuple[State, tuple, Any, dict[str, jax.Array]]:
-    """Record, then integrate over the gap, for every gap: final state, R records, result, counts.
+def integrate_at_once(
+    problem: OdeProblem, control: StepControl, state: State, chunk: Chunk, active: Any = True
+) -> Integrated:
+    """Integrate over a chunk as one ODE, its records interpolated. What is not `active` stays where it is.
 
-    Of a span of one row and a flow of stride 1 the record has no parameters: they are those of `state`.
-    A flow of stride m is carried from one multiple of m to the next: `state` is that at
-    the last multiple of m up to the start.
+    Of a chunk of one record and a flow of stride 1 no parameters are returned: they are those of `state`.
+    A flow of stride m is carried from one multiple of m to the next: `state` is that at the last multiple of m up to
+    the start.
     """
-    base = span.start - span.start % flow.stride
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, state)
-    unravel = ravel_pytree(state)[1] if integrator.flat else None
-    problem = _Problem(flow, integrator, controller, units, base, unravel, dtypes)
-    if window.batches is None and not flow.refreshes:
-        return _at_once(problem, observe_state, state, span, window)
-    return _stride_by_stride(problem, observe_state, state, span, window)
-
-
-def _at_once(
-    problem: _Problem, observe_state: dict[str, StateObservable], state: State, span: Span, window: Window
-) -> tuple[State, tuple, Any, dict[str, jax.Array]]:
-    """One ODE problem, the rows interpolated."""
-    flow, m = problem.flow, problem.flow.stride
-    args = window.args
-    time = _tree.dtype(state)
-    plain = m == 1 and not observe_state
+    flow, m, data = problem.flow, problem.flow.stride, chunk.data
+    integration = _integration(problem, control, state, chunk, active)
+    params_only = m == 1 and not problem.observe_state and not problem.records_state
 
     def save(s: Any, y: State, args: Args) -> Any:
-        return flow.params(problem.from_solver(y)) if plain else y
+        return flow.params(integration.from_solver(y)) if params_only else y
 
-    steps = span.steps
-    ts = (steps - steps % m - problem.base).astype(time)
-    end = span.end - span.end % m - problem.base
+    steps = chunk.steps
+    ts = jnp.asarray(steps - steps % m - integration.base, _tree.dtype(state))
+    end = chunk.end - chunk.end % m - integration.base
     subs = [diffrax.SubSaveAt(t1=True)]
-    if not span.is_one_row:  # else nothing is interpolated, which would keep all stages
+    if not chunk.has_one_record:  # else nothing is interpolated, which would keep all stages
         subs.append(diffrax.SubSaveAt(ts=ts, fn=save))
-    solution = problem.solve(state, 0, end, args, diffrax.SaveAt(subs=subs))
+    solution = integration.solve(state, 0, end, data.args, diffrax.SaveAt(subs=subs))
     last, *saved = cast(list, solution.ys)
-    final = problem.from_solver(jax.tree.map(lambda x: x[0], last))
-    records: Any
-    if span.is_one_row:
-        records = as_row(_read(flow, observe_state, steps[0], state, window, span))
-        return final, records, _result(solution), _counts(solution)
+    final = integration.from_solver(jax.tree.map(lambda x: x[0], last))
+    if chunk.has_one_record:
+        return _integrated(final, first_record(_read(problem, steps[0], state, chunk)), solution)
     # The solver saves the start when it has taken a step, and then as the step rounds it.
-    first = save(None, problem.to_solver(state), args)
+    first = save(None, integration.to_solver(state), data.args)
     rows = jax.tree.map(lambda row, x: row.at[0].set(x), saved[0], first)
-    records = (rows, {})
-    if not plain:
-        records = jax.lax.map(
-            lambda row: record(flow, observe_state, row[0], problem.from_solver(row[1]), window),
-            (steps, rows),
-        )
-    return final, records, _result(solution), _counts(solution)
+    if params_only:
+        return _integrated(final, (rows, {}), solution)
+    records = jax.lax.map(
+        lambda at: _read(problem, at[0], integration.from_solver(at[1]), chunk), (steps, rows)
+    )
+    return _integrated(final, records, solution)
 
 
-def _stride_by_stride(
-    problem: _Problem, observe_state: dict[str, StateObservable], state: State, span: Span, window: Window
-) -> tuple[State, tuple, Any, dict[str, jax.Array]]:
-    """An ODE problem for every stride, with its own data."""
-    flow, m = problem.flow, problem.flow.stride
+@eqx.filter_jit
+def integrate_by_strides(
+    problem: OdeProblem, control: StepControl, state: State, chunk: Chunk, active: Any = True
+) -> Integrated:
+    """Integrate over a chunk as one ODE for every stride, with its own data; the rest as `integrate_at_once`."""
+    flow, m, data = problem.flow, problem.flow.stride, chunk.data
+    integration = _integration(problem, control, state, chunk, active)
 
     def step(k: jax.Array, carry: tuple) -> tuple:
         """The stride that step k is the last of."""
         x, result, counts = carry
         first = k + 1 - m
-        data = window.stride(first, m)
-        if flow.refreshes:
-            x = flow.refresh(first * flow.step_size, x, data)
-        s0 = first - problem.base
-        solution = problem.solve(x, s0, s0 + m, data, diffrax.SaveAt(t1=True))
-        # Once failed, non-finite from there on: the rows after it must not pass for a path.
+        args = data.stride(first, m)
+        if flow.refresh is not None:
+            x = flow.refresh(first * flow.step_size, x, args)
+        here = dataclasses.replace(integration, rest=_without_real(x))
+        s0 = first - integration.base
+        solution = here.solve(x, s0, s0 + m, args, diffrax.SaveAt(t1=True))
+        # Once failed, non-finite from there on: the records after it must not pass for a path.
         failed = solution.result != diffrax.RESULTS.successful
-        new = problem.from_solver(jax.tree.map(lambda leaf: leaf[0], solution.ys))
-        x = jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), new)
+        new = here.from_solver(jax.tree.map(lambda leaf: leaf[0], solution.ys))
+        new = jax.tree.map(
+            lambda leaf: jnp.where(failed, jnp.nan, leaf) if eqx.is_inexact_array(leaf) else leaf, new
+        )
         result = result_where(result == RESULTS.successful, _result(solution), result)
-        return x, result, jax.tree.map(jnp.add, counts, _counts(solution))
+        return new, result, jax.tree.map(jnp.add, counts, _counts(solution))
 
     def stride(k: jax.Array, carry: tuple) -> tuple:
         return step(k, carry) if m == 1 else jax.lax.cond(k % m == m - 1, step, lambda k, c: c, k, carry)
 
+    def read(k: jax.Array, carry: tuple) -> Any:
+        return _read(problem, k, carry[0], chunk)
+
     zero = jnp.zeros((), jnp.asarray(0).dtype)
     carry = (state, jax.tree.map(jnp.asarray, RESULTS.successful), dict.fromkeys(_COUNTS, zero))
-    (state, result, counts), records = scan_rows(
-        stride, carry, lambda k, c: _read(flow, observe_state, k, c[0], window, span), span
+    (state, result, counts), records = scan_records(stride, carry, read, chunk)
+    return Integrated(state, records, result, counts)
+
+
+def _integration(
+    problem: OdeProblem, control: StepControl, state: State, chunk: Chunk, active: Any
+) -> _Integration:
+    real = eqx.filter(state, eqx.is_inexact_array)
+    return _Integration(
+        problem,
+        control,
+        base=chunk.start - chunk.start % problem.flow.stride,
+        active=active,
+        rest=_without_real(state),
+        is_real=jax.tree.map(eqx.is_inexact_array, state),
+        dtypes=jax.tree.map(lambda leaf: leaf.dtype, real),
+        unravel=ravel_pytree(real)[1] if problem.flat else None,
     )
-    return state, records, result, counts
 
 
-def _read(
-    flow: AbstractFlow,
-    observe_state: dict[str, StateObservable],
-    k: Any,
-    x: State,
-    window: Window,
-    span: Span,
-) -> tuple[Params | None, dict[str, jax.Array]]:
-    """The record of a row, without parameters where they are those of the state that the program was given."""
-    params, observed = record(flow, observe_state, k, x, window)
-    return None if span.is_one_row and flow.stride == 1 else params, observed
+def _without_real(state: State) -> State:
+    return eqx.filter(state, eqx.is_inexact_array, inverse=True)
 
 
-def record(
-    flow: AbstractFlow, observe_state: dict[str, StateObservable], k: Any, x: State, window: Window
-) -> tuple[Params, dict[str, jax.Array]]:
-    """The prediction of iterate k from the state at the multiple of m before it."""
-    m = flow.stride
-    args = window.stride(k - k % m, m)
+def _read(problem: OdeProblem, k: Any, x: State, chunk: Chunk) -> Any:
+    """A record, without parameters where they are those of the state that the program was given."""
+    if problem.records_state:
+        return x
+    params, observed = predict(problem, k, x, chunk.data)
+    return None if chunk.has_one_record and problem.flow.stride == 1 else params, observed
+
+
+def predict(problem: OdeProblem, k: Any, x: State, data: ChunkData) -> tuple[Params, dict[str, Any]]:
+    """The prediction of iterate k from the state at the multiple of the stride before it."""
+    flow, m = problem.flow, problem.flow.stride
+    args = data.stride(k - k % m, m)
     for n in range(m - 1):
-        t, data = (k - k % m + n) * flow.step_size, step_data(args, n)
+        here, own = jnp.asarray(k - k % m + n, jnp.result_type(float)), step_data(args, n)
         # By cond, so that steps not taken cost nothing.
-        x = jax.lax.cond(n < k % m, lambda x, t=t, d=data: flow.step(t, x, d), lambda x: x, x)
-    return flow.params(x), {name: f(k * flow.step_size, x, args) for name, f in observe_state.items()}
+        x = jax.lax.cond(n < k % m, lambda x, k=here, d=own: map_of(flow)(x, d, k), lambda x: x, x)
+    observed = {name: f(k * flow.step_size, x, args) for name, f in problem.observe_state.items()}
+    return flow.params(x), jax.tree.map(jnp.asarray, observed)
 
 
 @eqx.filter_jit
-def params_at(flow: AbstractFlow, k: Any, x: State, window: Window) -> Params:
-    """The parameters of iterate k from the state at the multiple of m before it."""
-    return record(flow, {}, k, x, window)[0]
+def params_at(problem: OdeProblem, k: Any, x: State, data: ChunkData) -> Params:
+    """The parameters of iterate k from the state at the multiple of the stride before it."""
+    return predict(dataclasses.replace(problem, observe_state={}), k, x, data)[0]
 
 
 @eqx.filter_jit
-def diagnostics_at(flow: AbstractFlow, k: Any, x: State, window: Window) -> dict[str, Any]:
+def diagnostics_at(flow: AbstractFlow, k: Any, x: State, data: ChunkData) -> dict[str, Any]:
     """The flow's diagnostics at the multiple of m before step k, with the data of the stride before it."""
     m = flow.stride
     here = k - k % m
-    data = window.stride(jnp.maximum(here - m, window.first) if window.batches is not None else here, m)
-    return flow.diagnostics(here * flow.step_size, x, data)
+    args = data.stride(jnp.maximum(here - m, data.first) if data.batches is not None else here, m)
+    return flow.diagnostics(here * flow.step_size, x, args)
 
 
 _COUNTS = ("num_steps", "num_accepted_steps", "num_rejected_steps")
+
+
+def _integrated(final: State, records: Any, solution: diffrax.Solution) -> Integrated:
+    return Integrated(final, records, _result(solution), _counts(solution))
 
 
 def _counts(solution: diffrax.Solution) -> dict[str, jax.Array]:
@@ -281,12 +308,14 @@ def _error_norm(error: State) -> jax.Array:
     return jnp.where(jnp.isnan(norm), jnp.inf, norm)
 
 
-def default_controller(rtol: Any, atol: Any, dtype: Any) -> diffrax.PIDController:
+def tolerance_control(rtol: Any, atol: Any, dtype: Any, first_step_factor: float) -> StepControl:
     """Root mean square errors; a step that has to be cut to nothing (4096 roundings of a step) ends the run."""
-    return diffrax.PIDController(
+    controller = diffrax.PIDController(
         jnp.asarray(rtol, dtype),
         jnp.asarray(atol, dtype),
         norm=_error_norm,
         dtmin=jnp.asarray(4096 * jnp.finfo(dtype).eps, dtype),
         force_dtmin=False,
     )
+    # An array, since a number would be a constant of the program: one compilation for each.
+    return StepControl(controller, jnp.asarray(first_step_factor))

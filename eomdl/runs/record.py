@@ -1,6 +1,7 @@
 """What is kept of a run, and when."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl._end import is_finite
-from eomdl._types import Array, Observable, Params, State
-from eomdl.runs.data import Window
+from eomdl._types import Args, Observable, Params, State
+from eomdl.observe.base import is_per_member
+from eomdl.runs.chunk import Chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,37 +31,35 @@ class Record:
     @property
     def per_member(self) -> tuple[str, ...]:
         """Names of the observables with a value for each member of an ensemble."""
-        return tuple(name for name, f in self.observe.items() if getattr(f, "per_member", False))
+        return tuple(name for name, f in self.observe.items() if is_per_member(f))
 
 
 @eqx.filter_jit
-def recorded(
-    observe: dict[str, Observable],
-    params: Params,
-    steps: Array,
-    wanted: Array,
-    window: Window,
-    state: State,
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-    """Observables and finiteness of every row, and finiteness of a state.
+def evaluate_records(
+    observe: dict[str, Observable], params: Params, chunk: Chunk, state: State
+) -> tuple[dict[str, Any], jax.Array, jax.Array]:
+    """Observables and finiteness of every record of a chunk, and finiteness of a state.
 
-    Observables may be dear: they are computed in the wanted rows, and 0 in the others.
+    Observables may be expensive: they are computed for the records that there are, and are 0 behind them.
     """
 
-    def observed(params: Params, k: jax.Array) -> dict[str, jax.Array]:
-        return {name: jnp.asarray(f(params, window.seen_by(f, k))) for name, f in observe.items()}
+    def observe_at(params: Params, k: jax.Array) -> dict[str, Any]:
+        values = {name: f(params, chunk.data.seen_by(f, k)) for name, f in observe.items()}
+        return jax.tree.map(jnp.asarray, values)
 
-    def row(at: tuple) -> tuple[dict, jax.Array]:
-        params, k, wanted = at
-        shapes = jax.eval_shape(observed, params, k)
+    def evaluate(record: tuple) -> tuple[dict, jax.Array]:
+        params, k, is_record = record
+        shapes = jax.eval_shape(observe_at, params, k)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        values = jax.lax.cond(wanted, observed, lambda *_: nothing, params, k)
+        values = jax.lax.cond(is_record, observe_at, lambda *_: nothing, params, k)
         return values, is_finite(params)
 
-    values, finite = jax.lax.map(row, (params, steps, wanted))
+    values, finite = jax.lax.map(evaluate, (params, jnp.asarray(chunk.steps), chunk.is_record))
     return values, finite, is_finite(state)
 
 
-def column_shapes(observe: dict[str, Observable], params: Params, seen_by: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the observables."""
-    return {name: eqx.filter_eval_shape(f, params, seen_by(f)).shape for name, f in observe.items()}
+def observable_shapes(
+    observe: dict[str, Observable], params: Params, seen_by: Callable[[Observable], Args]
+) -> dict[str, Any]:
+    """Shapes and dtypes of the observables."""
+    return {name: eqx.filter_eval_shape(f, params, seen_by(f)) for name, f in observe.items()}

@@ -44,7 +44,7 @@ class RowsOnDisk:
         """Files with room for so many rows of parameters like these."""
         leaves, structure = jax.tree.flatten(params)
         paths = [self.folder / f"leaf{i}.npy" for i in range(len(leaves))]
-        with _processes.together("save_params"):
+        with _processes.barrier("save_params"):
             if _processes.is_first():
                 self._make(paths, leaves, num_rows)
         return OpenRows(paths, [np.load(path, mmap_mode="r").offset for path in paths], structure)
@@ -71,7 +71,7 @@ class OpenRows:
     def append(self, params: Params) -> None:
         """Write rows behind those there are; they count once all their leaves are written."""
         leaves = jax.tree.leaves(params)
-        with _processes.together("save_params"):
+        with _processes.barrier("save_params"):
             if _processes.is_first():
                 self._write(leaves)
         self.count += len(leaves[0])

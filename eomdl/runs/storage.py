@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+from typing_extensions import override
 
 from eomdl import _shards
-from eomdl._shards import Elsewhere
+from eomdl._shards import StoredArray
 from eomdl.runs.trajectory import Trajectory
 
 
@@ -31,8 +32,8 @@ class OneFile(AbstractStorage):
 
     gathers = True
 
+    @override
     def write(self, path: Path, checkpoint: Trajectory, events: Sequence[str]) -> None:
-        """Write the file."""
         checkpoint.save(path, events)
 
 
@@ -58,7 +59,7 @@ class Sharded(AbstractStorage):
                 return leaf
             name = names.setdefault(id(leaf), f"array{len(names)}")
             arrays[name] = leaf
-            return Elsewhere(folder, name, leaf.shape, leaf.dtype)
+            return StoredArray(folder, name, leaf.shape, leaf.dtype)
 
         state, params = jax.tree.map(away, (checkpoint.end.state, checkpoint.end.params))
         if arrays:

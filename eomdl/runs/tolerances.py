@@ -1,7 +1,8 @@
-"""How accurately to integrate: the units of a state, and tolerances from the flow's own local error."""
+"""How accurately to integrate: the scales of a state, and tolerances from the flow's own local error."""
 
+import dataclasses
 import warnings
-from typing import Any, Protocol
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,23 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _tree
+from eomdl._end import real_part
 from eomdl._types import Params, State
 from eomdl.flows.base import AbstractFlow
 from eomdl.flows.stride import step_data
-from eomdl.runs.data import Window
-from eomdl.runs.dynamics import Span
+from eomdl.runs.chunk import Chunk
+from eomdl.runs.data import ChunkData
+from eomdl.runs.integrator import OdeProblem, integrator_for, tolerance_control
 
 
-_FRACTION = 5e-4  # of the flow's local error: the ODE error allowed in one ODE step
-_FIRST = 1e-5  # of a discrete step: the tolerance tried first
-_HORIZON = 32  # discrete steps over which the units of an optimizer's state are measured
-
-
-class OneStep(Protocol):
-    """Integrates over a span with given tolerances."""
-
-    def __call__(self, rtol: float, atol: float, x: State, span: Span, window: Window) -> State:
-        """The state after the gaps of the span."""
+MAX_ERROR_FRACTION = 5e-4  # of the flow's local error: the ODE error allowed in one ODE step
+FIRST_TOLERANCE = 1e-5  # of a discrete step: the tolerance tried first
+SCALE_STEPS = 32  # discrete steps over which the scales of an optimizer's state are measured
 
 
 def default_tolerances(dtype: Any) -> tuple[float, float]:
@@ -34,28 +30,28 @@ def default_tolerances(dtype: Any) -> tuple[float, float]:
     return tol, tol
 
 
-def state_units(flow: AbstractFlow, state: State, span: Span, window: Window) -> State | None:
-    """One number a leaf, by which the solver's errors in it are weighed; None for 1 everywhere.
+def measure_scales(flow: AbstractFlow, state: State, chunk: Chunk) -> State | None:
+    """One number for each real leaf, by which the solver's errors in it are weighed; None for 1 everywhere.
 
     An optimizer's momenta and averages live on scales of their own. A relative error in
-    them makes the same relative error in the step of the parameters, so their unit is
+    them makes the same relative error in the step of the parameters, so their scale is
     (size of a step of the parameters) / (their own size), over the first few discrete steps.
     """
     params = flow.params(state)
     shape = jax.tree.structure(params)
     if shape == jax.tree.structure(state):
         return None
-    measured = _sizes(flow, span.start, state, window)
+    measured = _sizes(flow, chunk.start, state, chunk.data)
     if measured is None:
         return None
     moved, sizes = measured
     # Powers of two, so that going back and forth does not round.
-    units = [2.0 ** round(float(np.log2(moved / s))) if s > 0 and moved > 0 else 1.0 for s in sizes]
-    groups, outer = jax.tree.flatten(state, is_leaf=lambda x: jax.tree.structure(x) == shape)
-    units = [1.0 if _is(group, params) else unit for group, unit in zip(groups, units, strict=True)]
+    scales = [2.0 ** round(float(np.log2(moved / s))) if s > 0 and moved > 0 else 1.0 for s in sizes]
+    groups, outer = jax.tree.flatten(real_part(state), is_leaf=lambda x: jax.tree.structure(x) == shape)
+    scales = [1.0 if _is(group, params) else scale for group, scale in zip(groups, scales, strict=True)]
     trees = [
-        jax.tree.map(lambda leaf, unit=unit: jnp.asarray(unit, leaf.dtype), group)
-        for group, unit in zip(groups, units, strict=True)
+        jax.tree.map(lambda leaf, scale=scale: jnp.asarray(scale, leaf.dtype), group)
+        for group, scale in zip(groups, scales, strict=True)
     ]
     return jax.tree.unflatten(outer, trees)
 
@@ -68,50 +64,52 @@ def _is(a: Any, b: Any) -> bool:
 
 @eqx.filter_jit
 def _sizes(
-    flow: AbstractFlow, k: Any, state: State, window: Window
+    flow: AbstractFlow, k: Any, state: State, data: ChunkData
 ) -> tuple[jax.Array, list[jax.Array]] | None:
     """Largest root mean squares: of a step of the parameters, and of every group of the state."""
     shape = jax.tree.structure(flow.params(state))
-    data = window.stride(k - k % flow.stride, flow.stride)
-    t = (k - k % flow.stride) * flow.step_size
-    if flow.step(t, state, step_data(data, 0)) is None:
+    args = data.stride(k - k % flow.stride, flow.stride)
+    start, step_map = jnp.asarray(k - k % flow.stride, jnp.result_type(float)), flow.map
+    if step_map is None:
         return None
 
     def rms(tree: Any) -> jax.Array:
         return _tree.norm(tree) / np.sqrt(_tree.size(tree))
 
     def one(x: State, n: jax.Array) -> tuple[State, Any]:
-        new = flow.step(t + n * flow.step_size, x, step_data(data, n))
-        groups = jax.tree.leaves(new, is_leaf=lambda y: jax.tree.structure(y) == shape)
+        new = step_map(x, step_data(args, n), start + n)
+        groups = jax.tree.leaves(real_part(new), is_leaf=lambda y: jax.tree.structure(y) == shape)
         return new, (rms(_tree.sub(flow.params(new), flow.params(x))), [rms(g) for g in groups])
 
-    _, sizes = jax.lax.scan(one, state, jnp.arange(_HORIZON))
+    _, sizes = jax.lax.scan(one, state, jnp.arange(SCALE_STEPS))
     return jax.tree.map(jnp.max, sizes)
 
 
-def measured_tolerances(
-    flow: AbstractFlow, state: State, span: Span, window: Window, one_step: OneStep
-) -> tuple[float, float]:
+def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> tuple[float, float]:
     """Tolerances from the flow's local error: its distance after one step (stride, epoch) to the discrete map.
 
     The tolerance is lowered until the local error stands clear of the error of the ODE solver. It begins where one
     ODE step of order 5 ends in most runs, so that this is mostly the one: 7 evaluations of the flow.
     """
-    stepped = _stepped(flow, span.start, state, window)
-    dtype = _tree.dtype(state)
-    if stepped is None:
+    flow = problem.flow
+    mapped = _map_params(flow, chunk.start, state, chunk.data)
+    dtype = _tree.dtype(real_part(state))
+    if mapped is None:
         return default_tolerances(dtype)
-    target, length, size = stepped
-    single = _single(span, flow.stride, int(length))
+    target, length, size = mapped
+    first_stride = _first_steps(chunk, flow.stride, int(length))
+    integrate = integrator_for(problem, chunk)
     root = np.sqrt(_tree.size(flow.params(state)))
     # The noise of the discrete step itself, which rounds x.
     noise = float(jnp.finfo(dtype).eps) * float(size)
     floor = max(noise / root, float(jnp.finfo(dtype).tiny))
     rtol = 4 * float(jnp.finfo(dtype).eps)
-    tol = max(_FIRST * float(distance_of(target, flow.params(state))) / root, floor)
+    tol = max(FIRST_TOLERANCE * float(distance(target, flow.params(state))) / root, floor)
     while True:
-        end = one_step(rtol, tol, state, single, window)
-        error = float(distance_of(flow.params(end), target))
+        # Twice the first step: all of it in one ODE step, where the tolerances allow it.
+        control = tolerance_control(rtol, tol, dtype, 2.0)
+        end = flow.params(integrate(problem, control, state, first_stride).state)
+        error = float(distance(end, target))
         if not np.isfinite(error):
             return default_tolerances(dtype)
         if error / root > 20 * tol or tol == floor:
@@ -125,42 +123,43 @@ def measured_tolerances(
             stacklevel=6,
         )
     # A model that is off by more than it moves needs no looser integration than one that is off by that.
-    error = min(error, float(distance_of(flow.params(end), flow.params(state))))
-    return rtol, max(_FRACTION * error / int(length) * flow.stride / root, floor)
+    error = min(error, float(distance(end, flow.params(state))))
+    return rtol, max(MAX_ERROR_FRACTION * error / int(length) * flow.stride / root, floor)
 
 
-def _single(span: Span, stride: int, length: int) -> Span:
-    """The first `length` steps of a span, in its own shape: one program for both."""
-    gaps = np.zeros_like(span.gaps)
-    single = span.single and len(gaps) >= length
-    if single:
-        gaps[:length] = 1
+def _first_steps(chunk: Chunk, stride: int, length: int) -> Chunk:
+    """The first `length` steps of a chunk, from a multiple of the stride on, in its own shape: one program for both."""
+    between = np.zeros_like(chunk.steps_between)
+    single_steps = chunk.single_steps and len(between) >= length
+    if single_steps:
+        between[:length] = 1
     else:
-        gaps[0] = length
-    return Span(np.asarray(int(span.start) - int(span.start) % stride), gaps, single)
+        between[0] = length
+    start = np.asarray(int(chunk.start) - int(chunk.start) % stride)
+    return dataclasses.replace(chunk, start=start, steps_between=between, single_steps=single_steps)
 
 
 @eqx.filter_jit
-def _stepped(
-    flow: AbstractFlow, k: Any, state: State, window: Window
+def _map_params(
+    flow: AbstractFlow, k: Any, state: State, data: ChunkData
 ) -> tuple[Params, jax.Array, jax.Array] | None:
     """Parameters after the discrete map, over how many steps that is, and the norm of those before."""
     here = k - k % flow.stride
-    data = window.stride(here, flow.stride)
-    start = flow.params(state)
+    args = data.stride(here, flow.stride)
+    start, step_map = flow.params(state), flow.map
+    if step_map is None:
+        return None
     length = 0
     for n in range(flow.stride):
-        state = flow.step((here + n) * flow.step_size, state, step_data(data, n))
-        length += flow.step_span(data)
-        if state is None:
-            return None
+        state = step_map(state, step_data(args, n), jnp.asarray(here + n, jnp.result_type(float)))
+        length += step_map.num_steps(args)
     return flow.params(state), jnp.asarray(length), _tree.norm(start)
 
 
 @eqx.filter_jit
-def distance_of(a: Params, b: Params) -> jax.Array:
+def distance(a: Params, b: Params) -> jax.Array:
     """Euclidean distance over all leaves, compiled once for a structure."""
     return _tree.norm(_tree.sub(a, b))
 
 
-distances = eqx.filter_vmap(distance_of)
+distances = eqx.filter_vmap(distance)

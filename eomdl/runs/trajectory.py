@@ -1,26 +1,28 @@
 """A path through weight space: the one type for real runs and for flows."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
+from typing_extensions import override
 
 from eomdl import _check, _structure, _tree
 from eomdl._end import RESULTS, Diagnostic, End, Stats
+from eomdl._result import AbstractResult, Note, Table, series_table
 from eomdl._target import ITERATES, Target
 from eomdl._types import STATIC, Array, Params, record_type
-from eomdl.runs.files import DamagedFile, Tree, read_meta, read_npz, write_npz
+from eomdl.storage.files import Tree, read_meta, write_npz
 
 
 _COLUMN = {"column": True}
 
 
 @record_type
-class Trajectory:
+class Trajectory(AbstractResult):
     r"""States of one run at its saved steps; step k of the optimizer sits at time $k\eta$.
 
     Columns, with one row for each of the n saved steps:
@@ -29,7 +31,7 @@ class Trajectory:
     - `times`: the same in units of time, `steps * step_size`, shape (n,); nan where the
         optimizer's learning rate is not known.
     - `params`: the parameters, leaves with leading axis n, or None if they were not saved.
-    - `observables`: `{name: array of shape (n, ...)}`.
+    - `observables`: `{name: array of shape (n, ...), or a pytree of them}`.
     - `ode_error`: for flows, an estimate of the ODE solver's own error in the parameters
         (Euclidean distance) at each saved step, shape (n,); None for real runs.
 
@@ -39,9 +41,10 @@ class Trajectory:
     - `end`: an `eomdl.runs.End`, where the run is: the last state reached, from which `resume=`
         continues. `stats` and `final_params` are its `stats` and `params`.
     - `per_member`: names of the observables with an axis of the members of an `eomdl.Ensemble`, see
-        `eomdl.maps.members`.
+        `eomdl.runs.members`.
 
-    A pytree: `jax.vmap` over `solve` gives a batch of them.
+    A pytree: `jax.vmap` over `solve` gives a batch of them. Its table has one row for each saved step, with the observables (of an
+    array the norm). Its picture shows the scalar observables against steps.
 
     ```python
     run = eomdl.descend(loss, params, optax.sgd(0.1), 100)
@@ -58,9 +61,14 @@ class Trajectory:
     end: End
     per_member: tuple[str, ...] = dataclasses.field(metadata=STATIC, default=())
 
+    _formats = (5,)
+
+    def __str__(self) -> str:
+        return repr(self)
+
     def __repr__(self) -> str:
         columns = ", ".join(["params"] * (self.params is not None) + list(self.observables))
-        if _tree.is_traced(self.steps, self.result._value):
+        if _tree.is_traced(self.steps, self.result):
             return f"Trajectory({columns})"
         return f"Trajectory({columns}; steps={summary(self.steps)}; {self.message or 'successful'})"
 
@@ -77,7 +85,7 @@ class Trajectory:
     @property
     def message(self) -> str:
         """The result in words: at which step, why, and what to do. Empty if successful."""
-        if np.ndim(self.result._value) > 0:
+        if np.ndim(_index(self.result)) > 0:
             failed = bool(np.any(np.asarray(self.result != RESULTS.successful)))
             return cast(Any, RESULTS)[self.result] if failed else ""
         if bool(self.result == RESULTS.successful):
@@ -86,23 +94,34 @@ class Trajectory:
         return f"Stopped after step {last}. {cast(Any, RESULTS)[self.result]}"
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """Where the model left its validity, by its own diagnostics."""
-        return self._found(faults=True)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader must know: a run that failed, a model outside its validity, a stride, a target, what a flow tells."""
+    @override
+    def notes(self) -> tuple[Note, ...]:
+        """What a reader must know: a run that stopped, a stride, a target, diagnostics that reached their limits (faults first)."""
+        notes = [Note(self.message, is_fault=True)] if self.message else []
         stride, target = self.stats.stride, self.stats.target
-        between = f"a flow of stride {stride} predicts the multiples of {stride}; the steps between are those moved on by its map."
-        predicts = f"the flow predicts the {target.name} of a real run, and is compared with that."
-        said = {self.message: bool(self.message), between: stride > 1, predicts: target != ITERATES}
-        return (*[text for text, holds in said.items() if holds], *self.warnings, *self._found(faults=False))
+        if stride > 1:
+            multiples = f"a flow of stride {stride} predicts the multiples of {stride}"
+            notes.append(Note(f"{multiples}; the steps between are those moved on by its map."))
+        if target != ITERATES:
+            notes.append(
+                Note(f"the flow predicts the {target.name} of a real run, and is compared with that.")
+            )
+        found = sorted(self.stats.diagnostics.items(), key=lambda item: not item[1].is_fault)
+        return (*notes, *(Note(d.note(name), d.is_fault) for name, d in found if d.exceeded))
 
-    def _found(self, *, faults: bool) -> tuple[str, ...]:
-        """The diagnostics that reached their limits, in words."""
-        found = self.stats.diagnostics.items()
-        return tuple(d.note(name) for name, d in found if d.exceeded and d.is_fault == faults)
+    @override
+    def _tables(self) -> tuple[Table, ...]:
+        if np.ndim(self.steps) != 1:  # a batch of runs, from `jax.vmap`
+            return ()
+        columns = {"step": self.steps, "time": self.times}
+        for name, values in self.observables.items():
+            is_scalar = getattr(values, "ndim", None) == 1
+            columns[name if is_scalar else f"{name} (norm)"] = (
+                values if is_scalar else _tree.row_norms(values)
+            )
+        if self.ode_error is not None:
+            columns["ODE error <="] = self.ode_error
+        return (series_table("Saved steps", columns),)
 
     def map_columns(self, function: Callable[[Any], Any]) -> "Trajectory":
         """A function of arrays with leading axis n applied to every column."""
@@ -178,6 +197,12 @@ class Trajectory:
             ode_error=None if self.ode_error is None else largest(self.ode_error),
         )
 
+    def as_interrupted(self) -> "Trajectory":
+        """This run with the result `RESULTS.interrupted`, unless it has failed before."""
+        if any(bool(self.result == failed) for failed in (RESULTS.nonfinite, RESULTS.max_steps_reached)):
+            return self
+        return dataclasses.replace(self, result=RESULTS.interrupted)
+
     def without_state(self) -> "Trajectory":
         """This run with what it carries beside the parameters dropped.
 
@@ -186,13 +211,19 @@ class Trajectory:
         """
         return dataclasses.replace(self, end=self.end.without_state())
 
+    @override
     def save(self, path: str | Path, events: Sequence[str] = ()) -> None:
-        """Write one `.npz` file (NumPy arrays and JSON, no pickle), replacing it as a whole.
+        """Write one `.npz` file (NumPy arrays and JSON, no pickle), which replaces another as a whole.
 
         `events`: names to find it by, see `eomdl.Checkpoints`.
         """
+        arrays, meta = self._contents()
+        write_npz(path, arrays, meta | {"format": self._names()[-1], "events": list(events)})
+
+    def _contents(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what a file keeps of the run, as arrays and JSON."""
         arrays: dict[str, Any] = {}
-        meta: dict[str, Any] = {"format": _FORMAT, "result": int(self.result._value), "events": list(events)}
+        meta: dict[str, Any] = {"result": int(_index(self.result))}
         meta["per_member"] = list(self.per_member)
         for name, tree in self._trees().items():
             Tree.write(name, tree, arrays, meta)
@@ -203,20 +234,35 @@ class Trajectory:
             k: v if isinstance(v, str | None) else np.asarray(v).item() for k, v in stats.items()
         }
         meta["diagnostics"] = {name: [d.limit, d.meaning, d.is_fault] for name, d in diagnostics.items()}
-        write_npz(path, arrays, meta)
+        return arrays, meta
+
+    @override
+    def _pack(self) -> Any:
+        return self._contents()
+
+    @classmethod
+    @override
+    def _unpack(cls, found: Any) -> "Trajectory":
+        return _read(*found)
+
+    @classmethod
+    @override
+    def _from_file(cls, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> "Trajectory":
+        return _read(arrays, meta)
 
     @staticmethod
     def events_in(path: str | Path) -> list[str]:
         """The events that a file was saved with; its arrays are not read."""
-        return read_meta(path, _FORMAT)["events"]
+        return read_meta(path, *Trajectory._names())["events"]
 
     def _trees(self) -> dict[str, Any]:
         columns = {name: getattr(self, name) for name in _COLUMNS}
         end = {f"end.{name}": getattr(self.end, name) for name in ("step", "state", "params")}
         return columns | end | {"diagnostics values": {k: d.value for k, d in self.stats.diagnostics.items()}}
 
-    @staticmethod
-    def load(path: str | Path, like: Params | None = None) -> "Trajectory":
+    @classmethod
+    @override
+    def load(cls, path: str | Path, like: Params | None = None) -> "Trajectory":
         """Read what `save` wrote.
 
         Dicts, lists, tuples and named tuples come back as they were. For parameters that are another
@@ -226,7 +272,7 @@ class Trajectory:
         **Raises:** `ValueError` naming the file if it is not such a file, is damaged (every array has a checksum),
         or does not fit `like`. No file unpacks to more than its size: a compressed one is refused.
         """
-        trajectory = _read(_check.path("path", path))
+        trajectory = cls._read_file(path)
         if like is None:
             return trajectory
         end = dataclasses.replace(trajectory.end, params=_like("like", trajectory.end.params, like, path, 0))
@@ -235,22 +281,15 @@ class Trajectory:
         )
 
 
-def _read(path: str | Path) -> Trajectory:
-    arrays, meta = read_npz(path, _FORMAT)
-    try:
-        trees = {name: Tree.read(name, arrays, meta) for name in _TREES}
-        values = trees.pop("diagnostics values")
-        diagnostics = {name: Diagnostic(values[name], *meta["diagnostics"][name]) for name in values}
-        stats = Stats(**meta["stats"], diagnostics=diagnostics, target=Target(*meta["target"]))
-        end = End(int(trees.pop("end.step")), trees.pop("end.state"), trees.pop("end.params"), stats)
-        named = tuple(meta["per_member"])
-        return _valid(
-            Trajectory(**trees, result=_result_from_index(meta["result"]), end=end, per_member=named)
-        )
-    except Exception as error:
-        raise DamagedFile(
-            f"path: expected the contents of a trajectory, got others in {path} ({type(error).__name__}: {error})"
-        ) from error
+def _read(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> Trajectory:
+    """Return the trajectory from the contents of its file. **Raises:** whatever is wrong with them."""
+    trees = {name: Tree.read(name, arrays, meta) for name in _TREES}
+    values = trees.pop("diagnostics values")
+    diagnostics = {name: Diagnostic(values[name], *meta["diagnostics"][name]) for name in values}
+    stats = Stats(**meta["stats"], diagnostics=diagnostics, target=Target(*meta["target"]))
+    end = End(int(trees.pop("end.step")), trees.pop("end.state"), trees.pop("end.params"), stats)
+    named = tuple(meta["per_member"])
+    return _valid(Trajectory(**trees, result=_result_from_index(meta["result"]), end=end, per_member=named))
 
 
 def _valid(run: Trajectory) -> Trajectory:
@@ -277,19 +316,18 @@ def _valid(run: Trajectory) -> Trajectory:
 _COLUMNS = tuple(f.name for f in dataclasses.fields(Trajectory) if f.metadata.get("column"))
 _TREES = (*_COLUMNS, "end.step", "end.state", "end.params", "diagnostics values")
 _STATS: dict[str, Any] = {"flow": str, "data": str, "diagnostics": dict, "target": Target}
-_FORMAT = "eomdl.Trajectory 5"
 
 
-def joined(first: Trajectory, second: Trajectory) -> Trajectory:
+def join(first: Trajectory, second: Trajectory) -> Trajectory:
     """One trajectory from a run and its continuation."""
     if second.ode_error is not None and first.ode_error is None:
         first = dataclasses.replace(first, ode_error=np.full(len(first.steps), np.nan))
     if second.ode_error is None:
         first = dataclasses.replace(first, ode_error=None)
-    return concatenated([first, second])
+    return concatenate([first, second])
 
 
-def concatenated(runs: list[Trajectory]) -> Trajectory:
+def concatenate(runs: list[Trajectory]) -> Trajectory:
     """The rows of all, one after the other; the rest is that of the last."""
     last, runs = runs[-1], [run for run in runs if len(run.steps)] or runs[-1:]
     if len(runs) == 1:
@@ -303,13 +341,19 @@ def concatenated(runs: list[Trajectory]) -> Trajectory:
 
 
 def summary(steps: Any) -> str:
-    """A few of the step numbers."""
+    """Return a few of the step numbers as text."""
     return np.array2string(np.asarray(steps), threshold=8, edgeitems=3)
 
 
+def _index(result: Any) -> Any:
+    """Return the number of an item of `RESULTS`: the leaf of which it is a pytree."""
+    return jax.tree.leaves(result)[0]
+
+
 def _result_from_index(index: int) -> Any:
-    (item,) = [item for item in RESULTS._name_to_item.values() if int(item._value) == index]
-    return item
+    if index not in range(len(cast(Any, RESULTS))):
+        raise ValueError(f"result: expected one of {len(cast(Any, RESULTS))}, got number {index}")
+    return jax.tree.structure(RESULTS.successful).unflatten([np.array(index, np.int32)])
 
 
 def _like(name: str, tree: Any, like: Params, path: str | Path, leading: int) -> Any:
