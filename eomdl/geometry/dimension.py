@@ -3,35 +3,27 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
+from typing_extensions import override
 
 from eomdl import _check
+from eomdl._result import AbstractResult, Note, Table
 from eomdl._types import Args, Loss, Params
-from eomdl.geometry.path import path_length, rows
+from eomdl.geometry.path import as_matrix, path_lengths, path_matrix
 from eomdl.runs.trajectory import Trajectory
 
 
-_FEWEST = 25  # points per block: more than the 20 neighbours that scikit-dimension's MLE uses
-
-
-@runtime_checkable
-class DimensionEstimator(Protocol):
-    """An estimator of dimension: any of `skdim.id`, or an object of your own."""
-
-    def fit(self, X: Float[np.ndarray, "n d"]) -> Any:
-        """Take points, shape (n, d); return an object whose `dimension_` is the estimate."""
+_MIN_POINTS_PER_BLOCK = 25  # more than the 20 neighbours that scikit-dimension's MLE uses
 
 
 @dataclasses.dataclass(frozen=True)
-class IntrinsicDimension:
+class IntrinsicDimension(AbstractResult):
     """An estimate of intrinsic dimension with its error.
 
     - `dimension`: the estimate from all points.
@@ -42,6 +34,9 @@ class IntrinsicDimension:
     - `num_points`: distinct points used.
     - `estimator`: its name.
     - `notes`: repeated points, warnings of the estimator.
+
+    Its picture shows the dimension with two standard errors; `eomdl.plotting.plot` takes `{layer: {step: dimension}}`: layer by layer,
+    a line for each checkpoint, and over training, a line for each layer.
     """
 
     dimension: float
@@ -49,37 +44,37 @@ class IntrinsicDimension:
     coarser: float
     num_points: int
     estimator: str
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
-
-def dimension_estimators() -> dict[str, DimensionEstimator]:
-    """The two standard estimators, by name: TwoNN (Facco et al. 2017) and maximum likelihood (Levina & Bickel 2004).
-
-    `skdim.id.TwoNN()` uses the two nearest neighbours of each point, so the finest scale;
-    `skdim.id.MLE(unbiased=False)` the 20 nearest, pooled as in MacKay & Ghahramani 2005.
-
-    **Raises:** `ImportError` without scikit-dimension (`pip install eomdl[shape]`).
-    """
-    id = _skdim_id()
-    return {"TwoNN": id.TwoNN(), "MLE": id.MLE()}
+    @override
+    def _tables(self) -> tuple[Table, ...]:
+        columns = ("estimator", "dimension", "standard error", "coarser", "points")
+        row = (self.estimator, self.dimension, self.standard_error, self.coarser, self.num_points)
+        return (Table(columns, (row,), title="Intrinsic dimension"),)
 
 
 def intrinsic_dimension(
     points: Any,
-    estimator: DimensionEstimator | None = None,
+    estimator: Any = None,
     *,
     blocks: int = 5,
     partitions: int = 4,
     seed: int = 0,
 ) -> IntrinsicDimension:
-    r"""Intrinsic dimension of a cloud of n points, with its standard error.
+    r"""Return the intrinsic dimension of a cloud of n points, with its standard error.
+
+    ```python
+    activations = jax.jit(hidden_layer)
+    by_step = {k: eomdl.geometry.intrinsic_dimension(activations(run.at(k), images)) for k in (0, 100)}
+    ```
 
     **Arguments:**
 
     - `points`: an array (n, ...) or a pytree of arrays, one point per entry of the leading axis, such as
         hidden activations of n inputs, `path_points(...)`, `gradient_points(...)`.
-    - `estimator`: any object whose `fit(X)` returns one with a `dimension_`, such as those of `skdim.id`;
-        default `skdim.id.TwoNN()`.
+    - `estimator`: any object whose `fit(X)`, X of shape (n, d), returns one with a `dimension_`, such as those of
+        `skdim.id`. The default `skdim.id.TwoNN()` uses the two nearest neighbours of each point, so the finest scale;
+        `skdim.id.MLE()` uses the 20 nearest, pooled as in MacKay & Ghahramani 2005.
     - `blocks`, `partitions`: see below. `seed`: of the random partitions.
 
     The standard error is measured on B = `blocks` disjoint random blocks. Estimates on blocks of n/B points have
@@ -89,7 +84,7 @@ def intrinsic_dimension(
 
     Points that agree to $10^{-7}$ of the cloud's spread (or to four units of the last place of their
     dtype) in every coordinate are merged, since smaller distances are rounding. `notes` says how many.
-    Neighbour estimators assume that the points are drawn independently. The saved rows of a path
+    Neighbour estimators assume that the points are drawn independently. The saved steps of a path
     are not; use `path_points` for a path.
 
     **Cost:** no gradients; the time of `1 + partitions` fits to n points, of $O(n^2 \min(n, d))$ each for many coordinates.
@@ -103,34 +98,31 @@ def intrinsic_dimension(
     partitions = _check.integer("partitions", partitions, 1)
     seed = _check.seed("seed", seed)
     if estimator is None:
-        estimator = _skdim_id().TwoNN()
+        estimator = _default_estimator()
     if not callable(getattr(estimator, "fit", None)):
         raise ValueError(f"estimator: expected an object with a method fit(X), got {estimator!r}")
-    with _one_thread():
-        return _with_error(points, estimator, blocks, partitions, seed)
+    with _limit_threads():
+        return _estimate_with_error(points, estimator, blocks, partitions, seed)
 
 
-def _with_error(
-    points: Any, estimator: DimensionEstimator, blocks: int, partitions: int, seed: int
+def _estimate_with_error(
+    points: Any, estimator: Any, blocks: int, partitions: int, seed: int
 ) -> IntrinsicDimension:
-    cloud, notes = _distinct(points)
-    needed = blocks * _FEWEST
+    cloud, notes = _drop_repeated(points)
+    needed = blocks * _MIN_POINTS_PER_BLOCK
     if len(cloud) < needed:
         repeated = f" ({'; '.join(notes)})" if notes else ""
         raise ValueError(
-            f"points: expected at least {needed} distinct points, {_FEWEST} for each of {blocks} blocks, got "
-            f"{len(cloud)}{repeated}"
+            f"points: expected at least {needed} distinct points, {_MIN_POINTS_PER_BLOCK} for each of {blocks} "
+            f"blocks, got {len(cloud)}{repeated}"
         )
     rng = np.random.default_rng(seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        dimension = _estimate(estimator, cloud)
+        dimension = _fit(estimator, cloud)
         parts = np.array(
             [
-                [
-                    _estimate(estimator, cloud[part])
-                    for part in np.array_split(rng.permutation(len(cloud)), blocks)
-                ]
+                [_fit(estimator, cloud[part]) for part in np.array_split(rng.permutation(len(cloud)), blocks)]
                 for _ in range(partitions)
             ]
         )
@@ -141,44 +133,12 @@ def _with_error(
         coarser=float(parts.mean()),
         num_points=len(cloud),
         estimator=type(estimator).__name__,
-        notes=tuple(notes),
+        notes=tuple(map(Note, notes)),
     )
 
 
-def dimension_along(
-    trajectory: Trajectory,
-    points: Callable[[Params, Args], Any],
-    args: Args = None,
-    estimator: DimensionEstimator | None = None,
-    *,
-    steps: Sequence[int] | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> dict[int, IntrinsicDimension]:
-    """Intrinsic dimension of a cloud that depends on the parameters, at checkpoints: `{step: estimate}`.
-
-    **Arguments:** `points`: a function `(params, args) -> array (n, ...)`, such as the activations of one layer,
-    compiled once; `steps`: which saved steps (default: all); `options`: as in `intrinsic_dimension`.
-
-    **Cost:** for each checkpoint that of `intrinsic_dimension` and one call of `points`.
-
-    **Raises:** `ValueError` for a step that was not saved; otherwise as `intrinsic_dimension`.
-    """
-    _check.kind("trajectory", trajectory, Trajectory, "an eomdl.Trajectory")
-    expected = "a function (params, args) -> array (n, ...)"
-    _check.function("points", points, expected)
-    progress = _check.flag("progress", progress)
-    chosen = _check.step_numbers("steps", trajectory.steps if steps is None else steps)
-    _check.shape_of("points", expected, points, trajectory.at(chosen[0]), args)
-    compiled = eqx.filter_jit(points)
-    return {
-        k: intrinsic_dimension(compiled(trajectory.at(k), args), estimator, **options)
-        for k in tqdm(chosen, desc="checkpoints", disable=not progress)
-    }
-
-
 def participation_ratio(points: Any) -> float:
-    r"""Effective number of dimensions that the points span, $(\sum_i \lambda_i)^2 / \sum_i \lambda_i^2$.
+    r"""Return the effective number of dimensions that the points span, $(\sum_i \lambda_i)^2 / \sum_i \lambda_i^2$.
 
     $\lambda_i$: eigenvalues of the covariance. It is m for a cloud of equal variance along m directions and no
     variance along the others. It is a linear measure, so that a curved line makes it large. A random walk in very
@@ -188,7 +148,7 @@ def participation_ratio(points: Any) -> float:
 
     **Raises:** `ValueError` for fewer than 2 points, or where all are one point.
     """
-    cloud = rows(points)
+    cloud = as_matrix(points)
     centred = cloud - cloud.mean(axis=0)
     variance = np.sum(centred**2)
     if len(cloud) < 2 or not variance > len(cloud) * np.finfo(float).eps ** 2 * np.sum(cloud**2):
@@ -199,31 +159,31 @@ def participation_ratio(points: Any) -> float:
 
 
 def path_points(trajectory: Trajectory, num_points: int, seed: int = 0) -> Float[np.ndarray, "num_points d"]:
-    """Points drawn uniformly in length along a path, shape (num_points, d), for an estimator of dimension.
+    """Draw points uniformly in length along a path, shape (num_points, d), for an estimator of dimension.
 
-    The saved rows themselves are evenly spaced, so that both neighbours are equally far and TwoNN finds nonsense.
-    Between rows the path is taken as straight. A smooth path has dimension 1 in any shape. A random
-    walk in many dimensions has dimension 2 where points are much further apart than rows, so with
-    fewer points than a twentieth of the rows; with more points the estimator sees the straight lines.
+    The saved steps themselves are evenly spaced, so that both neighbours are equally far and TwoNN finds nonsense.
+    Between saved steps the path is taken as straight. A smooth path has dimension 1 in any shape. A random
+    walk in many dimensions has dimension 2 where points are much further apart than saved steps, so with
+    fewer points than a twentieth of them; with more points the estimator sees the straight lines.
 
-    **Cost:** no gradients, two passes over the rows.
+    **Cost:** no gradients, two passes over the saved parameters.
 
     **Raises:** `ValueError` for a path that stands still, or without saved params.
     """
     num_points = _check.integer("num_points", num_points, 1)
     seed = _check.seed("seed", seed)
-    length = path_length(trajectory)
+    path = path_matrix(trajectory)
+    length = path_lengths(path)
     if not length[-1] > 0:
         raise ValueError("trajectory: expected a path that moves, got one that stands still")
-    path = rows(trajectory.params, "trajectory")
-    at = np.sort(np.random.default_rng(seed).uniform(0, length[-1], num_points))
-    before = np.searchsorted(length, at, side="right") - 1
-    share = (at - length[before]) / (length[before + 1] - length[before])
-    return path[before] + share[:, None] * (path[before + 1] - path[before])
+    drawn = np.sort(np.random.default_rng(seed).uniform(0, length[-1], num_points))
+    before = np.searchsorted(length, drawn, side="right") - 1
+    fraction = (drawn - length[before]) / (length[before + 1] - length[before])
+    return path[before] + fraction[:, None] * (path[before + 1] - path[before])
 
 
 def gradient_points(loss: Loss, params: Params, args: Args, batch_size: int = 64) -> Float[jax.Array, "n d"]:
-    """The gradient of the loss for each single example, shape (n, number of parameters).
+    """Return the gradient of the loss for each single example, shape (n, number of parameters).
 
     Example i is entry i of the leading axis of every leaf of `args`; the loss gets it as a batch of one. Where the
     loss is a mean over examples, its gradient is the mean of these rows.
@@ -246,16 +206,16 @@ def gradient_points(loss: Loss, params: Params, args: Args, batch_size: int = 64
 
 @eqx.filter_jit
 def _gradients(loss: Loss, batch_size: int, params: Params, args: Args) -> jax.Array:
-    def one(example: Args) -> jax.Array:
+    def gradient_of(example: Args) -> jax.Array:
         gradient = jax.grad(loss)(params, jax.tree.map(lambda leaf: leaf[None], example))
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
 
-    return jax.lax.map(one, args, batch_size=batch_size)
+    return jax.lax.map(gradient_of, args, batch_size=batch_size)
 
 
-def _distinct(points: Any) -> tuple[np.ndarray, list[str]]:
-    """Centred points without repetitions, and the notes on them."""
-    cloud = rows(points)
+def _drop_repeated(points: Any) -> tuple[np.ndarray, list[str]]:
+    """Return the centred points without repetitions, and notes on what was left out."""
+    cloud = as_matrix(points)
     dtypes = [np.asarray(leaf).dtype for leaf in jax.tree.leaves(points)]
     ulp = max((float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.floating)), default=0.0)
     largest = np.abs(cloud).max(initial=0.0)
@@ -272,7 +232,7 @@ def _distinct(points: Any) -> tuple[np.ndarray, list[str]]:
     return cloud, notes
 
 
-def _estimate(estimator: DimensionEstimator, cloud: np.ndarray) -> float:
+def _fit(estimator: Any, cloud: np.ndarray) -> float:
     # scikit-dimension needs two columns; a constant column changes no distance.
     padded = np.pad(cloud, ((0, 0), (0, max(0, 2 - cloud.shape[1]))))
     try:
@@ -289,19 +249,19 @@ def _estimate(estimator: DimensionEstimator, cloud: np.ndarray) -> float:
     return dimension
 
 
-def _one_thread() -> Any:
-    """One thread for the many small fits: on a busy machine several threads wait for each other, and took 10 times as long."""
+def _limit_threads() -> Any:
+    """Return a context of one BLAS thread: in many small fits several threads wait for each other."""
     try:
-        from threadpoolctl import threadpool_limits  # comes with scikit-learn
+        from threadpoolctl import threadpool_limits
     except ImportError:
         return contextlib.nullcontext()
     return threadpool_limits(1)
 
 
-def _skdim_id() -> Any:
+def _default_estimator() -> Any:
     try:
         # Optional, and it imports scikit-learn: seconds.
         import skdim
     except ImportError as error:
         raise ImportError("scikit-dimension is needed here: pip install eomdl[shape]") from error
-    return skdim.id
+    return skdim.id.TwoNN()

@@ -9,18 +9,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
+from typing_extensions import override
 
 from eomdl import _check, _tree
+from eomdl._result import AbstractResult, Note, Table, series_table
 from eomdl._types import Args, Loss, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class LossPlane:
-    """$L(c + x u + y v)$ on a grid: `x` (m,), `y` (n,) and `loss` (n, m), row i at `y[i]`."""
+class LossPlane(AbstractResult):
+    """The loss $L(c + x u + y v)$ on a grid: `x` (m,), `y` (n,) and `loss` (n, m), row i at `y[i]`.
+
+    Its picture shows contours at even distances of the loss's logarithm. Its option `paths`, `{name: coordinates (n, 2)}`, the real run
+    first, takes the scores of `principal_components` and what its `project` makes of the flows. The contours are those on the
+    plane itself; a path beside the plane has another loss than they say.
+    """
 
     x: Float[np.ndarray, " m"]
     y: Float[np.ndarray, " n"]
     loss: Float[np.ndarray, "n m"]
+    notes: tuple[Note, ...] = ()
+
+    @override
+    def _tables(self) -> tuple[Table, ...]:
+        x, y = np.meshgrid(self.x, self.y)
+        columns = {"x": x.ravel(), "y": y.ravel(), "loss": self.loss.ravel()}
+        return (series_table("Loss on the plane", columns),)
 
 
 def loss_plane(
@@ -34,7 +48,7 @@ def loss_plane(
     *,
     progress: bool = False,
 ) -> LossPlane:
-    """The loss on a plane through weight space, $L(c + x u + y v)$.
+    """Return the loss on a plane through weight space, $L(c + x u + y v)$.
 
     **Arguments:** `centre` c and the two directions u, v: pytrees like the parameters, such as the `mean` and the two
     directions of `principal_components`; with orthonormal ones x and y are parameter distances. `x`, `y`:
@@ -54,16 +68,16 @@ def loss_plane(
         grid.append(np.asarray(_check.numbers(name, values, "finite coordinates, shape (m,)", ndim=1)))
     across = jnp.asarray(grid[0])
     lines = [
-        np.asarray(_line(loss, _along(centre, v, at), u, across, args))
-        for at in tqdm(grid[1], desc="loss plane", disable=not progress)
+        np.asarray(_losses_on_line(loss, _move(centre, v, distance), u, across, args))
+        for distance in tqdm(grid[1], desc="loss plane", disable=not progress)
     ]
     return LossPlane(grid[0], grid[1], np.stack(lines))
 
 
-def _along(start: Params, direction: Params, distance: Any) -> Params:
+def _move(start: Params, direction: Params, distance: Any) -> Params:
     return _tree.add(start, _tree.scale(distance, direction))
 
 
 @eqx.filter_jit
-def _line(loss: Loss, start: Params, u: Params, x: jax.Array, args: Args) -> jax.Array:
-    return jax.lax.map(lambda at: loss(_along(start, u, at), args), x)
+def _losses_on_line(loss: Loss, start: Params, u: Params, x: jax.Array, args: Args) -> jax.Array:
+    return jax.lax.map(lambda distance: loss(_move(start, u, distance), args), x)

@@ -1,8 +1,12 @@
-"""Losses made from losses: decay, penalties, means over chunks of data."""
+"""Losses made from losses: penalties, and means over chunks of data."""
 
 from eomdl.losses.chunks import MeanOverChunks
 from eomdl.losses.host import OnHost
-from eomdl.losses.penalties import GradientPenalty, WeightDecay
+from eomdl.losses.penalties import GradientPenalty
 
 
-__all__ = ["GradientPenalty", "MeanOverChunks", "OnHost", "WeightDecay"]
+__all__ = [
+    "GradientPenalty",
+    "MeanOverChunks",
+    "OnHost",
+]

@@ -19,8 +19,7 @@ class MeanOverChunks(eqx.Module):
     $$L(\theta) = \frac{\sum_c W_c \, \ell(\theta, c)}{\sum_c W_c}$$
 
     over chunks c of the examples. $\ell$ is your loss: the mean over the examples that it is given. $W_c$ is the number
-    of examples in the chunk, so that a last chunk that is not full counts as what it is, and L is the mean over all
-    examples, to rounding.
+    of examples in the chunk, so that L is the mean over all examples, to rounding, with a last chunk that is not full too.
 
     ```python
     def mean_loss(params, args):
@@ -38,26 +37,26 @@ class MeanOverChunks(eqx.Module):
 
     **Arguments:**
 
-    - `loss`: function `(params, args) -> scalar`, a mean over the examples in `args`. A sum over them is none, and a
-        loss that couples examples (batch normalization) becomes another: the mean over the chunks of what it is for one.
-        A penalty on the parameters is computed once outside: `WeightDecay(MeanOverChunks(loss, 1000), 1e-3)`.
-    - `chunk_size`: examples in a chunk; more than there are means one chunk. Where it divides their number the loss
-        is compiled once, else twice.
+    - `loss`: function `(params, args) -> scalar`, a mean over the examples in `args`, not a sum. A loss that couples examples
+        (batch normalization) becomes another one: the mean over the chunks of its value on each. A penalty on the
+        parameters is computed once, outside: `WeightDecay(MeanOverChunks(loss, 1000), 1e-3)`.
+    - `chunk_size`: examples in a chunk; more than there are means one chunk. The loss is compiled once if it divides their
+        number, else twice.
     - `weights`: for a loss that is a weighted mean, $\ell = \sum_i w_i \ell_i / \sum_i w_i$, the function `args -> w`
-        (weights >= 0, shape (n,)) that cuts the weights out of `args`. $W_c$ is then their sum over the chunk. A chunk
+        (weights >= 0, shape (n,)) that takes the weights from `args`. $W_c$ is then their sum over the chunk. A chunk
         whose weights are all 0 is left out.
 
     `args` is a pytree of arrays with one leading axis, that of the examples. A number that belongs to no example is a
     field of the loss: make it an `equinox.Module`.
 
-    **Chunks.** Where `chunk_size` divides the number of examples, which makes m chunks, chunk i has the examples i,
-    i + m, i + 2 m, ...: of data sharded over devices every device takes its share of each chunk, and nothing is sent but the
-    sum. For sharded data choose a size that divides the number of examples and is a multiple of the number of devices:
-    with another one JAX gathers the data. Where it does not divide, a chunk is a run of examples.
+    **Chunks.** If `chunk_size` divides the number of examples into m chunks, chunk i has the examples i, i + m, i + 2 m, ...
+    So of data sharded over devices every device has a part of each chunk, and only the sum is sent. For sharded data
+    choose a size that divides the number of examples and is a multiple of the number of devices; with another one JAX
+    gathers the data. If it does not divide, a chunk has consecutive examples.
 
-    **Cost** of a gradient: that of the plain mean; with the value beside it, one evaluation of the loss more. A counter
-    term costs more than that of the plain mean: the derivatives are sums over all chunks, taken one after the other, and
-    what the plain mean keeps for the next one is computed again. The guide "Larger than one device" has the figures.
+    **Cost** of a gradient: that of the mean in one piece; with the value, one evaluation of the loss more. A counter
+    term costs more than that of the mean in one piece: its derivatives are sums over all chunks, one after the other, and
+    what would be kept for the next one is computed again. The guide "Larger than one device" has the figures.
 
     **Raises:** `ValueError` for a wrong argument; when called, if the leaves of `args` disagree in their leading axis,
     or one has none, or the loss is no scalar.
@@ -79,26 +78,26 @@ class MeanOverChunks(eqx.Module):
         ) -> None: ...
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
-        """The mean over all examples in `args`."""
+        """Return the mean over all examples in `args`."""
         data = args if _is_on_host(args) else _OnDevice(args)
         size = min(self.chunk_size, data.num_examples)
         count, rest = divmod(data.num_examples, size)
 
-        # What is cut out of the data is computed again too, or all chunks would be kept.
+        # The chunk is taken from the data again too, or all chunks would be kept.
         @functools.partial(jax.checkpoint, prevent_cse=False)  # in a loop nothing else could merge the two
-        def part(params: Params, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self._part(params, data.chunk(i, size), size)
+        def weigh_chunk(params: Params, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self._weigh(params, data.chunk(i, size), size)
 
-        sums, amounts = jax.lax.map(functools.partial(part, params), jnp.arange(count))
-        total, amount = jnp.sum(sums), jnp.sum(amounts)
+        weighted, weights = jax.lax.map(functools.partial(weigh_chunk, params), jnp.arange(count))
+        total, total_weight = jnp.sum(weighted), jnp.sum(weights)
         if rest:
-            last = jax.checkpoint(lambda params: self._part(params, data.rest(size), rest))
-            more, its_amount = last(params)
-            total, amount = total + more, amount + its_amount
-        return total / amount
+            weigh_rest = jax.checkpoint(lambda params: self._weigh(params, data.rest(size), rest))
+            last, last_weight = weigh_rest(params)
+            total, total_weight = total + last, total_weight + last_weight
+        return total / total_weight
 
-    def _part(self, params: Params, chunk: Args, size: int) -> tuple[jax.Array, jax.Array]:
-        r"""$W_c \ell(\theta, c)$ and $W_c$."""
+    def _weigh(self, params: Params, chunk: Args, size: int) -> tuple[jax.Array, jax.Array]:
+        r"""Return $W_c \ell(\theta, c)$ and $W_c$."""
         if self.weights is None:
             value = _scalar(self.loss(params, chunk))
             return size * value, jnp.asarray(size, value.dtype)
@@ -107,19 +106,19 @@ class MeanOverChunks(eqx.Module):
             raise ValueError(
                 f"weights: expected one for each of {size} examples, got shape {jnp.shape(weights)}"
             )
-        amount = jnp.sum(weights)
+        weight = jnp.sum(weights)
         dtype = jax.eval_shape(lambda: _scalar(self.loss(params, chunk))).dtype
         # A weighted mean with no weight is 0 / 0, and so is its derivative: it must not be taken.
         weighted = jax.lax.cond(
-            amount > 0,
-            lambda: (amount * _scalar(self.loss(params, chunk))).astype(dtype),
+            weight > 0,
+            lambda: (weight * _scalar(self.loss(params, chunk))).astype(dtype),
             lambda: jnp.zeros((), dtype),
         )
-        return weighted, amount.astype(dtype)
+        return weighted, weight.astype(dtype)
 
 
 class _OnDevice:
-    """Examples in JAX arrays, on one device or several."""
+    """Examples in JAX arrays, on one device or several, chunk by chunk as in `OnHost`."""
 
     def __init__(self, args: Args):
         if any(map(_is_on_host, jax.tree.leaves(args, is_leaf=_is_on_host))):
@@ -135,7 +134,7 @@ class _OnDevice:
         def cut(leaf: jax.Array) -> jax.Array:
             if rest:  # the first `size * count` examples as an array would be a copy of the data
                 return jax.lax.dynamic_slice_in_dim(leaf, i * size, size)
-            # Every device has its part of each chunk: the sharded axis stays the first.
+            # Every device has a part of each chunk: the sharded axis stays the first.
             return jax.lax.dynamic_index_in_dim(
                 leaf.reshape(size, count, *leaf.shape[1:]), i, axis=1, keepdims=False
             )

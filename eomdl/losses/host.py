@@ -13,6 +13,9 @@ import numpy as np
 from eomdl import _check
 
 
+_BYTES_AT_ONCE = 2**24  # that a checksum reads
+
+
 @jax.tree_util.register_static
 class OnHost:
     """Data that stay in the host's memory or in a file, for losses that take them chunk by chunk.
@@ -25,12 +28,12 @@ class OnHost:
     ```
 
     A compiled program asks for one chunk after the other. While it computes on one, a thread reads the next from the
-    array or the file. The device holds one chunk, the host three: the one handed over, the next, and a copy in
-    the hands of JAX. It is the `args` of `eomdl.losses.MeanOverChunks`, whole, and of functions built on it: other
-    losses and observables cannot index it.
+    array or the file. The device holds one chunk, the host three: the current one, the next, and JAX's copy. Pass it as the
+    whole `args` of `eomdl.losses.MeanOverChunks` and of functions built on it; other losses and observables cannot
+    index it.
 
-    The arrays are handed over in their own dtype. Bytes (`uint8`) are a quarter of the traffic of `float32`; the loss
-    divides by 255. Without x64, 64 bits become 32.
+    The arrays keep their own dtype. Bytes (`uint8`) are a quarter of the traffic of `float32`; let the loss divide by 255.
+    Without x64, 64 bits become 32.
 
     **Arguments:** `arrays`, a pytree of NumPy arrays (`np.memmap` is one), whose leading axis counts the examples. They
     must not change as long as they are used.
@@ -58,34 +61,34 @@ class OnHost:
         self._reader = ThreadPoolExecutor(1, "eomdl-reader")
         self._lock = threading.Lock()
         self._last, self._direction = 0, -1  # as if it had just come back to the first chunk
-        self._ahead: tuple[Any, Future | None] = (None, None)
+        self._prefetched: tuple[Any, Future | None] = (None, None)
 
     def __repr__(self) -> str:
-        said = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(self._arrays)]
-        return f"OnHost({', '.join(said)})"
+        arrays = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(self._arrays)]
+        return f"OnHost({', '.join(arrays)})"
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A checksum of the data, by which a run that goes on knows them. **Cost:** reads all of them once."""
+        """A checksum of the data, by which a run that continues recognizes them. **Cost:** reads all of them once."""
         digest = hashlib.blake2b(repr(self).encode(), digest_size=6)
-        rows = max(
-            1, self.num_examples * 2**24 // max(1, sum(x.nbytes for x in jax.tree.leaves(self._arrays)))
-        )
-        for leaf in jax.tree.leaves(self._arrays):
-            for start in range(0, self.num_examples, rows):
-                digest.update(np.ascontiguousarray(leaf[start : start + rows]).tobytes())
+        leaves = jax.tree.leaves(self._arrays)
+        num_bytes = max(1, sum(leaf.nbytes for leaf in leaves))
+        count = max(1, self.num_examples * _BYTES_AT_ONCE // num_bytes)
+        for leaf in leaves:
+            for start in range(0, self.num_examples, count):
+                digest.update(np.ascontiguousarray(leaf[start : start + count]).tobytes())
         return digest.hexdigest()
 
     def chunk(self, i: Any, size: int) -> Any:
-        """The examples i * `size`, ..., (i + 1) * `size` - 1; i may be traced."""
-        return self._handed(i, size, size)
+        """Return the examples i * `size`, ..., (i + 1) * `size` - 1; i may be traced."""
+        return self._request(i, size, size)
 
     def rest(self, size: int) -> Any:
-        """The examples behind the last whole chunk."""
+        """Return the examples behind the last whole chunk."""
         count, rest = divmod(self.num_examples, size)
-        return self._handed(count, size, rest)
+        return self._request(count, size, rest)
 
-    def _handed(self, i: Any, size: int, length: int) -> Any:
+    def _request(self, i: Any, size: int, length: int) -> Any:
         if jax.process_count() > 1:
             raise ValueError(
                 f"args: expected arrays of all processes, got eomdl.losses.OnHost in one of {jax.process_count()}: "
@@ -98,22 +101,24 @@ class OnHost:
             self._arrays,
         )
         # NumPy in and out, and a scalar for an argument: JAX calls in a callback can wait for each other for ever.
-        return jax.pure_callback(functools.partial(self._next, size), shapes, i, vmap_method="sequential")
+        fetch = functools.partial(self._fetch, size)
+        return jax.pure_callback(fetch, shapes, i, vmap_method="sequential")
 
-    def _next(self, size: int, i: Any) -> Any:
-        """A chunk, and the one likely to be asked for next is begun."""
+    def _fetch(self, size: int, i: Any) -> Any:
+        """Return chunk i, and start to read the one that is likely to be asked for next."""
         i, count = int(i), -(-self.num_examples // size)
         with self._lock:
-            self._direction, self._last = self._turned((i - self._last) % count, count), i
-            place, ahead = self._ahead
-            following = (size, (i + self._direction) % count)
-            waited = ahead if place == (size, i) else None
-            self._ahead = (following, self._reader.submit(self._read, *following))
-        return self._read(size, i) if waited is None else waited.result()
+            self._direction, self._last = self._guess_direction((i - self._last) % count, count), i
+            place, prefetched = self._prefetched
+            next_place = (size, (i + self._direction) % count)
+            self._prefetched = (next_place, self._reader.submit(self._read, *next_place))
+        if prefetched is not None and place == (size, i):
+            return prefetched.result()
+        return self._read(size, i)
 
-    def _turned(self, ahead: int, count: int) -> int:
-        """Sums run forwards and their derivatives backwards; one after the other asks for the last chunk twice."""
-        return {1: 1, count - 1: -1, 0: -self._direction}.get(ahead, self._direction)
+    def _guess_direction(self, move: int, count: int) -> int:
+        """Return 1 or -1: sums run forwards, their derivatives backwards; where one follows the other, a chunk comes twice."""
+        return {1: 1, count - 1: -1, 0: -self._direction}.get(move, self._direction)
 
     def _read(self, size: int, i: int) -> Any:
         def cut(leaf: np.ndarray) -> np.ndarray:
@@ -121,3 +126,8 @@ class OnHost:
             return np.array(leaf[i * size : (i + 1) * size], dtype, copy=True)
 
         return jax.tree.map(cut, self._arrays)
+
+
+def data_fingerprint(args: Any) -> str:
+    """The checksum of data on the host, empty for all other data."""
+    return args.fingerprint if isinstance(args, OnHost) else ""

@@ -11,7 +11,7 @@ from eomdl._types import Args, Loss, Params
 
 
 class WeightDecay(eqx.Module):
-    r"""L2 weight decay as part of the loss: $L(\theta) = f(\theta) + \frac{\lambda}{2} |\theta|^2$.
+    r"""A loss with L2 weight decay: $L(\theta) = f(\theta) + \frac{\lambda}{2} |\theta|^2$.
 
     ```python
     decayed = eomdl.WeightDecay(loss, 1e-3)
@@ -39,14 +39,14 @@ class WeightDecay(eqx.Module):
         def __init__(self, loss: Loss, weight_decay: ArrayLike) -> None: ...
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
-        r"""$f(\theta) + \frac{\lambda}{2} |\theta|^2$."""
+        r"""Return $f(\theta) + \frac{\lambda}{2} |\theta|^2$."""
         value = self.loss(params, args)
         penalty = _tree.vdot(params, params)
         return value + (0.5 * self.weight_decay * penalty).astype(value.dtype)
 
 
 class GradientPenalty(eqx.Module):
-    r"""$\tilde L(\theta) = L(\theta) + c \, |\nabla L(\theta)|^2$: the modified loss.
+    r"""A loss with a penalty on its gradient, the modified loss $\tilde L(\theta) = L(\theta) + c \, |\nabla L(\theta)|^2$.
 
     With $c = \eta/4$ gradient flow on it is the first-order modified flow of gradient descent (Barrett &
     Dherin 2021, arXiv 2009.11162, eq. 7); training on it makes that regularization explicit.
@@ -66,7 +66,7 @@ class GradientPenalty(eqx.Module):
         def __init__(self, loss: Loss, coefficient: ArrayLike) -> None: ...
 
     def __call__(self, params: Params, args: Args) -> jax.Array:
-        r"""$L(\theta) + c \, |\nabla L(\theta)|^2$."""
+        r"""Return $L(\theta) + c \, |\nabla L(\theta)|^2$."""
         value, gradient = jax.value_and_grad(self.loss)(params, args)
         square = _tree.vdot(gradient, gradient)
         return value + (self.coefficient * square).astype(value.dtype)

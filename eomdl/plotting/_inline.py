@@ -8,7 +8,7 @@ from typing import Any
 
 
 _INK = "#101112"  # stands for the page's text colour, light or dark
-INKED: Any = {
+PAGE_COLOURS: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -18,15 +18,15 @@ INKED: Any = {
 }
 
 
-def inked() -> AbstractContextManager[None]:
-    """Figures made inside take the colour of the page's text for their axes and words."""
+def page_colours() -> AbstractContextManager[None]:
+    """Return a context in which figures take the colour of the page's text for their axes and words."""
     import matplotlib
 
-    return matplotlib.rc_context(INKED)
+    return matplotlib.rc_context(PAGE_COLOURS)
 
 
 def svg(figure: Any, identity: str, label: str | None = None) -> str:
-    """The figure as SVG to be put into a page, with a text alternative: `label`, or what its axes and lines say.
+    """Return the figure as SVG to be put into a page, with a text alternative: `label`, or what its axes and lines say.
 
     Black and ink become `currentColor`; identifiers are made unique by `identity`; the page sets the size.
     """
@@ -39,7 +39,7 @@ def svg(figure: Any, identity: str, label: str | None = None) -> str:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     width = figure.get_size_inches()[0]
     kind = "wide" if width > 6.5 else "panel"
-    label = html.escape(alternative(figure) if label is None else label)
+    label = html.escape(describe_figure(figure) if label is None else label)
     head, rest = text.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None  # matplotlib writes one
@@ -48,8 +48,8 @@ def svg(figure: Any, identity: str, label: str | None = None) -> str:
     return f"<svg {names} {box[0]} {style}>{re.sub('<metadata>.*?</metadata>', '', rest, flags=re.DOTALL)}"
 
 
-def alternative(figure: Any) -> str:
-    """What the picture shows, in words: for each panel its title, what is drawn against what, and the lines' names."""
+def describe_figure(figure: Any) -> str:
+    """Return what the picture shows, in words: for each panel its title, what is drawn against what, and the lines' names."""
     parts = []
     for axes in figure.axes:
         lines = dict.fromkeys(str(line.get_label()) for line in axes.get_lines())
@@ -61,8 +61,8 @@ def alternative(figure: Any) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def stacked(figure: Any, height: float = 3.2) -> Any:
-    """Its panels one below the other, where side by side they would be too small to read on a phone."""
+def stack_panels(figure: Any, height: float = 3.2) -> Any:
+    """Return a figure with its panels one below the other, where side by side they would be too small to read on a phone."""
     panels = figure.axes
     grid = figure.add_gridspec(len(panels), 1)
     for place, axes in zip(grid, panels, strict=True):

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 
 
-def positive(values: Any) -> np.ndarray:
-    """The values with NaN where a log axis has no place for them."""
+def positive_or_nan(values: Any) -> np.ndarray:
+    """Return the values with NaN where a log axis has no place for them."""
     array = np.asarray(values, float)
     return np.where(array > 0, array, np.nan)
 
 
 def panel(xlabel: str, ylabel: str, title: str = "", *, width: float = 5.0, **scales: Any) -> tuple[Any, Any]:
-    """An empty panel with a grid, figure and axes; `xscale`, `yscale`, `ylim`, ... as for `Axes.set`."""
+    """Return figure and axes of an empty panel with a grid; `xscale`, `yscale`, `ylim`, ... as for `Axes.set`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 4.2), layout="constrained")
@@ -22,8 +22,8 @@ def panel(xlabel: str, ylabel: str, title: str = "", *, width: float = 5.0, **sc
     return figure, axes
 
 
-def legend(figure: Any) -> Any:
-    """The legend of a panel, below it."""
+def add_legend(figure: Any) -> Any:
+    """Return the figure of one panel with its legend below the panel."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     columns = 1 if max(map(len, labels)) > 30 else 2
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)

@@ -4,21 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from eomdl import _check
-from eomdl.errors.choice import Choice
+from eomdl._result import plot
+from eomdl.choice.choice import Choice
 
 
+@plot.register
 def plot_choice(choice: Choice) -> Any:
-    """The predicted cost of each flow with its best solver against its own error, log scales.
-
-    Dots: one colour for each kind of flow. Dashed line: the tolerance. Ring: the chosen one. Crosses: what was measured of whole
-    runs (`Choice.measured`), the error of the solver included.
-
-    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for anything else.
-    """
+    """Return the flows by predicted cost and own error, log scales."""
     from matplotlib.figure import Figure
 
-    _check.kind("choice", choice, Choice, "an eomdl.errors.Choice")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     kinds: dict[str, list[Any]] = {}

@@ -4,23 +4,19 @@ from typing import Any
 
 import numpy as np
 
-from eomdl import _check
+from eomdl._result import plot
 from eomdl.errors.comparison import Comparison
-from eomdl.plotting._lines import positive
+from eomdl.plotting._lines import positive_or_nan
 
 
+@plot.register
 def plot_comparison(comparison: Comparison) -> Any:
-    """Distance to the reference against steps, log scale, one panel more an observable.
+    """Return the distance to the reference against steps, log scale, and one panel for each scalar observable.
 
-    Solid: distance of each model. Dotted, same colour: the ODE solver's own error.
-
-    **Returns:** a `matplotlib.figure.Figure`; nothing is shown or written.
-
-    **Raises:** `ValueError` for anything else, and for a comparison of nothing.
+    **Raises:** `ValueError` for a comparison of nothing that can be drawn.
     """
     from matplotlib.figure import Figure
 
-    _check.kind("comparison", comparison, Comparison, "an eomdl.Comparison")
     scalars = sorted({k for d in comparison.differences.values() for k, v in d.items() if v.ndim == 1})
     panels = [*(["distance"] if comparison.distance else []), *scalars]
     if not panels:
@@ -50,4 +46,4 @@ def plot_comparison(comparison: Comparison) -> Any:
 
 
 def _log_line(axes: Any, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    axes.plot(x, positive(y), **style)
+    axes.plot(x, positive_or_nan(y), **style)

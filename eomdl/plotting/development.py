@@ -10,7 +10,7 @@ from eomdl.geometry.connectivity import clusters
 
 
 def plot_barriers(steps: ArrayLike, matrices: ArrayLike, labels: ArrayLike) -> Any:
-    """A picture of the barrier matrix at every checkpoint, runs in the order of their clusters.
+    """Return a picture of the barrier matrix at every checkpoint, runs in the order of their clusters.
 
     **Arguments:** `steps`, shape (n,); `matrices`, shape (n, S, S), as from `eomdl.geometry.barriers`; `labels`, shape (S,), one
     clustering for all panels (`eomdl.geometry.clusters` of one of the matrices), so that a panel shows what
@@ -48,7 +48,7 @@ def plot_development(
     intervention: float | None = None,
     linkage: str = "complete",
 ) -> Any:
-    """Barriers, number of clusters and losses against steps, for one clustering of the runs.
+    """Return barriers, number of clusters and losses against steps, for one clustering of the runs.
 
     **Arguments:** `steps`, `matrices`, `labels`: as in `eomdl.plotting.plot_barriers`; `losses`, shape (n, S);
     `threshold`, `linkage`: of the clusters that are counted; `intervention`: the step at which it began, a dotted

@@ -5,30 +5,23 @@ from typing import Any
 
 import numpy as np
 
-from eomdl import _check
-from eomdl.observe.edge import EdgeReport
-from eomdl.plotting._lines import positive
+from eomdl._result import plot
+from eomdl.plotting._lines import positive_or_nan
+from eomdl.telemetry.edge_report import EdgeReport
 
 
 BLOCKS = 6  # that have a colour of their own
 
 
+@plot.register
 def plot_edge(report: EdgeReport) -> Any:
-    r"""The largest eigenvalue against the threshold over training, by block; and the critical multiple of the steps.
-
-    Top: black, $\eta\lambda$; dashed, the optimizer's threshold. The areas below are the shares of the blocks in the eigenvector, the
-    largest first. Hollow: looks that did not converge, lower bounds. Bottom: how many times the step may be before the loss rises
-    (log scale); below 1, dotted, the step itself raises it.
-
-    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for anything else.
-    """
+    """Return the largest eigenvalue against the threshold, by block, above the critical multiple of the steps."""
     from matplotlib.figure import Figure
 
-    _check.kind("report", report, EdgeReport, "an eomdl.observe.EdgeReport")
-    looks = [_edge_panel] * bool(len(report.edge_steps)) + [_along_panel] * bool(len(report.steps))
-    figure = Figure(figsize=(7, 1.2 + 2.6 * max(len(looks), 1)), layout="constrained")
-    panels = figure.subplots(max(len(looks), 1), sharex=True, squeeze=False)[:, 0]
-    for draw, axes in zip(looks, panels, strict=False):
+    drawers = [_edge_panel] * bool(len(report.edge_steps)) + [_along_panel] * bool(len(report.steps))
+    figure = Figure(figsize=(7, 1.2 + 2.6 * max(len(drawers), 1)), layout="constrained")
+    panels = figure.subplots(max(len(drawers), 1), sharex=True, squeeze=False)[:, 0]
+    for draw, axes in zip(drawers, panels, strict=False):
         draw(report, axes)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -39,7 +32,7 @@ def plot_edge(report: EdgeReport) -> Any:
 
 def _edge_panel(report: EdgeReport, axes: Any) -> None:
     steps, top = report.edge_steps, report.values[:, 0]
-    parts = {name: top * share for name, share in report.shares.items()}
+    parts = {name: top * fraction for name, fraction in report.fractions.items()}
     order = sorted(parts, key=lambda name: -float(np.nansum(np.abs(parts[name]))))
     drawn = {name: parts[name] for name in order[:BLOCKS]}
     if len(order) > BLOCKS:
@@ -58,6 +51,6 @@ def _edge_panel(report: EdgeReport, axes: Any) -> None:
 
 def _along_panel(report: EdgeReport, axes: Any) -> None:
     values = np.where(np.isfinite(report.multiples), report.multiples, np.nan)
-    axes.plot(report.steps, positive(values), "C0.-", lw=1, label="critical multiple")
+    axes.plot(report.steps, positive_or_nan(values), "C0.-", lw=1, label="critical multiple")
     axes.axhline(1, color="k", ls=":", lw=1, label="the step taken")
     axes.set(ylabel="multiple of the step", yscale="log")

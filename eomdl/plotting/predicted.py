@@ -5,23 +5,20 @@ from typing import Any
 import numpy as np
 
 from eomdl import _check
+from eomdl._result import plot
 from eomdl._types import Numbers
 from eomdl.errors.predicted import PredictedError
-from eomdl.plotting._lines import positive
+from eomdl.plotting._lines import positive_or_nan
 
 
+@plot.register
 def plot_predicted_error(predicted: PredictedError, measured: Numbers | None = None) -> Any:
-    """The predicted error against steps, log scale: whole, by one term more, and of each block.
+    """Return the predicted error against steps, log scale: whole, by one term more, of each block, and `measured`.
 
-    Solid black: the prediction. Dashed black: that by the flow with one term more. Colours: blocks of the parameters.
-    Circles: `measured`, shape (n,), such as `compare(real, {"flow": predicted.path}).distance["flow"]`.
-
-    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for anything else, or for another number of
-    measured errors than of steps.
+    **Raises:** `ValueError` for another number of measured errors than of steps.
     """
     from matplotlib.figure import Figure
 
-    _check.kind("predicted", predicted, PredictedError, "an eomdl.errors.PredictedError")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     lines: list[tuple[np.ndarray, dict[str, Any]]] = [
@@ -39,7 +36,7 @@ def plot_predicted_error(predicted: PredictedError, measured: Numbers | None = N
             (errors, {"color": "k", "ls": "", "marker": "o", "ms": 3, "mfc": "none", "label": "measured"})
         )
     for values, style in lines:
-        axes.plot(predicted.steps, positive(values), **style)
+        axes.plot(predicted.steps, positive_or_nan(values), **style)
     axes.set(xlabel="step", ylabel="error of the flow (Euclidean norm)", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

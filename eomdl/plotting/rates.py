@@ -4,25 +4,19 @@ from typing import Any
 
 import numpy as np
 
-from eomdl import _check
+from eomdl._result import plot
 from eomdl.errors.rates import LargestRate
-from eomdl.plotting._lines import positive
+from eomdl.plotting._lines import positive_or_nan
 
 
+@plot.register
 def plot_largest_rate(rate: LargestRate) -> Any:
-    """The largest learning rate against time, log scale: for one step from there (a schedule), and for the whole time.
-
-    Solid: the largest rate for which one step stays within the tolerance. Dashed: that for the whole time. Dot: the time at
-    which the latter is reached.
-
-    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for anything else.
-    """
+    """Return the largest rate for one step from there, and that for the whole time, against time, log scale."""
     from matplotlib.figure import Figure
 
-    _check.kind("rate", rate, LargestRate, "an eomdl.errors.LargestRate")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    local = positive(np.where(np.isfinite(rate.local), rate.local, np.nan))
+    local = positive_or_nan(np.where(np.isfinite(rate.local), rate.local, np.nan))
     axes.plot(rate.times, local, color="k", label="for one step from there")
     if np.isfinite(rate.value):
         axes.axhline(rate.value, color="C0", ls="--", label="for the whole time")

@@ -3,34 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from eomdl import _check
 from eomdl.geometry.restricted_secant import Secants
-from eomdl.plotting._lines import positive
+from eomdl.plotting._lines import positive_or_nan
+from eomdl.plotting._several import register_several
 
 
+@register_several(Secants)
 def plot_secants(runs: Mapping[str, Secants]) -> Any:
-    r"""$\gamma$, RSI and EB, and the locally best learning rate against steps, runs overlaid.
-
-    Dotted in `gamma`'s panel, same colour: the random directions (root mean square of their cosines).
-    The first run is drawn solid, the others dashed.
-
-    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for anything else.
-    """
+    r"""Return $\gamma$, RSI and EB, and the locally best learning rate against steps, runs overlaid."""
     from matplotlib.figure import Figure
 
-    _check.mapping("runs", runs, Secants, "eomdl.geometry.Secants")
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     cosines, bounds, rates = figure.subplots(1, 3)
     for i, (name, run) in enumerate(runs.items()):
         style: dict[str, Any] = {"color": f"C{i}", "ls": "-" if i == 0 else "--"}
         cosines.plot(run.steps, run.gamma, label=name, **style)
-        baseline = np.sqrt(np.mean(run.random_gamma**2, axis=1))
-        cosines.plot(run.steps, baseline, color=f"C{i}", ls=":", lw=1)
-        bounds.plot(run.steps, positive(run.eb), label=f"EB, {name}", **style)
-        bounds.plot(run.steps, positive(run.rsi), label=f"RSI, {name}", alpha=0.5, **style)
-        rates.plot(run.steps, positive(run.learning_rate), label=name, **style)
+        cosines.plot(run.steps, run.random_size, color=f"C{i}", ls=":", lw=1)
+        bounds.plot(run.steps, positive_or_nan(run.eb), label=f"EB, {name}", **style)
+        bounds.plot(run.steps, positive_or_nan(run.rsi), label=f"RSI, {name}", alpha=0.5, **style)
+        rates.plot(run.steps, positive_or_nan(run.learning_rate), label=name, **style)
     cosines.plot([], [], "k:", label="random directions")
     cosines.set(ylabel="gamma = RSI / EB (cosine)")
     bounds.set(ylabel="RSI, EB [1/time]", yscale="log")

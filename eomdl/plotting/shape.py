@@ -6,39 +6,35 @@ from typing import Any
 import numpy as np
 
 from eomdl import _check
+from eomdl._result import plot
 from eomdl.geometry.dimension import IntrinsicDimension
-from eomdl.geometry.path import PathShape
+from eomdl.geometry.path import PathComponents, PathShape
 from eomdl.geometry.plane import LossPlane
 from eomdl.geometry.regions import RegionMap
-from eomdl.plotting._lines import positive
+from eomdl.plotting._lines import panel, positive_or_nan
+from eomdl.plotting._several import register_several
 
 
+@register_several(PathShape)
 def plot_path_shape(shapes: Mapping[str, PathShape]) -> Any:
-    """Curvature and torsion against steps, how far the models' are off, and distance against length.
-
-    **Arguments:** `shapes`: `{name: path_shape(run)}`; the first, solid and black, is the real run, the others, dashed, its
-    flows. Relative differences to the first are taken at the steps that both saved.
-
-    **Returns:** a `matplotlib.figure.Figure`; nothing is shown or written. **Raises:** `ValueError` for no runs.
-    """
+    """Return curvature and torsion against steps, how far the models' are off, and distance against length."""
     from matplotlib.figure import Figure
 
-    _check.mapping("shapes", shapes, PathShape, "eomdl.geometry.PathShape")
     figure = Figure(figsize=(12, 8), layout="constrained")
     (bend, twist), (off, length) = figure.subplots(2, 2)
     real = next(iter(shapes.values()))
     for i, (name, shape) in enumerate(shapes.items()):
         style = _style(i) | {"label": name}
-        bend.plot(shape.steps, positive(shape.curvature), **style)
-        twist.plot(shape.steps, positive(shape.torsion), **style)
+        bend.plot(shape.steps, positive_or_nan(shape.curvature), **style)
+        twist.plot(shape.steps, positive_or_nan(shape.torsion), **style)
         length.plot(shape.length, shape.distance, **style)
         if i == 0:
             continue
         steps, here, there = np.intersect1d(shape.steps, real.steps, return_indices=True)
         for what, line in (("curvature", "--"), ("torsion", ":")):
-            expected = positive(getattr(real, what)[there])
+            expected = positive_or_nan(getattr(real, what)[there])
             relative = np.abs(getattr(shape, what)[here] / expected - 1)
-            off.plot(steps, positive(relative), **style | {"ls": line, "label": f"{what}, {name}"})
+            off.plot(steps, positive_or_nan(relative), **style | {"ls": line, "label": f"{what}, {name}"})
     longest = max(shape.length[-1] for shape in shapes.values())
     length.plot([0, longest], [0, longest], "0.7", lw=1, zorder=0, label="a straight line")
     bend.set(xlabel="step", ylabel="curvature (1 / parameter distance)", yscale="log")
@@ -52,20 +48,15 @@ def plot_path_shape(shapes: Mapping[str, PathShape]) -> Any:
     return figure
 
 
-def plot_path_plane(plane: LossPlane, paths: Mapping[str, np.ndarray]) -> Any:
-    """Paths on two axes with the loss around them: contours at even distances of the loss's logarithm.
+@plot.register
+def plot_path_plane(plane: LossPlane, paths: Mapping[str, np.ndarray] | None = None) -> Any:
+    """Return contours at even distances of the loss's logarithm, with paths on them.
 
-    The contours are those on the plane itself; a path beside the plane has another loss than they say.
-
-    **Arguments:** `plane`: as of `loss_plane`; `paths`: `{name: coordinates (n, 2)}`, the real run first, such as the scores of
-    `principal_components` and what its `project` makes of the flows.
-
-    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for no paths or wrong shapes.
+    **Raises:** `ValueError` for paths of wrong shapes.
     """
     from matplotlib.figure import Figure
 
-    _check.kind("plane", plane, LossPlane, "an eomdl.geometry.LossPlane")
-    _check.mapping("paths", paths, object, "coordinates of shape (n, 2)")
+    paths = {} if paths is None else _check.mapping("paths", paths, object, "coordinates of shape (n, 2)")
     for name, path in paths.items():
         if np.ndim(path) != 2 or np.shape(path)[1] != 2:
             raise ValueError(f"paths[{name!r}]: expected coordinates of shape (n, 2), got {np.shape(path)}")
@@ -76,24 +67,43 @@ def plot_path_plane(plane: LossPlane, paths: Mapping[str, np.ndarray]) -> Any:
     figure.colorbar(filled, label="log10 of the loss on the plane")
     for i, (name, path) in enumerate(paths.items()):
         axes.plot(path[:, 0], path[:, 1], **_style(i), label=name)
-    first = next(iter(paths.values()))
-    axes.plot(*first[0], "ko", ms=6, mfc="w", label="start")
-    axes.set(xlabel="first component (parameter distance)", ylabel="second component (parameter distance)")
-    axes.legend(fontsize=8)
+    _name_components(axes, paths)
     return figure
 
 
-def plot_dimensions(dimensions: Mapping[str, Mapping[int, IntrinsicDimension]]) -> Any:
-    """Intrinsic dimension layer by layer, a line a checkpoint; and over training, a line a layer.
+@plot.register
+def plot_path_components(components: PathComponents) -> Any:
+    """Return the path on the first two axes; a path of one component against the number of the saved step."""
+    figure, axes = panel("", "")
+    scores = components.scores
+    if scores.shape[1] == 1:
+        axes.plot(scores[:, 0], **_style(0))
+        axes.set(xlabel="saved step", ylabel="first component (parameter distance)")
+        return figure
+    axes.plot(scores[:, 0], scores[:, 1], **_style(0), label="path")
+    _name_components(axes, {"path": scores})
+    return figure
 
-    **Arguments:** `dimensions`: `{layer: dimension_along(...)}`. Bars are two standard errors.
 
-    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for no layers.
+def _name_components(axes: Any, paths: Mapping[str, np.ndarray]) -> None:
+    axes.set(xlabel="first component (parameter distance)", ylabel="second component (parameter distance)")
+    if paths:
+        axes.plot(*next(iter(paths.values()))[0][:2], "ko", ms=6, mfc="w", label="start")
+        axes.legend(fontsize=8)
+
+
+@register_several(IntrinsicDimension)
+def plot_dimensions(dimensions: Mapping[Any, Any]) -> Any:
+    """Return the dimension layer by layer, a line for each checkpoint, and over training, a line for each layer.
+
+    `dimensions`: `{layer: {step: dimension}}`, or `{layer: dimension}` of one checkpoint.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    _check.mapping("dimensions", dimensions, Mapping, "{step: eomdl.geometry.IntrinsicDimension}")
+    dimensions = {
+        name: layer if isinstance(layer, Mapping) else {0: layer} for name, layer in dimensions.items()
+    }
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     layers, training = figure.subplots(1, 2, sharey=True)
     steps = sorted({step for layer in dimensions.values() for step in layer})
@@ -114,16 +124,11 @@ def plot_dimensions(dimensions: Mapping[str, Mapping[int, IntrinsicDimension]]) 
     return figure
 
 
+@register_several(RegionMap)
 def plot_regions(maps: Mapping[str, RegionMap]) -> Any:
-    """Linear regions on a plane, one colour each, with the three inputs that span it; a panel a map.
-
-    **Arguments:** `maps`: `{title: region_map(...)}`, such as early and late in training.
-
-    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for no maps.
-    """
+    """Return one panel for each map: the regions, one colour each, with the three inputs that span the plane."""
     from matplotlib.figure import Figure
 
-    _check.mapping("maps", maps, RegionMap, "eomdl.geometry.RegionMap")
     figure = Figure(figsize=(4.6 * len(maps), 4.6), layout="constrained")
     for axes, (title, regions) in zip(
         figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True

@@ -5,26 +5,21 @@ from typing import Any
 import numpy as np
 
 from eomdl import _check
+from eomdl._result import plot
+from eomdl.curvature.parts import OverBatches
 from eomdl.curvature.spectrum import SpectralDensity
+from eomdl.plotting._lines import panel
 
 
 POINTS = 600
 REACH = 4  # widths beyond the outermost eigenvalues
 
 
+@plot.register
 def plot_spectral_density(density: SpectralDensity, width: float | None = None) -> Any:
-    r"""The density of the eigenvalues, log scale, with a band of one standard error.
-
-    Each eigenvalue is a Gaussian of the width w. Dotted: the height of a single one among n, $1/(n w \sqrt{2\pi})$; what lies far below
-    is not shown.
-
-    **Arguments:** `width`: in units of the eigenvalues; by default a hundredth of their range.
-
-    **Returns:** a `matplotlib.figure.Figure`. **Raises:** `ValueError` for a wrong argument.
-    """
+    """Return the density of the eigenvalues, log scale, with a band of one standard error and the height of a single one."""
     from matplotlib.figure import Figure
 
-    _check.kind("density", density, SpectralDensity, "an eomdl.curvature.SpectralDensity")
     low, high = float(density.nodes.min()), float(density.nodes.max())
     if width is None:
         scale = max(high - low, 1e-3 * max(abs(low), abs(high)))  # 0 where all eigenvalues are one
@@ -43,5 +38,20 @@ def plot_spectral_density(density: SpectralDensity, width: float | None = None) 
     axes.set(xlabel="eigenvalue of the Hessian", ylabel=f"density (width {width:.2g})", yscale="log")
     axes.set_ylim(floor, 3 * found.max())
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+@plot.register
+def plot_eigenvalues_over_batches(found: OverBatches) -> Any:
+    """Return the eigenvalues of every batch, with their means as lines; hollow, those that did not converge."""
+    figure, axes = panel("batch", "eigenvalue of the Hessian")
+    for i, (values, converged) in enumerate(zip(found.values.T, found.converged.T, strict=True)):
+        batches = np.arange(len(values))
+        axes.plot(
+            batches[converged], values[converged], "o", color=f"C{i}", ms=4, label=f"eigenvalue {i + 1}"
+        )
+        axes.plot(batches[~converged], values[~converged], "o", color=f"C{i}", ms=4, mfc="none")
+        axes.axhline(found.mean[i], color=f"C{i}", ls="--", lw=1)
     axes.legend(fontsize=8)
     return figure

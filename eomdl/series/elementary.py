@@ -7,11 +7,12 @@ multilinearity:
 - trees that differ in only one branch are summed in that branch before $f$ is
   differentiated: $a f'(u) + b f'(v) = f'(a u + b v)$;
 - a combination of one tree keeps its scalar outside, so that every derivative runs
-  along a plain $F(t)$ and XLA recognises the parts it has computed already;
-- $f'(w)$ rides along with one second derivative, $f''(u, v) + f'(w)$ being a single
+  along $F(t)$ itself and XLA recognizes the parts that it has computed already;
+- $f'(w)$ is computed together with a second derivative: $f''(u, v) + f'(w)$ is a single
   derivative of $(x, u) \mapsto f'(x) u$.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -32,13 +33,13 @@ class ElementaryDifferentials:
         self._values: dict[Tree, Params] = {LEAF: f(x)}
 
     def __getitem__(self, tree: Tree) -> Params:
-        """$F(t)(x)$."""
+        """Return $F(t)(x)$."""
         if tree not in self._values:
             self._values[tree] = self.combination({tree: 1.0})
         return self._values[tree]
 
     def combination(self, coefficients: dict[Tree, Any]) -> Params:
-        r"""$\sum_t c_t F(t)(x)$; the scalars $c_t$ may be traced."""
+        r"""Return $\sum_t c_t F(t)(x)$; the scalars $c_t$ may be traced."""
         last_branch: dict[Tree, dict[Tree, Any]] = {}
         terms = []
         for tree, c in coefficients.items():
@@ -48,32 +49,29 @@ class ElementaryDifferentials:
                 last_branch.setdefault(tree[:-1], {})[tree[-1]] = c
         linear = last_branch.pop((), None)
         for branches, inner in last_branch.items():
-            c, v = self._scaled(inner)
+            c, v = self._factor(inner)
             if linear is not None and len(branches) == 1:
-                b, w = self._scaled(linear)
-                value = self._second_and_first(self[branches[0]], v, _tree.scale(b / c, w))
+                b, w = self._factor(linear)
+                value = self._second_plus_first(self[branches[0]], v, _tree.scale(b / c, w))
                 linear = None
             else:
                 directions = [*(self[branch] for branch in branches), v]
                 value = directional_derivative(self._f, directions)(self._x)
             terms.append(_tree.scale(c, value))
         if linear is not None:
-            b, w = self._scaled(linear)
+            b, w = self._factor(linear)
             terms.append(_tree.scale(b, directional_derivative(self._f, [w])(self._x)))
-        total = terms[0]
-        for term in terms[1:]:
-            total = _tree.add(total, term)
-        return total
+        return functools.reduce(_tree.add, terms)
 
-    def _scaled(self, coefficients: dict[Tree, Any]) -> tuple[ArrayLike, Params]:
-        """The combination as scalar times vector, the vector a plain $F(t)$ where possible."""
+    def _factor(self, coefficients: dict[Tree, Any]) -> tuple[ArrayLike, Params]:
+        """Return the combination as a scalar and a vector; of one tree the vector is $F(t)$ itself."""
         if len(coefficients) == 1:
             ((tree, c),) = coefficients.items()
             return c, self[tree]
         return 1.0, self.combination(coefficients)
 
-    def _second_and_first(self, u: Params, v: Params, w: Params) -> Params:
-        """$f''(u, v) + f'(w)$."""
+    def _second_plus_first(self, u: Params, v: Params, w: Params) -> Params:
+        """Return $f''(u, v) + f'(w)$."""
 
         def first(x: Params, u: Params) -> Params:
             return jax.jvp(self._f, (x,), (u,))[1]

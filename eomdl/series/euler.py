@@ -12,19 +12,19 @@ from eomdl.series.elementary import ElementaryDifferentials
 from eomdl.series.trees import EULER, ButcherTableau, Tree, modified_equation
 
 
-MAX_ORDER = 10  # its trees number 1,842, and three times as many with every order more
+MAX_ORDER = 10  # it has 1,842 trees, and each further order three times as many
 
 
 def modified_field(
     f: VectorField, x: Params, step_size: ArrayLike, order: int, method: ButcherTableau = EULER
 ) -> Params:
-    r"""The field whose flow over time `step_size` is one step of the method, up to the terms left out.
+    r"""Return the field whose flow over time `step_size` is one step of the method, up to the terms left out.
 
     $$\sum_{j=1}^{n+1} h^{j-1} F_j(x), \qquad F_1 = f, \quad F_j = \sum_{|t|=j} c(t) F(t)(x).$$
 
     With n = `order`, and the step $x + h f(x)$ by default: the modified equation of a Runge-Kutta method as a B-series
-    (Hairer, Lubich & Wanner 2006, ch. IX). It costs less than the fields one by one, since trees of different size share
-    derivatives; the cost is that of `eomdl.EquationOfMotion`.
+    (Hairer, Lubich & Wanner 2006, ch. IX). It costs as much as `eomdl.EquationOfMotion`, and less than the $F_j$ one by one,
+    since trees of different size share derivatives.
     """
     coefficients: dict[Tree, Any] = {}
     for n in range(1, order + 2):
@@ -34,7 +34,7 @@ def modified_field(
 
 
 def counterterms(loss: Loss, params: Params, order: int, args: Args = None) -> Sequence[Params]:
-    r"""Counter terms $(\xi_0, \dots, \xi_{n-1})$ of gradient descent at `params`.
+    r"""Return the counter terms $(\xi_0, \dots, \xi_{n-1})$ of gradient descent at `params`.
 
     ```python
     xi = eomdl.counterterms(loss, params, order=2, args=data)
@@ -55,13 +55,12 @@ def counterterms(loss: Loss, params: Params, order: int, args: Args = None) -> S
         JAX. Where it is only piecewise smooth (relu, max-pool), these are the derivatives
         of the piece that `params` lies in.
     - `params`: pytree of floating-point arrays.
-    - `order`: the number n of counter terms, of any size; 0 gives the empty tuple.
+    - `order`: the number n of counter terms, at most 10; 0 gives the empty tuple.
     - `args`: passed to `loss`.
 
     **Returns:** a tuple of `order` pytrees like `params`.
 
-    **Cost:** about 2.7 / 6 / 11 / 30 / 60 / 150 gradients for n = 1 ... 6 (XLA flops on a tanh MLP;
-    `benchmarks/` measures it).
+    **Cost:** about 2.7 / 6 / 11 / 30 / 60 / 150 gradients for n = 1 ... 6; the page "Cost" has measurements.
 
     **Raises:** `ValueError` for a wrong argument.
 

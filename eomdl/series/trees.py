@@ -3,9 +3,8 @@ r"""Rooted trees and the exact coefficients of modified equations.
 A rooted tree is the sorted tuple of its branches: `()` is the single node, `((),)`
 the chain of two, `((), ())` the bush with two leaves.
 
-The modified equation of a Runge-Kutta method for $x' = f(x)$ with step $h$ (explicit Euler, if it is gradient
-descent) is the B-series
-(Hairer, Lubich & Wanner 2006, ch. IX; Chartier, Hairer & Vilmart 2010)
+The modified equation of a Runge-Kutta method for $x' = f(x)$ with step $h$ (of explicit Euler, which is gradient
+descent) is the B-series (Hairer, Lubich & Wanner 2006, ch. IX; Chartier, Hairer & Vilmart 2010)
 
 $$x' = \sum_t h^{|t|-1} c(t) F(t)(x), \qquad c(t) = \omega(t) / \sigma(t),$$
 
@@ -27,19 +26,19 @@ LEAF: Tree = ()
 
 
 def size(tree: Tree) -> int:
-    """Number of nodes $|t|$."""
+    """Return the number of nodes $|t|$."""
     return 1 + sum(size(branch) for branch in tree)
 
 
 @cache
 def rooted_trees(n: int) -> tuple[Tree, ...]:
-    """All rooted trees with `n` nodes: 1, 1, 2, 4, 9, 20, 48, ... of them (OEIS A000081)."""
+    """Return all rooted trees with `n` nodes: 1, 1, 2, 4, 9, 20, 48, ... of them (OEIS A000081)."""
     return tuple((*branches,) for branches in _forests(n - 1, n - 1))
 
 
 @cache
 def _forests(nodes: int, largest: int) -> tuple[Tree, ...]:
-    """All multisets of trees with `nodes` nodes in all, none larger than `largest`."""
+    """Return all multisets of trees with `nodes` nodes in all, none larger than `largest`."""
     if nodes == 0:
         return ((),)
     return tuple(
@@ -56,7 +55,7 @@ def _forests(nodes: int, largest: int) -> tuple[Tree, ...]:
 
 @cache
 def symmetry(tree: Tree) -> int:
-    r"""Order $\sigma(t)$ of the automorphism group of the tree."""
+    r"""Return the order $\sigma(t)$ of the automorphism group of the tree."""
     return prod(factorial(m) * symmetry(t) ** m for t, m in Counter(tree).items())
 
 
@@ -71,7 +70,7 @@ class ButcherTableau(NamedTuple):
 
 
 def _tableau(*rows: tuple[Fraction | int, ...]) -> ButcherTableau:
-    """From the rows of a and, last, b."""
+    """Return the tableau of the rows of a and, last, b."""
     *a, b = (tuple(Fraction(x) for x in row) for row in rows)
     return ButcherTableau(tuple(a), b)
 
@@ -90,7 +89,7 @@ RK4 = _tableau((), (_HALF,), (0, _HALF), (0, 0, 1), (_SIXTH, _THIRD, _THIRD, _SI
 
 @cache
 def iterate_weight(tree: Tree, n: int, method: ButcherTableau = EULER) -> Fraction:
-    r"""Coefficient $P_t(n)$ of $F(t)/\sigma(t)$ in the n-th iterate of the method with h = 1.
+    r"""Return the coefficient $P_t(n)$ of $F(t)/\sigma(t)$ in the n-th iterate of the method with h = 1.
 
     $P_t(n+1) = P_t(n) + \sum_i b_i D_i(t, n)$ with $D_i(t, n) = \prod_k Y_i(t_k, n)$ over the branches $t_k$ of $t$, the
     coefficient of $f(Y_i)$. It is a polynomial in n of degree $|t|$. For explicit Euler $P_t(n) = \sum_{j<n} \prod_k P_{t_k}(j)$.
@@ -101,20 +100,20 @@ def iterate_weight(tree: Tree, n: int, method: ButcherTableau = EULER) -> Fracti
 
 @cache
 def _slope(tree: Tree, n: int, stage: int, method: ButcherTableau) -> Fraction:
-    """$D_i(t, n)$: of f at stage i of the step after the n-th iterate."""
+    """Return $D_i(t, n)$, the coefficient of f at stage i of the step after the n-th iterate."""
     return prod((_stage(branch, n, stage, method) for branch in tree), start=Fraction(1))
 
 
 @cache
 def _stage(tree: Tree, n: int, stage: int, method: ButcherTableau) -> Fraction:
-    """$Y_i(t, n)$: of the stage itself."""
+    """Return $Y_i(t, n)$, the coefficient of stage i itself."""
     moved = sum((a * _slope(tree, n, j, method) for j, a in enumerate(method.a[stage])), Fraction(0))
     return iterate_weight(tree, n, method) + moved
 
 
 @cache
 def omega(tree: Tree, method: ButcherTableau = EULER) -> Fraction:
-    r"""$\omega(t) = P_t'(0)$: the logarithm of the step map, tree by tree.
+    r"""Return $\omega(t) = P_t'(0)$, the coefficient of the logarithm of the step map.
 
     The derivative of a polynomial at 0 from its forward differences there,
     $P'(0) = \sum_{m \ge 1} \frac{(-1)^{m-1}}{m} \Delta^m P(0)$. For explicit Euler the chain of n nodes has
@@ -130,6 +129,6 @@ def omega(tree: Tree, method: ButcherTableau = EULER) -> Fraction:
 
 @cache
 def modified_equation(n: int, method: ButcherTableau = EULER) -> dict[Tree, Fraction]:
-    """Nonzero coefficients $c(t)$ of the trees with `n` nodes: the field $F_n$ of the method's modified equation."""
+    """Return the nonzero coefficients $c(t)$ of the trees with `n` nodes: the field $F_n$ of the method's modified equation."""
     coefficients = {t: omega(t, method) / symmetry(t) for t in rooted_trees(n)}
     return {t: c for t, c in coefficients.items() if c}

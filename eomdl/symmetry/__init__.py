@@ -1,7 +1,7 @@
 """Symmetries of the loss, what they conserve, and what learning rates and noise break."""
 
 from eomdl.symmetry.charges import Conservation, conservation
-from eomdl.symmetry.checks import SymmetryCheck, check, propose
+from eomdl.symmetry.checks import check, propose
 from eomdl.symmetry.groups import Scaling, Translation
 from eomdl.symmetry.laws import (
     effective_learning_rate,
@@ -16,7 +16,6 @@ from eomdl.symmetry.laws import (
 __all__ = [
     "Conservation",
     "Scaling",
-    "SymmetryCheck",
     "Translation",
     "check",
     "conservation",

@@ -1,4 +1,4 @@
-"""The charges of a run against what is predicted for them."""
+"""The charges of a run, compared with what is predicted for them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,15 +8,17 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
+from typing_extensions import override
 
-from eomdl import _check
+from eomdl import _check, _tree
+from eomdl._result import AbstractResult, Note, Table, series_table
 from eomdl._types import Params
 from eomdl.runs.trajectory import Trajectory
 from eomdl.symmetry.groups import AbstractSymmetry, Scaling, Translation
 
 
 @dataclasses.dataclass(frozen=True)
-class Conservation:
+class Conservation(AbstractResult):
     """The charge of one symmetry along a run, and its predictions, at n consecutive steps.
 
     - `symmetry`: in words.
@@ -24,7 +26,10 @@ class Conservation:
     - `charge`: (n, ...), measured, a value for every unit.
     - `laws`: `{law: (n, ...)}`, made of the start, the learning rate, decay and momentum, and (but for gradient flow)
         the sizes of the updates measured along the real path.
-    - `models`: `{name: (n, ...)}`, the charges of flows integrated from the start; nan where they did not get.
+    - `models`: `{name: (n, ...)}`, the charges of flows integrated from the start; NaN at steps that they did not reach.
+
+    Its table has the sums over units, with the error of each prediction. Its picture shows them against steps, solid the measured charge,
+    dashed the laws, dotted the models; `eomdl.plotting.plot` takes several charges, one row for each.
     """
 
     symmetry: str
@@ -32,33 +37,34 @@ class Conservation:
     charge: Float[np.ndarray, "n ..."]
     laws: dict[str, Float[np.ndarray, "n ..."]]
     models: dict[str, Float[np.ndarray, "n ..."]]
+    notes: tuple[Note, ...] = ()
 
     @property
     def predictions(self) -> dict[str, Float[np.ndarray, "n ..."]]:
-        """Laws and models together."""
+        """Laws and models in one dict."""
         return self.laws | self.models
 
     @property
     def change(self) -> float:
         """The largest change of the charge along the run, Euclidean norm over units."""
-        return float(np.max(_sizes(self.charge - self.charge[:1])))
+        return float(np.max(_tree.row_norms(self.charge - self.charge[:1])))
 
     @property
     def errors(self) -> dict[str, Float[np.ndarray, " n"]]:
         """`{prediction: (n,)}`: distance to the measured charge, Euclidean norm over units."""
-        return {name: _sizes(values - self.charge) for name, values in self.predictions.items()}
+        return {name: _tree.row_norms(values - self.charge) for name, values in self.predictions.items()}
 
-    def to_frame(self) -> Any:
-        """A pandas DataFrame: a row a step, summed over units, with the error of each prediction. Needs `pandas`."""
-        import pandas as pd
-
-        def total(values: np.ndarray) -> np.ndarray:
-            return values.reshape(len(values), -1).sum(axis=1)
-
-        columns = {"step": self.steps, "measured": total(self.charge)}
-        columns |= {name: total(values) for name, values in self.predictions.items()}
+    @override
+    def _tables(self) -> tuple[Table, ...]:
+        columns = {"step": self.steps, "measured": total_over_units(self.charge)}
+        columns |= {name: total_over_units(values) for name, values in self.predictions.items()}
         columns |= {f"error {name}": values for name, values in self.errors.items()}
-        return pd.DataFrame(columns)
+        return (series_table(f"Charge of the {self.symmetry}", columns),)
+
+
+def total_over_units(charge: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, " n"]:
+    """Return the sum of a charge over its units, at every step."""
+    return _tree.rows(charge).sum(axis=1)
 
 
 def conservation(
@@ -70,7 +76,7 @@ def conservation(
     momentum: ArrayLike = 0.0,
     models: Mapping[str, Trajectory] | None = None,
 ) -> Conservation:
-    r"""A charge Q along a real run of SGD, held against its laws and against flows.
+    r"""Compare a charge Q along a real run of SGD with its laws and with flows.
 
     Where the loss has the symmetry, $\langle \partial_\alpha, \nabla f \rangle = 0$ leaves of the heavy-ball step (coupled decay
     $\lambda$, any minibatch), with $\Delta_k = \theta_{k+1} - \theta_k$ and the product
@@ -83,8 +89,8 @@ def conservation(
     - **first order** (one counter term; with momentum that of `eomdl.flows.MomentumFlow`), $\kappa = (1 + \beta) / (1 - \beta)$:
         $\dot Q = -(2\lambda + h\kappa\lambda^2) Q + h\kappa \langle \nabla f, \nabla f \rangle_S$, integrated with
         $\nabla f + \lambda\theta$ of each step, averaged over the memory ($-\Delta_k / h$), and
-        $\dot p = -(\lambda + h\kappa\lambda^2/2) p$. It has no
-        transient: from step 0 on, with momentum, it is not to be used before the memory has filled.
+        $\dot p = -(\lambda + h\kappa\lambda^2/2) p$. It has no transient: with momentum do not use it from step 0 on, but from
+        when the memory has filled.
     - **damped oscillator** (Kunin et al. 2021): $\frac{\eta}{2}(1+\beta)\ddot\theta + (1-\beta)\dot\theta = -\nabla f - \lambda\theta$
         in time $k\eta$, so
         $\frac{\eta}{2}(1+\beta)\ddot Q + (1-\beta)\dot Q + 2\lambda Q = \eta (1+\beta) \langle\dot\theta,\dot\theta\rangle_S$
@@ -101,7 +107,7 @@ def conservation(
     - `symmetry`: an `eomdl.symmetry.Translation` or `eomdl.symmetry.Scaling` of f (see `eomdl.symmetry.check`).
     - `models`: `{name: trajectory}` with saved parameters.
 
-    **Returns:** `eomdl.symmetry.Conservation`. **Cost:** no gradients: all is read off the saved parameters.
+    **Returns:** `eomdl.symmetry.Conservation`. **Cost:** no gradients: everything is computed from the saved parameters.
 
     **Raises:** `ValueError` for a wrong argument.
 
@@ -128,12 +134,12 @@ def conservation(
         )
     )
     params = jax.tree.map(np.asarray, run.params)
-    charge = _rows(symmetry.charge, params)
-    numbers = (int(steps[0]) == 0, eta, decay, beta)
+    charge = _map_over_steps(symmetry.charge, params)
+    settings = (int(steps[0]) == 0, eta, decay, beta)
     if isinstance(symmetry, Translation):
-        laws = _translation_laws(charge, *numbers)
+        laws = _translation_laws(charge, *settings)
     else:
-        laws = _scaling_laws(symmetry, params, charge, *numbers)
+        laws = _scaling_laws(symmetry, params, charge, *settings)
     predicted = {}
     for name, model in (models or {}).items():
         if model.params is None:
@@ -141,8 +147,8 @@ def conservation(
                 f"models[{name!r}]: expected an eomdl.Trajectory with saved params, got {type(model)}"
             )
         values = np.full(charge.shape, np.nan)
-        _, here, there = np.intersect1d(steps, model.steps, return_indices=True)
-        values[here] = _rows(symmetry.charge, jax.tree.map(np.asarray, model.params))[there]
+        _, at_run, at_model = np.intersect1d(steps, model.steps, return_indices=True)
+        values[at_run] = _map_over_steps(symmetry.charge, jax.tree.map(np.asarray, model.params))[at_model]
         predicted[name] = values
     return Conservation(symmetry.label, steps, charge, laws, predicted)
 
@@ -157,15 +163,12 @@ def _translation_laws(
         buffer = beta * buffer + decay * exact[k + 1]
     h = eta / (1 - beta)
     rates = {"gradient flow": decay, "first order": decay + h * (1 + beta) / (1 - beta) * decay**2 / 2}
-    flows = {name: charge[:1] * np.exp(-rate * h * _column(charge)) for name, rate in rates.items()}
+    flows = {name: charge[:1] * np.exp(-rate * h * _step_column(charge)) for name, rate in rates.items()}
     after = charge[1] - charge[0]
     before = _update_before(after, decay * charge[0], from_rest, eta, beta)
     slope, drive = (before + after) / (2 * eta), np.zeros_like(charge[1:])
-    return (
-        {"exact": exact}
-        | flows
-        | {"damped oscillator": _oscillator(charge[0], slope, drive, eta, decay, beta)}
-    )
+    oscillator = _oscillator(charge[0], slope, drive, eta, decay, beta)
+    return {"exact": exact, **flows, "damped oscillator": oscillator}
 
 
 def _scaling_laws(
@@ -180,15 +183,15 @@ def _scaling_laws(
     h, kappa = eta / (1 - beta), (1 + beta) / (1 - beta)
     before = jax.tree.map(lambda leaf: leaf[:-1], params)
     update = jax.tree.map(lambda leaf: np.diff(leaf, axis=0), params)
-    square = _rows(symmetry.pair, update, update)
+    square = _map_over_steps(symmetry.pair, update, update)
     exact = charge.copy()
-    inner = -eta * decay * charge[0] if from_rest else _rows(symmetry.pair, before, update)[0]
+    inner = -eta * decay * charge[0] if from_rest else _map_over_steps(symmetry.pair, before, update)[0]
     for k in range(len(square)):
         exact[k + 1] = exact[k] + 2 * inner + square[k]
         inner = beta * (inner + square[k]) - eta * decay * exact[k + 1]
 
-    # The velocity is the gradient averaged over the memory: so a gradient that stays counts kappa
-    # times, and the noise of minibatches, forgotten from step to step, once.
+    # The velocity is the gradient averaged over the memory. So a gradient that stays counts kappa
+    # times, and the noise of minibatches, independent from step to step, once.
     rate = 2 * decay + 2 * h * kappa * decay**2
     growth = kappa / h * square
     kept = np.exp(-rate * h)
@@ -196,8 +199,8 @@ def _scaling_laws(
     first = charge.copy()
     for k in range(len(square)):
         first[k + 1] = kept * first[k] + weight * growth[k]
-    flow = charge[:1] * np.exp(-2 * decay * h * _column(charge))
-    after = _rows(symmetry.pair, before, update)[0]
+    flow = charge[:1] * np.exp(-2 * decay * h * _step_column(charge))
+    after = _map_over_steps(symmetry.pair, before, update)[0]
     earlier = _update_before(after, decay * charge[0], from_rest, eta, beta)
     # Q' = 2 <theta, theta'>, with theta' the mean of the two updates over eta.
     slope, drive = (earlier + after) / eta, (1 + beta) / eta * square
@@ -208,14 +211,14 @@ def _scaling_laws(
 def _update_before(
     after: np.ndarray, pull: np.ndarray, from_rest: bool, eta: float, beta: float
 ) -> np.ndarray:
-    """A linear function of the update before the start, from the one after it: after = beta * before - eta * pull."""
+    """Return a linear function of the update before the start: after = beta * before - eta * pull."""
     return np.zeros_like(after) if from_rest or beta == 0 else (after + eta * pull) / beta
 
 
 def _oscillator(
     start: np.ndarray, slope: np.ndarray, drive: np.ndarray, eta: float, stiffness: float, beta: float
 ) -> np.ndarray:
-    r"""$\frac{\eta}{2}(1 + \beta) \ddot q + (1 - \beta) \dot q + c q = d_k$ on $[k\eta, (k+1)\eta]$: q at every step, exactly.
+    r"""Solve $\frac{\eta}{2}(1 + \beta) \ddot q + (1 - \beta) \dot q + c q = d_k$ on $[k\eta, (k+1)\eta]$; return q at every step.
 
     `start` and `slope` are q and its derivative at 0, c is the `stiffness`, `drive` has shape (n - 1, ...).
     """
@@ -223,23 +226,19 @@ def _oscillator(
 
     mass = eta / 2 * (1 + beta)
     generator = np.array([[0, 1, 0], [-stiffness / mass, -(1 - beta) / mass, 1 / mass], [0, 0, 0]])
-    carry = expm(eta * generator)
-    rows, here = [start], np.stack([start, slope, np.zeros_like(start)])
+    propagator = expm(eta * generator)
+    path, state = [start], np.stack([start, slope, np.zeros_like(start)])
     for force in drive:
-        here[2] = force
-        here = np.tensordot(carry, here, 1)
-        rows.append(here[0])
-    return np.stack(rows)
+        state[2] = force
+        state = np.tensordot(propagator, state, 1)
+        path.append(state[0])
+    return np.stack(path)
 
 
-def _column(charge: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... along the first axis."""
+def _step_column(charge: np.ndarray) -> np.ndarray:
+    """Return 0, 1, 2, ... along the first axis."""
     return np.arange(len(charge)).reshape(-1, *[1] * (charge.ndim - 1))
 
 
-def _rows(function: Any, *trees: Params) -> np.ndarray:
+def _map_over_steps(function: Any, *trees: Params) -> np.ndarray:
     return np.asarray(jax.jit(jax.vmap(function))(*trees))
-
-
-def _sizes(values: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(values.reshape(len(values), -1), axis=1)

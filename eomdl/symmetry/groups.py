@@ -9,24 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from typing_extensions import override
 
 from eomdl import _blocks, _check, _tree
 from eomdl._blocks import Where
 from eomdl._types import Args, Array, Params
+from eomdl.storage.values import make_storable
 
 
 Member = Where | tuple[Where, int | None]
 
 
 class AbstractSymmetry(eqx.Module):
-    """A group acting on the parameters, with one charge for each of its one-parameter subgroups (units).
-
-    - `charge(params, args)`: what gradient flow conserves (without decay) if the loss has the symmetry; an
-        observable.
-    - `transform(params, amount)`: a finite transformation, `amount` of the shape of the charge; 0 is the identity.
-    - `violation(params, gradient)`: cosine of the gradient and the group's directions, 0 where the loss
-        has the symmetry.
-    """
+    """A group acting on the parameters, with one charge for each of its one-parameter subgroups (units)."""
 
     @property
     @abc.abstractmethod
@@ -35,23 +30,29 @@ class AbstractSymmetry(eqx.Module):
 
     @abc.abstractmethod
     def charge(self, params: Params, args: Args = None) -> Float[Array, "*units"]:
-        """The charge of every unit."""
+        """Return the charge of every unit; this method is an observable.
+
+        Gradient flow conserves it (without decay) if the loss has the symmetry.
+        """
 
     @abc.abstractmethod
     def transform(self, params: Params, amount: jax.Array) -> Params:
-        """Parameters moved along the group."""
+        """Return the parameters after a finite transformation; `amount` has the shape of the charge, 0 is the identity."""
 
     @abc.abstractmethod
     def violation(self, params: Params, gradient: Params) -> Float[jax.Array, ""]:
-        r"""$|\langle \partial_\alpha, \nabla f \rangle| / (|\partial_\alpha| |\nabla_A f|)$; 0 where the gradient vanishes."""
+        r"""Return the cosine of the gradient and the group's directions, 0 where the loss has the symmetry.
+
+        $|\langle \partial_\alpha, \nabla f \rangle| / (|\partial_\alpha| |\nabla_A f|)$; 0 where the gradient vanishes.
+        """
 
 
 class Translation(AbstractSymmetry):
     r"""$f(\theta + c\, 1_A) = f(\theta)$: the same number added to a block along one axis.
 
-    True of the weights into a softmax along the axis of the classes. Charge: the component
-    $\langle 1, \theta_A \rangle / \sqrt m$ along that axis of length m, in the shape of the others; with `axis=None`, for
-    a block that the loss does not see at all, every entry by itself.
+    The weights into a softmax have it along the axis of the classes. The charge is the component
+    $\langle 1, \theta_A \rangle / \sqrt m$ along that axis of length m, in the shape of the others. With `axis=None`, for
+    a block that the loss does not use at all, it is every entry by itself.
 
     **Arguments:** `block`, an array of the parameters: its name, such as "head.w", or a function of the
     parameters; `axis`.
@@ -65,8 +66,8 @@ class Translation(AbstractSymmetry):
     )
 
     @property
+    @override
     def label(self) -> str:
-        """The symmetry in words."""
         along = "in every entry" if self.axis is None else f"along axis {self.axis}"
         return f"translation of {_blocks.label(self.block)} {along}"
 
@@ -85,21 +86,21 @@ class Translation(AbstractSymmetry):
             return block
         return jnp.sum(block, axis=self.axis) / np.sqrt(block.shape[self.axis])
 
+    @override
     def charge(self, params: Params, args: Args = None) -> Float[Array, "*units"]:
-        r"""$\langle 1, \theta_A \rangle / \sqrt m$ along the axis, or every entry."""
         del args
         return self._sum(self._array(params))
 
+    @override
     def transform(self, params: Params, amount: jax.Array) -> Params:
-        """The block with `amount` added along the axis."""
         block = self._array(params)
         shift = amount if self.axis is None else jnp.expand_dims(amount, self.axis)
         return _replace(params, self.block, block + jnp.broadcast_to(shift, block.shape))
 
+    @override
     def violation(self, params: Params, gradient: Params) -> Float[jax.Array, ""]:
-        """Cosine of the gradient and the translations; without an axis, the block's share of the gradient's norm."""
         block = self._array(gradient)
-        # A block that is not seen at all is small against the whole gradient.
+        # The gradient of a block that is not used at all is small against the whole gradient.
         size = jnp.linalg.norm(block) if self.axis is not None else _tree.norm(gradient)
         return _ratio(jnp.linalg.norm(self._sum(block)), size)
 
@@ -107,8 +108,8 @@ class Translation(AbstractSymmetry):
 class Scaling(AbstractSymmetry):
     r"""$f(a\, \theta_A, \theta_B / a) = f(\theta)$: scale symmetry of a block A, or rescale symmetry of A against B.
 
-    Scale symmetry (`outgoing` empty): weights before a normalization. Rescale symmetry: the weights and the bias into
-    a homogeneous unit (ReLU, linear) against those out of it. Charge: $|\theta_A|^2 - |\theta_B|^2$.
+    Weights before a normalization have scale symmetry (`outgoing` empty). The weights and the bias into a homogeneous unit
+    (ReLU, linear) have rescale symmetry against those out of it. The charge is $|\theta_A|^2 - |\theta_B|^2$.
 
     **Arguments:** `incoming` (A) and `outgoing` (B): lists of members, each a block by name or function or, for a
     charge of every unit by itself, `(block, axis)` with the axis that counts the units:
@@ -134,37 +135,36 @@ class Scaling(AbstractSymmetry):
             )
 
     @property
+    @override
     def label(self) -> str:
-        """The symmetry in words."""
-
-        def said(members: tuple) -> str:
+        def describe(members: tuple) -> str:
             return " and ".join(_blocks.label(b) + ("" if a is None else f" (axis {a})") for b, a in members)
 
         if not self.outgoing:
-            return f"scale of {said(self.incoming)}"
-        return f"rescale of {said(self.incoming)} against {said(self.outgoing)}"
+            return f"scale of {describe(self.incoming)}"
+        return f"rescale of {describe(self.incoming)} against {describe(self.outgoing)}"
 
+    @override
     def charge(self, params: Params, args: Args = None) -> Float[Array, "*units"]:
-        r"""$|\theta_A|^2 - |\theta_B|^2$ of every unit."""
         del args
         return self.pair(params, params)
 
     def pair(self, a: Params, b: Params) -> Float[Array, "*units"]:
-        r"""The indefinite product $\langle a, b \rangle_A - \langle a, b \rangle_B$ of every unit.
+        r"""Return the product $\langle a, b \rangle_A - \langle a, b \rangle_B$ of every unit; it may be negative.
 
-        The charge is that of $\theta, \theta$.
+        The charge is the product of $\theta$ with itself.
         """
         incoming, outgoing = self._products(a, b)
         return sum(incoming) - sum(outgoing) if outgoing else sum(incoming)
 
     def _products(self, a: Params, b: Params) -> tuple[list, list]:
-        def of(members: tuple) -> list:
+        def products(members: tuple) -> list:
             return [
                 _product(_blocks.select(a, block), _blocks.select(b, block), block, axis)
                 for block, axis in members
             ]
 
-        incoming, outgoing = of(self.incoming), of(self.outgoing)
+        incoming, outgoing = products(self.incoming), products(self.outgoing)
         shapes = {p.shape for p in (*incoming, *outgoing)}
         if len(shapes) > 1:
             raise ValueError(
@@ -172,23 +172,24 @@ class Scaling(AbstractSymmetry):
             )
         return incoming, outgoing
 
+    @override
     def transform(self, params: Params, amount: jax.Array) -> Params:
-        """Block A multiplied, and B divided, by $e^c$ with c = `amount`."""
+        # A is multiplied by e^amount, B divided by it.
         for members, sign in ((self.incoming, 1.0), (self.outgoing, -1.0)):
             for block, axis in members:
                 factor = jnp.exp(sign * amount)
 
-                def scaled(leaf: jax.Array, factor: Any = factor, axis: Any = axis) -> jax.Array:
+                def scale(leaf: jax.Array, factor: Any = factor, axis: Any = axis) -> jax.Array:
                     if axis is None:
                         return factor * leaf
                     others = tuple(i for i in range(leaf.ndim) if i != axis % leaf.ndim)
                     return jnp.expand_dims(factor, others) * leaf
 
-                params = _replace(params, block, jax.tree.map(scaled, _blocks.select(params, block)))
+                params = _replace(params, block, jax.tree.map(scale, _blocks.select(params, block)))
         return params
 
+    @override
     def violation(self, params: Params, gradient: Params) -> Float[jax.Array, ""]:
-        """Cosine of the gradient and the scalings of A against B."""
         square_params = sum(sum(side) for side in self._products(params, params))
         square_gradient = sum(sum(side) for side in self._products(gradient, gradient))
         return _ratio(
@@ -203,8 +204,10 @@ def _members(name: str, members: Any) -> tuple:
     pairs = []
     for member in members:
         pair = member if isinstance(member, tuple) else (member, None)
-        good = len(pair) == 2 and (isinstance(pair[0], str) or callable(pair[0]))
-        if not good or not (pair[1] is None or (isinstance(pair[1], int) and not isinstance(pair[1], bool))):
+        is_block = len(pair) == 2 and (isinstance(pair[0], str) or callable(pair[0]))
+        if not is_block or not (
+            pair[1] is None or (isinstance(pair[1], int) and not isinstance(pair[1], bool))
+        ):
             raise ValueError(f"{name}: expected a list of blocks or (block, axis), got {member!r} in it")
         pairs.append(pair)
     return tuple(pairs)
@@ -225,5 +228,9 @@ def _replace(params: Params, where: Where, new: Any) -> Params:
     return eqx.tree_at(lambda p: _blocks.select(p, where), params, new)
 
 
-def _ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
-    return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1), 0.0)
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0.0)
+
+
+make_storable(Translation)
+make_storable(Scaling)

@@ -1,7 +1,7 @@
 r"""What symmetry of the loss says about weight norms, in closed form.
 
 $L = f + \frac{\lambda}{2}|\theta|^2$, learning rate $\eta$. Laws from Kunin et al. 2021
-(arXiv 2012.04728) and Miyagawa 2022 (arXiv 2210.15898); with GD's exact ones beside them.
+(arXiv 2012.04728) and Miyagawa 2022 (arXiv 2210.15898), and the exact ones of gradient descent.
 """
 
 import jax
@@ -16,7 +16,7 @@ from eomdl._types import Array, Numbers
 def translation_decay_rate(
     learning_rate: ArrayLike, weight_decay: ArrayLike, order: int | None
 ) -> Float[jax.Array, ""]:
-    r"""Decay rate of the component along a direction that the loss does not see.
+    r"""Return the decay rate of the component along a direction that the loss does not depend on.
 
     The Hessian of L is $\lambda$ along it, so the equation of motion with n counter terms
     predicts $\sum_{j=1}^{n+1} \eta^{j-1} \lambda^j / j$: gradient flow (n = 0) says
@@ -36,7 +36,7 @@ def translation_decay_rate(
 def scale_norm_after_step(
     norm: Numbers, gradient_norm: Numbers, learning_rate: Numbers, weight_decay: Numbers
 ) -> Float[jax.Array, "..."]:
-    r"""Norm of a scale-invariant block after one step of gradient descent, exactly.
+    r"""Return the norm of a scale-invariant block after one step of gradient descent, exactly.
 
     $|\theta|^2_{k+1} = (1 - \eta\lambda)^2 |\theta|^2_k + \eta^2 |\nabla f|^2$, since
     $\langle \theta_A, \nabla_A f \rangle = 0$. `gradient_norm` is that of f, without decay.
@@ -49,7 +49,7 @@ def scale_norm_after_step(
 def scale_norm_rate(
     norm: Numbers, gradient_norm: Numbers, learning_rate: Numbers, weight_decay: Numbers, order: int
 ) -> ArrayLike:
-    r"""$\frac{d}{dt} \log |\theta_A|^2$ of a scale-invariant block, in closed form.
+    r"""Return $\frac{d}{dt} \log |\theta_A|^2$ of a scale-invariant block, in closed form.
 
     Gradient flow (order 0): $-2\lambda$. One counter term (order 1):
     $-(2\lambda + \eta\lambda^2) + \eta |\nabla_A f|^2 / |\theta_A|^2$, whatever other
@@ -76,13 +76,13 @@ def equilibrium_norm(
     weight_decay: Numbers,
     momentum: Numbers = 0.0,
 ) -> Float[jax.Array, "..."]:
-    r"""Norm at which decay and the growth from discreteness balance in a scale-invariant block.
+    r"""Return the norm at which decay and the growth from discreteness balance in a scale-invariant block.
 
     $$r^4 = \frac{\eta c^2}{\lambda (1 - \beta) (2 - \eta\lambda / (1 + \beta))}, \qquad c = |\theta_A| |\nabla f|,$$
 
     where scaling the block leaves c as it is. With momentum $\beta$ it takes the gradient to be uncorrelated with
     the last update (Wan et al. 2021, arXiv 2006.08419); without, it is exact. Gradient flow has no such
-    balance: its norm decays to 0. At it the angle per step is `equilibrium_angle`.
+    balance: its norm decays to 0. The angle per step at this norm is `equilibrium_angle`.
     """
     norm, gradient_norm = _norms(norm, gradient_norm)
     learning_rate = _check.positive_numbers("learning_rate", learning_rate)
@@ -96,10 +96,10 @@ def equilibrium_norm(
 def equilibrium_angle(
     learning_rate: Numbers, weight_decay: Numbers, momentum: Numbers = 0.0
 ) -> Float[jax.Array, "..."]:
-    r"""Angle per step at the equilibrium norm: $\cos\alpha = 1 - \eta\lambda / (1 + \beta)$.
+    r"""Return the angle per step at the equilibrium norm: $\cos\alpha = 1 - \eta\lambda / (1 + \beta)$.
 
     About $\sqrt{2\eta\lambda / (1 + \beta)}$ (Wan et al. 2021, arXiv 2006.08419). It needs no assumption on the gradient: at
-    a constant norm the exact law of `eomdl.symmetry.conservation` balances just so.
+    a constant norm it follows from the exact law of `eomdl.symmetry.conservation`.
     """
     learning_rate, weight_decay = _rates(learning_rate, weight_decay)
     return jnp.arccos(1 - learning_rate * weight_decay / (1 + _check.fractions("momentum", momentum)))
@@ -108,7 +108,7 @@ def equilibrium_angle(
 def effective_learning_rate(
     norm: Numbers, learning_rate: Numbers, momentum: Numbers = 0.0
 ) -> Float[jax.Array, "..."]:
-    r"""$\eta_e = \eta / ((1 - \beta) |\theta_A|^2)$: the learning rate that the direction of a scale-invariant block has.
+    r"""Return $\eta_e = \eta / ((1 - \beta) |\theta_A|^2)$, the learning rate of the direction of a scale-invariant block.
 
     $f(\theta_A) = f(\theta_A / |\theta_A|)$, whose gradient is $1/|\theta_A|$ of that on the unit sphere, where a step of the
     direction is another $1/|\theta_A|$ (Hoffer et al. 2018, arXiv 1803.01814).
