@@ -1,8 +1,12 @@
-"""A valid call of every public function, for `test_arguments.py`, and the values that are wrong for most arguments."""
+"""A valid call of every public function, for `test_arguments.py`, and the values that are wrong for most arguments.
 
+Whatever has to be computed is `Lazy`: importing this file runs nothing.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,17 +15,32 @@ from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, pulled_loss
 import eomdl
 
 
+class Lazy:
+    """A value that is computed when it is first asked for."""
+
+    def __init__(self, compute: Callable[[], Any]):
+        self._compute = compute
+
+    @cached_property
+    def value(self) -> Any:
+        return self._compute()
+
+
+def evaluate(value: Any) -> Any:
+    """Return the value itself, or what a lazy one computes."""
+    return value.value if isinstance(value, Lazy) else value
+
+
 SGD = optax.sgd(0.05)
-RUN = eomdl.descend(valley_loss, VALLEY, SGD, 12, step_size=0.05, observe={"loss": valley_loss})
-TELEMETRY = eomdl.observe.EdgeTelemetry(valley_loss, SGD)
-TELEMETRY.look(0, VALLEY, SGD.init(VALLEY), None)
+RUN = Lazy(lambda: eomdl.descend(valley_loss, VALLEY, SGD, 12, step_size=0.05, observe={"loss": valley_loss}))
 FLOW = eomdl.GradientFlow(valley_loss, 0.05)
-PATH = eomdl.solve(FLOW, VALLEY, 12, observe={"loss": valley_loss})
-STEP = eomdl.optimizer_step(valley_loss, SGD)
-SCALED = eomdl.descend(normalized_loss, NORMALIZED, SGD, 6, args=LABEL_ARGS)
+PATH = Lazy(lambda: eomdl.solve(FLOW, VALLEY, 12, observe={"loss": valley_loss}))
+STEP = Lazy(lambda: eomdl.optimizer_step(valley_loss, SGD))
+PAIR = Lazy(lambda: eomdl.runs.stack([VALLEY, OTHER]))
+SCALED = Lazy(lambda: eomdl.descend(normalized_loss, NORMALIZED, SGD, 6, args=LABEL_ARGS))
 SCALE = eomdl.symmetry.Scaling([("first.w", 1)])
 CLOUD = np.random.default_rng(0).normal(size=(130, 3))
-OTHER = jax.tree.map(lambda x: x + 1.0, VALLEY)
+OTHER = {"x": jnp.array(2.2, float), "y": jnp.array(0.3, float)}
 TRIANGLE = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
 NETWORK = (np.array([[1.0, 2.0], [-1.0, 0.5], [0.3, -0.7]]), np.array([0.1, -0.2, 0.05]))
 
@@ -29,6 +48,10 @@ NETWORK = (np.array([[1.0, 2.0], [-1.0, 0.5], [0.3, -0.7]]), np.array([0.1, -0.2
 def preactivations(params, x):
     w, b = params
     return w @ x + b
+
+
+def draw(result):
+    return eomdl.plotting.plot(result)  # which takes it by its place: it goes by its type
 
 
 def runner(**options):
@@ -68,7 +91,8 @@ RUN_OPTIONS = dict(
 )
 
 MATRICES, LABELS = np.zeros((3, 2, 2)), np.array([0, 0])
-DIMENSION = eomdl.geometry.intrinsic_dimension(CLOUD)
+DIMENSION = Lazy(lambda: eomdl.geometry.intrinsic_dimension(CLOUD))
+PLANE = eomdl.geometry.LossPlane(np.linspace(0, 1, 3), np.linspace(0, 1, 3), np.ones((3, 3)))
 
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "descend": (
@@ -80,7 +104,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             num_steps=12,
             step_size=0.05,
             extra_args=None,
-            telemetry=None,
+            monitors=[],
             **RUN_OPTIONS,
         ),
     ),
@@ -107,7 +131,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             **RUN_OPTIONS,
         ),
     ),
-    "compare": (eomdl.compare, dict(reference=RUN, trajectories={"flow": PATH}, smooth=1)),
+    "compare": (
+        eomdl.compare,
+        dict(reference=RUN, trajectories=Lazy(lambda: {"flow": PATH.value}), smooth=1),
+    ),
     "citation": (eomdl.citation, dict(flow=FLOW)),
     "counterterms": (eomdl.counterterms, dict(loss=valley_loss, params=VALLEY, order=1, args=None)),
     "on_batch": (eomdl.on_batch, dict(function=valley_loss)),
@@ -134,7 +161,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         dict(step_map=STEP, step_size=0.05, points=2, stride=1, weights=None, backward=1),
     ),
     "WeightDecay": (eomdl.WeightDecay, dict(loss=valley_loss, weight_decay=0.1)),
-    "Ensemble": (eomdl.Ensemble, dict(step_map=STEP, args_axis=None)),
+    "Ensemble": (eomdl.Ensemble, dict(member=STEP, args_axis=None)),
     "runs.RowsOnDisk": (eomdl.runs.RowsOnDisk, dict(folder="nowhere")),
     "Checkpoints": (
         eomdl.Checkpoints,
@@ -156,7 +183,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flows.SecondMoment": (eomdl.flows.SecondMoment, dict(decay=0.9, eps=1e-8, scalar=False)),
     "flows.ModifiedFlow": (
         eomdl.flows.ModifiedFlow,
-        dict(field=lambda x, args: x, step_size=0.1, order=1, method=eomdl.series.EULER),
+        dict(field=lambda x, args: x, step_size=0.1, order=1, method=eomdl.series.HEUN),
     ),
     "flows.MomentumFlow": (
         eomdl.flows.MomentumFlow,
@@ -180,26 +207,25 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.flows.rmsprop_flow,
         dict(loss=valley_loss, learning_rate=0.05, decay=0.9, eps=1e-8, order=1),
     ),
-    "flows.choose_points": (
-        eomdl.flows.choose_points,
+    "maps.GradientDescentStep": (
+        eomdl.maps.GradientDescentStep,
+        dict(loss=valley_loss, learning_rate=0.1),
+    ),
+    "choice.choose_points": (
+        eomdl.choice.choose_points,
         dict(step_map=STEP, params=VALLEY, num_steps=4, args=None, stride=1, max_points=2, start=None),
     ),
-    "flows.fitted_weights": (
-        eomdl.flows.fitted_weights,
+    "choice.fitted_weights": (
+        eomdl.choice.fitted_weights,
         dict(step_map=STEP, params=VALLEY, points=3, num_steps=4, args=None, stride=1, order=1, start=None),
     ),
-    "flows.departure_from_identity": (
-        eomdl.flows.departure_from_identity,
-        dict(step_map=STEP, params=VALLEY, args=None, stride=1, num_matvecs=4, start=None),
-    ),
     "flows.minimax_weights": (eomdl.flows.minimax_weights, dict(points=3, bound=0.8, order=None)),
-    "flows.taylor_weights": (eomdl.flows.taylor_weights, dict(points=3)),
     "flows.Target": (eomdl.flows.Target, dict(name="means", weights=((0, 1.0),))),
     "flows.step_data": (eomdl.flows.step_data, dict(args=None, n=0)),
     "observe.angle_per_step": (eomdl.observe.angle_per_step, dict(block=CLOUD)),
     "observe.block_norm": (eomdl.observe.block_norm, dict(where="x")),
-    "observe.EdgeTelemetry": (
-        eomdl.observe.EdgeTelemetry,
+    "telemetry.EdgeTelemetry": (
+        eomdl.telemetry.EdgeTelemetry,
         dict(loss=valley_loss, optimizer=SGD, along_every=10, edge_every=50, k=1, num_matvecs=6),
     ),
     "observe.shift_component": (eomdl.observe.shift_component, dict(where="x", axis=-1)),
@@ -262,8 +288,8 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.errors.local_error,
         dict(flow=FLOW, reference=RUN, args=None, batches=None, steps=None),
     ),
-    "errors.choose_flow": (
-        eomdl.errors.choose_flow,
+    "choice.choose_flow": (
+        eomdl.choice.choose_flow,
         dict(
             loss=valley_loss,
             params=VALLEY,
@@ -273,7 +299,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             learning_rate=0.05,
             args=None,
             start=None,
-            stretch=4,
+            probe_steps=4,
             progress=False,
         ),
     ),
@@ -309,30 +335,22 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         dict(loss=examples_loss, chunk_size=10, weights=None),
     ),
     "losses.OnHost": (eomdl.losses.OnHost, dict(arrays=CLOUD)),
-    "maps.each": (eomdl.maps.each, dict(observable=valley_loss, args_axis=None)),
-    "maps.members": (
-        eomdl.maps.members,
-        dict(trajectory=eomdl.iterate(eomdl.Ensemble(STEP), eomdl.maps.stack([VALLEY, OTHER]), 2)),
+    "runs.each": (eomdl.runs.each, dict(observable=valley_loss, args_axis=None)),
+    "runs.members": (
+        eomdl.runs.members,
+        dict(trajectory=Lazy(lambda: eomdl.iterate(eomdl.Ensemble(STEP.value), PAIR.value, 2))),
     ),
-    "maps.stack": (eomdl.maps.stack, dict(params=[VALLEY, OTHER])),
-    "geometry.barrier": (
-        eomdl.geometry.barrier,
-        dict(loss=valley_loss, a=VALLEY, b=OTHER, args=None, num_points=5),
-    ),
+    "runs.stack": (eomdl.runs.stack, dict(params=[VALLEY, OTHER])),
     "geometry.barriers": (
         eomdl.geometry.barriers,
         dict(
             loss=valley_loss,
-            runs=eomdl.maps.stack([VALLEY, OTHER]),
+            runs=PAIR,
             args=None,
             num_points=5,
             batch_size=8,
             progress=False,
         ),
-    ),
-    "geometry.loss_on_line": (
-        eomdl.geometry.loss_on_line,
-        dict(loss=valley_loss, a=VALLEY, b=OTHER, args=None, num_points=5),
     ),
     "geometry.clusters": (
         eomdl.geometry.clusters,
@@ -353,12 +371,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             batch_size=64,
         ),
     ),
-    "geometry.distance_travelled": (eomdl.geometry.distance_travelled, dict(trajectory=RUN)),
-    "geometry.path_length": (eomdl.geometry.path_length, dict(trajectory=RUN)),
-    "geometry.path_curvature": (eomdl.geometry.path_curvature, dict(trajectory=RUN)),
-    "geometry.path_torsion": (eomdl.geometry.path_torsion, dict(trajectory=RUN)),
     "geometry.path_shape": (eomdl.geometry.path_shape, dict(trajectory=RUN)),
-    "geometry.straightness": (eomdl.geometry.straightness, dict(trajectory=RUN)),
     "geometry.path_points": (eomdl.geometry.path_points, dict(trajectory=RUN, num_points=5, seed=0)),
     "geometry.principal_components": (eomdl.geometry.principal_components, dict(trajectory=RUN, k=1)),
     "geometry.flow_curvature": (eomdl.geometry.flow_curvature, dict(flow=FLOW)),
@@ -372,17 +385,6 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         dict(points=CLOUD, estimator=None, blocks=3, partitions=1, seed=0),
     ),
     "geometry.participation_ratio": (eomdl.geometry.participation_ratio, dict(points=CLOUD)),
-    "geometry.dimension_along": (
-        eomdl.geometry.dimension_along,
-        dict(
-            trajectory=RUN,
-            points=lambda params, args: args + params["x"],
-            args=CLOUD,
-            estimator=None,
-            steps=[0],
-            progress=False,
-        ),
-    ),
     "geometry.loss_plane": (
         eomdl.geometry.loss_plane,
         dict(
@@ -443,14 +445,6 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.plotting.plot_barriers,
         dict(steps=[0, 1, 2], matrices=MATRICES, labels=LABELS),
     ),
-    "plotting.plot_comparison": (
-        eomdl.plotting.plot_comparison,
-        dict(comparison=eomdl.compare(RUN, {"flow": PATH})),
-    ),
-    "plotting.plot_conservation": (
-        eomdl.plotting.plot_conservation,
-        dict(charges={"scale": eomdl.symmetry.conservation(SCALED, SCALE, learning_rate=0.05)}),
-    ),
     "plotting.plot_development": (
         eomdl.plotting.plot_development,
         dict(
@@ -463,52 +457,27 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             linkage="complete",
         ),
     ),
-    "plotting.plot_dimensions": (eomdl.plotting.plot_dimensions, dict(dimensions={"layer": {0: DIMENSION}})),
-    "plotting.plot_edge": (eomdl.plotting.plot_edge, dict(report=TELEMETRY.report())),
-    "plotting.plot_path_plane": (
-        eomdl.plotting.plot_path_plane,
-        dict(
-            plane=eomdl.geometry.loss_plane(
-                valley_loss, VALLEY, OTHER, VALLEY, np.linspace(0, 1, 3), np.linspace(0, 1, 3)
-            ),
-            paths={"GD": np.zeros((4, 2))},
-        ),
+    "plotting.plot": (draw, dict(result=DIMENSION)),
+    "plotting.plot of a plane": (
+        PLANE.plot,
+        dict(paths={"GD": np.zeros((4, 2))}),
     ),
-    "plotting.plot_path_shape": (
-        eomdl.plotting.plot_path_shape,
-        dict(shapes={"GD": eomdl.geometry.path_shape(RUN)}),
+    "plotting.plot of a predicted error": (
+        Lazy(lambda: eomdl.errors.predict_error(FLOW, VALLEY, 1, check=False).plot),
+        dict(measured=None),
     ),
-    "plotting.plot_regions": (
-        eomdl.plotting.plot_regions,
-        dict(maps={"net": eomdl.geometry.region_map(preactivations, NETWORK, TRIANGLE, resolution=8)}),
-    ),
-    "plotting.plot_largest_rate": (
-        eomdl.plotting.plot_largest_rate,
-        dict(rate=eomdl.errors.largest_learning_rate(valley_loss, VALLEY, 0.2, 0.1, points=4)),
-    ),
-    "plotting.plot_choice": (
-        eomdl.plotting.plot_choice,
-        dict(
-            choice=eomdl.errors.choose_flow(valley_loss, VALLEY, SGD, 4, 0.1, learning_rate=0.05, stretch=4)
-        ),
-    ),
-    "plotting.plot_predicted_error": (
-        eomdl.plotting.plot_predicted_error,
-        dict(predicted=eomdl.errors.predict_error(FLOW, VALLEY, 1, check=False), measured=None),
-    ),
-    "plotting.plot_secants": (
-        eomdl.plotting.plot_secants,
-        dict(runs=eomdl.geometry.secants(runner, {"GD": valley_loss})),
-    ),
-    "plotting.plot_spectral_density": (
-        eomdl.plotting.plot_spectral_density,
-        dict(density=eomdl.curvature.spectral_density(valley_loss, VALLEY, None, 2, 2), width=None),
+    "plotting.plot of a spectrum": (
+        Lazy(lambda: eomdl.curvature.spectral_density(valley_loss, VALLEY, None, 2, 2).plot),
+        dict(width=None),
     ),
     "runs.Crossing": (eomdl.runs.Crossing, dict(observable="loss", level=1.0, rising=True)),
     "runs.logarithmic_steps": (eomdl.runs.logarithmic_steps, dict(num_steps=10, per_decade=3)),
-    "runs.Trajectory.rows": (RUN.rows, dict(index=slice(2))),
-    "runs.Trajectory.at": (RUN.at, dict(step=3)),
-    "runs.Trajectory.smoothed": (RUN.smoothed, dict(window=2)),
-    "runs.Trajectory.averaged": (RUN.averaged, dict(target=eomdl.flows.SMOOTHED)),
+    "runs.Trajectory.rows": (Lazy(lambda: RUN.value.rows), dict(index=slice(2))),
+    "runs.Trajectory.at": (Lazy(lambda: RUN.value.at), dict(step=3)),
+    "runs.Trajectory.smoothed": (Lazy(lambda: RUN.value.smoothed), dict(window=2)),
+    "runs.Trajectory.averaged": (
+        Lazy(lambda: RUN.value.averaged),
+        dict(target=eomdl.flows.Target("midpoints", ((0, 0.5), (1, 0.5)))),
+    ),
     "runs.Trajectory.load": (eomdl.Trajectory.load, dict(path="nowhere", like=None)),
 }

@@ -14,8 +14,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import eomdl
-from eomdl.errors.carried import LeadingError, WithError, leaf_by_leaf
-from eomdl.observe.response import linear_response
+from eomdl.errors.error_flows import LeadingErrorFlow, WithError
+from eomdl.maps.response import linear_response
 
 
 jax.config.update("jax_enable_x64", True)
@@ -109,7 +109,7 @@ def ensemble(place):
     params, args = cases()["one device"]
     stacked = jax.tree.map(lambda x: jnp.stack([x * (1 + i / 20) for i in range(16)]), params)
     map_of_members = eomdl.Ensemble(eomdl.optimizer_step(loss, SGD))
-    observe = {"loss": eomdl.maps.each(loss)}
+    observe = {"loss": eomdl.runs.each(loss)}
     return eomdl.iterate(map_of_members, jax.device_put(stacked, place), STEPS, args=args, observe=observe)
 
 
@@ -123,7 +123,7 @@ def ensembles():
 
 
 def from_another_topology():
-    """A sharded checkpoint of eight devices that a run on one goes on from, and the other way round."""
+    """A sharded checkpoint of eight devices from which a run on one continues, and the other way round."""
     found = {}
     every = cases()
     for here, there in (("both", "one device"), ("one device", "parameters")):
@@ -207,19 +207,18 @@ def predicted():
     ]
     leaves = zip(*map(jax.tree.leaves, vectors), strict=True)
     params, _ = every["both"]
-    flow = LeadingError(loss, jnp.asarray(0.1), 0)
-    columns = leaf_by_leaf("error", flow.observed, params).values()
-    found = jax.jit(lambda state: [column(0.0, state, None) for column in columns])(WithError(params, params))
+    flow = LeadingErrorFlow(eomdl.GradientFlow(loss, 0.1))
+    found = jax.jit(lambda state: flow.error(0.0, state, None))(WithError(params, params))
     return {"apart": max(float(np.max(np.abs(x - y))) for x, y in leaves), "kept": kept(found, params)}
 
 
 def watched(params, args):
     """The telemetry of two steps of Adam."""
-    telemetry = eomdl.observe.EdgeTelemetry(loss, ADAM, along_every=1, edge_every=1, k=2, num_matvecs=16)
+    telemetry = eomdl.telemetry.EdgeTelemetry(loss, ADAM, along_every=1, edge_every=1, k=2, num_matvecs=16)
     state = ADAM.init(params)
     for step in range(2):
         gradient = jax.grad(loss)(params, args)
-        telemetry.look(step, params, state, args, gradient=gradient)
+        telemetry.measure(step, params, state, args, gradient=gradient)
         updates, state = ADAM.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
     return telemetry
@@ -228,12 +227,12 @@ def watched(params, args):
 def telemetries():
     """How far all numbers of a report are from those on one device, where the eigenvectors are, and what the rates gather."""
     every = cases()
-    reference = dataclasses.asdict(watched(*every["one device"]).report())
+    reference = dataclasses.asdict(watched(*every["one device"]).results())
     found = {}
     for case in ("data", "parameters", "both"):
         params, _ = every[case]
         telemetry = watched(*every[case])
-        pairs = zip(*map(jax.tree.leaves, (dataclasses.asdict(telemetry.report()), reference)), strict=True)
+        pairs = zip(*map(jax.tree.leaves, (dataclasses.asdict(telemetry.results()), reference)), strict=True)
         vectors = zip(*map(jax.tree.leaves, (telemetry._vectors, params)), strict=True)
         response = jax.jit(lambda s, p: linear_response(ADAM, s, p, p)).lower(ADAM.init(params), params)
         found[case] = {

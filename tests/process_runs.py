@@ -92,10 +92,10 @@ def disagreements(number, params, args, store):
             lambda: eomdl.descend(CHUNKED, params, ADAM, STEPS, args=eomdl.losses.OnHost(DATA))
         ),
     }
-    _processes.PATIENCE = 2.0
+    _processes.TIMEOUT = 2.0
     time.sleep(4 * number)  # the last one comes too late
     found["alone"] = raised(run)
-    _processes.PATIENCE = 300.0
+    _processes.TIMEOUT = 300.0
     return found
 
 

@@ -1,9 +1,13 @@
-"""All flows in one list. A new flow is tested by being listed in `FLOWS`: `test_flow_laws.py` does the rest."""
+"""All flows in one list. A new flow is tested by being listed in `FLOWS`: `test_flow_laws.py` does the rest.
 
+All laws of a flow run one after the other in one worker, whichever file they stand in: they share its programs.
+"""
+
+import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -83,7 +87,8 @@ class MeanEpoch(eomdl.StepMap):
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.vmap(epoch)(orders))
 
 
-class Flow(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)  # one entry is one key of a cache
+class Flow:
     """A flow, what it models, and how well.
 
     - `make`: (loss, learning rate) -> flow; `real`: (loss, learning rate) -> the step map that it models.
@@ -92,6 +97,8 @@ class Flow(NamedTuple):
     - `transient`: time of the real run until the optimizer's memory has filled, where the flow begins to hold.
     - `args`: the data.
     - `variant`: the same code as another entry with other numbers; its runs are not tested again.
+
+    Equal only to itself.
     """
 
     name: str
@@ -100,7 +107,7 @@ class Flow(NamedTuple):
     order: int
     rates: tuple[float, ...] = (0.04, 0.02, 0.01)
     transient: float = 0.0
-    args: Any = PULL
+    args: Any = dataclasses.field(default_factory=lambda: PULL)
     variant: bool = False
 
     @property
@@ -233,21 +240,30 @@ FLOWS = [
 
 # ------------------------------------------------------------ what the laws share
 
-ALL = pytest.mark.parametrize("entry", FLOWS, ids=lambda entry: entry.name)
-KINDS = pytest.mark.parametrize(
-    "entry", [entry for entry in FLOWS if not entry.variant], ids=lambda entry: entry.name
-)
-WITH_HIGH = pytest.mark.parametrize("entry", [*FLOWS, *HIGH], ids=lambda entry: entry.name)
+
+def for_each(entries: list[Flow]) -> pytest.MarkDecorator:
+    """Parametrize a law by entries; `conftest.py` runs the tests of one entry together."""
+    params = [
+        pytest.param(entry, id=entry.name, marks=pytest.mark.xdist_group(f"flow: {entry.name}"))
+        for entry in entries
+    ]
+    return pytest.mark.parametrize("entry", params)
+
+
+ALL = for_each(FLOWS)
+KINDS = for_each([entry for entry in FLOWS if not entry.variant])
+WITH_HIGH = for_each([*FLOWS, *HIGH])
 TIGHT = {"rtol": 1e-12, "atol": 1e-13}
 
 
-def made(entry: Flow, rate: Any = None) -> eomdl.AbstractFlow:
+def make_flow(entry: Flow, rate: Any = None) -> eomdl.AbstractFlow:
     return entry.make(pulled_loss, entry.rates[0] if rate is None else rate)
 
 
-def begun(entry: Flow, rate: float) -> tuple[Any, int]:
-    """Where the real run is after its transient, and after how many steps."""
-    begin = round(entry.transient / float(made(entry, rate).step_size))
+@cache
+def find_start(entry: Flow, rate: float) -> tuple[Any, int]:
+    """Return where the real run is after its transient (None without one), and after how many steps."""
+    begin = round(entry.transient / float(make_flow(entry, rate).step_size))
     if begin == 0:
         return None, 0
     step_map = entry.real(pulled_loss, rate)

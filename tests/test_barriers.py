@@ -8,9 +8,9 @@ import pytest
 from helpers import NET_ARGS, net_loss, net_params, normal, quadratic_loss, symmetric
 
 import eomdl
-from eomdl.geometry import barrier, barriers, clusters, loss_on_line
-from eomdl.maps import Ensemble, stack
+from eomdl.geometry import barriers, clusters
 from eomdl.plotting.development import plot_barriers, plot_development
+from eomdl.runs import stack
 
 
 def wells_loss(params, args):
@@ -27,6 +27,10 @@ KNOWN = (CORNERS[:, None] != CORNERS[None]) @ HEIGHTS
 
 
 # --------------------------------------------------------------- one barrier
+
+
+def barrier(loss, a, b, args, num_points=25):
+    return barriers(loss, stack([a, b]), args, num_points)[0, 1]
 
 
 @pytest.mark.parametrize("tilt", [0.0, 0.7])
@@ -61,12 +65,13 @@ def test_no_barrier_on_a_convex_loss():
     assert barrier(quadratic_loss, points[0], points[1], args) == 0
 
 
-def test_losses_on_a_line_begin_and_end_at_the_ends():
+def test_barrier_is_the_height_of_the_losses_on_the_line_above_their_chord():
     a, b = net_params(0), net_params(1)
-    curve = loss_on_line(net_loss, a, b, NET_ARGS, 5)
-    middle = jax.tree.map(lambda x, y: (x + y) / 2, a, b)
-    expected = [net_loss(p, NET_ARGS) for p in (a, middle, b)]
-    np.testing.assert_allclose(curve[::2], expected, rtol=1e-14)
+    alpha = np.linspace(0, 1, 5)
+    points = [jax.tree.map(lambda x, y, s=s: (1 - s) * x + s * y, a, b) for s in alpha]
+    losses = np.array([net_loss(p, NET_ARGS) for p in points])
+    expected = np.max(losses - (1 - alpha) * losses[0] - alpha * losses[-1])
+    np.testing.assert_allclose(barrier(net_loss, a, b, NET_ARGS, 5), expected, rtol=1e-12, atol=1e-15)
 
 
 # ------------------------------------------------------------------ matrices
@@ -101,7 +106,7 @@ def test_one_run_has_no_barrier():
     np.testing.assert_array_equal(barriers(wells_loss, jnp.ones((1, 3)), WELLS), [[0]])
 
 
-STEP = Ensemble(eomdl.optimizer_step(wells_loss, optax.sgd(0.1)))
+STEP = eomdl.Ensemble(eomdl.optimizer_step(wells_loss, optax.sgd(0.1)))
 STARTS = jnp.array([[-0.3, 0.2, 0.4], [0.2, 0.2, 0.5], [-0.1, 0.4, 0.3], [40.0, 1.0, 1.0]])
 
 
@@ -125,8 +130,7 @@ def test_wrong_arguments_are_named():
     alone = eomdl.iterate(lambda x, args, k: x, jnp.ones(3), 2)
     bare = eomdl.iterate(STEP, STARTS, 2, args=WELLS, save_params=False)
     for name, call in {
-        "num_points": lambda: barrier(wells_loss, two[0], two[1], WELLS, 1),
-        "b": lambda: barrier(wells_loss, two[0], jnp.ones(2), WELLS),
+        "num_points": lambda: barriers(wells_loss, two, WELLS, 1),
         "loss": lambda: barriers(lambda p, a: p, two, WELLS),
         "runs": lambda: barriers(wells_loss, {"a": two, "b": jnp.ones(3)}, WELLS),
         "batch_size": lambda: barriers(wells_loss, two, WELLS, batch_size=0),

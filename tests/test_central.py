@@ -11,8 +11,9 @@ from helpers import assert_close, assert_identical, flat, quadratic_loss
 from test_complementarity import reference
 
 import eomdl
-from eomdl.flows import SMOOTHED, CentralFlow, SecondMoment
-from eomdl.flows.complementarity import symmetric_basis
+from eomdl._target import SMOOTHED
+from eomdl.flows import CentralFlow, SecondMoment
+from eomdl.linalg.complementarity import symmetric_basis
 
 
 ETA, DRIVE, COUPLING = 0.3, 0.01, 0.1
@@ -174,7 +175,7 @@ def path():
 
 def test_the_curvature_is_held_and_the_loss_falls(path):
     assert path.message == ""
-    assert path.warnings == ()
+    assert not any(note.is_fault for note in path.notes)
     curvature, variances = path.observables["curvature"][1:], path.observables["variances"][1:]
     critical = variances > 1e-12
     assert critical.all(axis=1).any()  # three at once
@@ -231,10 +232,10 @@ def test_directions_are_added_as_they_come_near(tmp_path):
         assert_close(run.params["y"][:, i], rising(start, run.steps), rtol=1e-3)
     np.testing.assert_allclose(run.observables["curvature"][80:, :2], 2, rtol=1e-3)
     # The second sharpness is within 10 % of the bound from step 13 on: the next look is at step 16.
-    np.testing.assert_array_equal(run.end.state.flow.since, [0, 16, -1, -1])
+    np.testing.assert_array_equal(run.end.state.flow.tracked.since, [0, 16, -1, -1])
     curvature = run.observables["curvature"]
     assert curvature[16, 1] == 0 < curvature[17, 1]
-    assert run.warnings == ()
+    assert not any(note.is_fault for note in run.notes)
     (note,) = [n for n in run.notes if "tracked" in n]
     assert note.startswith("step from which 2 directions are tracked: 16. ")
     run.save(tmp_path / "run.npz")
@@ -244,7 +245,7 @@ def test_directions_are_added_as_they_come_near(tmp_path):
 def test_one_direction_of_two_is_not_enough():
     run = eomdl.solve(CentralFlow(two_loss, ETA, 1), TWO, 96, **QUICK)
     assert run.params["y"][-1, 1] > 1.05 * 2 / ETA
-    assert any(w.startswith("curvature of the next direction") for w in run.warnings)
+    assert any(n.startswith("curvature of the next direction") and n.is_fault for n in run.notes)
 
 
 # -------------------------------------------- the oscillation of a real run
@@ -281,7 +282,7 @@ def test_the_variance_that_it_predicts_is_that_of_the_real_run():
 def test_axes_are_orthonormal_and_diagonalize_the_covariance(path):
     state = path.end.state.flow
     axes, variances = THREE.axes(0.0, state, COUPLING), THREE.variances(0.0, state, COUPLING)
-    covariance = jnp.einsum("ij,ip,jq->pq", state.variance, state.vectors, state.vectors)
+    covariance = jnp.einsum("ij,ip,jq->pq", state.variance, state.tracked.vectors, state.tracked.vectors)
     np.testing.assert_allclose(axes @ axes.T, np.eye(3), atol=1e-9)
     np.testing.assert_allclose(axes @ covariance @ axes.T, np.diag(variances), atol=1e-12)
 
@@ -306,7 +307,7 @@ def test_wrong_axes_steps_and_windows(change, message):
 
 def test_more_critical_directions_than_tracked():
     run = eomdl.solve(CentralFlow(triple_loss, ETA, 1), TRIPLE, 60, args=COUPLING, **QUICK)
-    (warning,) = [w for w in run.warnings if w.startswith("curvature of the next direction")]
+    (warning,) = [n for n in run.notes if n.is_fault and n.startswith("curvature of the next direction")]
     assert "Raise `directions`" in warning
 
 
@@ -314,7 +315,7 @@ def test_a_quadratic_beyond_the_bound_cannot_be_held():
     hessian = jnp.diag(jnp.array([3.0, 1.0]))
     args = (hessian, jnp.zeros(2))
     run = eomdl.solve(CentralFlow(quadratic_loss, 0.9), jnp.ones(2), 3, args=args, **QUICK)
-    assert [w.split(" reached")[0] for w in run.warnings] == ["complementarity error"]
+    assert [n.split(" reached")[0] for n in run.notes if n.is_fault] == ["complementarity error"]
 
 
 def test_curvature_that_is_not_finite_ends_the_run():

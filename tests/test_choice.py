@@ -1,4 +1,4 @@
-"""Which flow to take: fitted weights, what a stretch of the run says of flows and solvers, and the choice."""
+"""Which flow to take: fitted weights, what the first steps of the run tell of flows and solvers, and the choice."""
 
 import math
 
@@ -11,10 +11,15 @@ import pytest
 from helpers import NET, NET_ARGS, VALLEY, net_loss, valley_loss
 
 import eomdl
-from eomdl.errors import choose_flow
-from eomdl.errors.solver_cost import METHODS, stable_length, step_lengths
-from eomdl.flows.stretch import differences
-from eomdl.series.weights import difference_coefficients, log_coefficients, weights_of_differences
+from eomdl.choice import choose_flow
+from eomdl.choice.differences import differences
+from eomdl.choice.step_lengths import METHODS, stable_length, step_lengths
+from eomdl.series.weights import (
+    difference_coefficients,
+    log_coefficients,
+    taylor_weights,
+    weights_of_differences,
+)
 
 
 RATES = jnp.array([0.1, 0.35, 0.8])  # eta * lambda of a parabola in three directions
@@ -46,7 +51,7 @@ def test_weights_and_differences_are_two_forms_of_one_polynomial(kind):
     b = weights_of_differences(c)
     np.testing.assert_allclose(difference_coefficients(b), c, rtol=1e-12)
     if kind == "Taylor":
-        np.testing.assert_allclose(b, eomdl.flows.taylor_weights(5), rtol=1e-12)
+        np.testing.assert_allclose(b, taylor_weights(5), rtol=1e-12)
 
 
 def test_errors_of_the_velocity_add_up_to_what_telescopes():
@@ -56,9 +61,9 @@ def test_errors_of_the_velocity_add_up_to_what_telescopes():
     sums = np.linalg.norm(np.cumsum(terms, axis=0), axis=1)
     np.testing.assert_allclose(found().local(u), np.linalg.norm(terms, axis=1), rtol=1e-9)
     # The sum up to stride k is known at stride k, so the last of 12 is not.
-    np.testing.assert_allclose(found().summed(u), sums[:11].max(), rtol=1e-9)
+    np.testing.assert_allclose(found().largest_sum(u), sums[:11].max(), rtol=1e-9)
     whole = sum(u[j] * np.diff(x, j, axis=0)[0] for j in range(1, 4))
-    np.testing.assert_allclose(found().limit(u), np.linalg.norm(whole), rtol=1e-9)
+    np.testing.assert_allclose(found().sum_at_rest(u), np.linalg.norm(whole), rtol=1e-9)
 
 
 def test_fitted_weights_are_exact_on_as_many_multipliers_as_they_have_points():
@@ -66,19 +71,19 @@ def test_fitted_weights_are_exact_on_as_many_multipliers_as_they_have_points():
     exact = np.log(z) / (z - 1)
     off = {}
     for name, b in {
-        "fitted": eomdl.flows.fitted_weights(decay, START, 4, order=1),
-        "Taylor": eomdl.flows.taylor_weights(4),
+        "fitted": eomdl.choice.fitted_weights(decay, START, 4, order=1),
+        "Taylor": taylor_weights(4),
     }.items():
         off[name] = np.abs(np.polynomial.Polynomial(b)(z) - exact)
         assert abs(sum(b) - 1) < 1e-12
     # What is fitted to is the logarithm's series, cut after four more differences: 0.8^8 / 8 of it is left out.
-    left_out = np.abs(np.polynomial.Polynomial(eomdl.flows.taylor_weights(8))(z) - exact)
+    left_out = np.abs(np.polynomial.Polynomial(taylor_weights(8))(z) - exact)
     np.testing.assert_allclose(off["fitted"], left_out, atol=1e-6)
     assert off["Taylor"][2] > 3 * off["fitted"][2]
 
 
 def test_fitted_weights_come_nearer_to_gradient_descent():
-    weights = eomdl.flows.fitted_weights(STEP, NET, 5, args=NET_ARGS)
+    weights = eomdl.choice.fitted_weights(STEP, NET, 5, args=NET_ARGS)
     real = eomdl.iterate(STEP, NET, 40, args=NET_ARGS)
     paths = {
         name: eomdl.solve(eomdl.InterpolatingFlow(STEP, 0.1, 5, weights=b), NET, 40, args=NET_ARGS, rtol=1e-12, atol=1e-12)
@@ -129,7 +134,7 @@ def test_predicted_steps_on_a_parabola(method, atol):
 
 def ran(choice, real, num_steps, **options):
     path = eomdl.solve(choice.flow, NET, num_steps, args=NET_ARGS, **choice.solve_options, **options)
-    return choice.measured(real, {choice.chosen.name: path})
+    return choice.with_runs(real, {choice.chosen.name: path})
 
 
 def test_the_choice_stays_within_the_tolerance_at_about_the_predicted_cost():
@@ -156,13 +161,13 @@ def test_a_tolerance_that_gradient_flow_meets():
     assert isinstance(choice.flow, eomdl.GradientFlow)
     assert choice.notes == ()
     with pytest.raises(ValueError, match="paths: expected names of candidates"):
-        choice.measured(choice.candidates, {"other": choice})
+        choice.with_runs(choice.candidates, {"other": choice})
 
 
 def test_a_tolerance_that_no_flow_meets_is_said():
     choice = choose_flow(net_loss, NET, SGD, 60, 1e-14, learning_rate=0.1, args=NET_ARGS)
     assert "No candidate is within 1.0e-14" in choice.notes[0]
-    assert choice.chosen.tried > 1e-14
+    assert choice.chosen.trial_error > 1e-14
     assert "! No candidate" in choice.table()
 
 
@@ -185,11 +190,11 @@ def test_float32_is_told_of_the_rounding_of_the_run():
 
 
 def test_a_run_that_speeds_up_later_is_said():
-    def hill(x, args):  # from near its top the run is fastest at the end of the stretch
+    def hill(x, args):  # from near its top the run is fastest at the end of the probe
         return jnp.sum(jnp.cos(x))
 
     choice = choose_flow(hill, jnp.array([1e-4]), SGD, 400, 1e-2, learning_rate=0.1)
-    assert any("as long at the end of the stretch" in note for note in choice.notes)
+    assert any("as long at the end of the probe" in note for note in choice.notes)
 
 
 def test_a_map_far_from_the_identity_is_said():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from registry import EQUATIONS, FLOWS, Flow, made
+from registry import EQUATIONS, FLOWS, Flow, make_flow
 
 import eomdl
 from eomdl.flows.references import ENTRIES
@@ -56,7 +56,7 @@ def test_every_entry_is_complete():
 
 @pytest.mark.parametrize("entry", [*FLOWS, EQUATIONS[0]], ids=lambda entry: entry.name)
 def test_every_flow_has_its_papers(entry: Flow):
-    flow = made(entry)
+    flow = make_flow(entry)
     cited = parsed(eomdl.citation(flow))
     assert flow.references
     assert list(cited) == ["eomdl", *flow.references]
@@ -69,7 +69,7 @@ def test_every_flow_has_its_papers(entry: Flow):
 
 def test_the_package_s_entry_says_what_CITATION_cff_says():
     cff = (ROOT / "CITATION.cff").read_text()
-    kind, own = parsed(eomdl.citation(made(FLOWS[0])))["eomdl"]
+    kind, own = parsed(eomdl.citation(make_flow(FLOWS[0])))["eomdl"]
     plain = {name: re.sub("[{}]", "", value) for name, value in own.items()}
     assert kind == "misc"
     assert f'title: "{plain["title"]}"' in cff

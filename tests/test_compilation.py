@@ -1,8 +1,6 @@
 """What is compiled, counted: a first run compiles each of its programs once, a second of its kind nothing."""
 
-import logging
 import os
-import re
 import subprocess
 import sys
 
@@ -17,44 +15,28 @@ from helpers import NET_ARGS, net_loss, net_params, normal
 import eomdl
 
 
-PROGRAM = re.compile(r"Finished XLA compilation of jit\((.*)\) in")
-
-
-class Programs(logging.Handler):
-    """Names of the programs that XLA compiles, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def emit(self, record):
-        found = PROGRAM.match(record.getMessage())
-        if found:
-            self.names.append(found[1])
-
-
 @pytest.fixture
 def programs():
-    handler = Programs()
-    logger = logging.getLogger("jax._src.dispatch")
-    level, outside = logger.level, logging.getLogger("jax").propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    logging.getLogger("jax").propagate = False
+    """Names of the programs that XLA compiles, in order."""
+    names = []
+
+    def record(event, duration, fun_name="", **rest):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(record)
     # What the disk has would not be compiled.
     cache = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    yield handler.names
+    yield names
     jax.config.update("jax_enable_compilation_cache", cache)
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-    logging.getLogger("jax").propagate = outside
+    jax.monitoring.unregister_event_duration_listener(record)
 
 
 # A net of its own, so that no other test has compiled anything for it.
 NET = net_params(3, sizes=(3, 5, 2))
 SGD = optax.sgd(0.1)
-LARGE = {"integrate", "recorded", "diagnostics_at", "_stepped", "_iterate"}
+LARGE = {"integrate_at_once", "evaluate_records", "diagnostics_at", "_map_params", "_iterate"}
 
 
 def solved(rate=0.1, num_steps=20, args=NET_ARGS, order=1, **options):
@@ -68,7 +50,7 @@ def large(names):
 def test_a_first_solve_compiles_each_program_once(programs):
     jax.clear_caches()
     solved()
-    assert large(programs) == ["_stepped", "diagnostics_at", "integrate", "recorded"]
+    assert large(programs) == ["_map_params", "diagnostics_at", "evaluate_records", "integrate_at_once"]
     # Beside them the loss, two distances and what JAX makes of numbers.
     assert len(programs) <= 24, programs
 
@@ -101,7 +83,7 @@ def test_a_second_descent_compiles_nothing(programs):
     jax.clear_caches()
     options = {"args": NET_ARGS, "observe": {"loss": net_loss}}
     eomdl.descend(net_loss, NET, SGD, 20, **options)
-    assert large(programs) == ["_iterate", "recorded"]
+    assert large(programs) == ["_iterate", "evaluate_records"]
     programs.clear()
     for num_steps in (33, 300, 700, 1500):
         eomdl.descend(net_loss, NET, SGD, num_steps, **options)
@@ -127,16 +109,16 @@ def test_an_observable_made_anew_shares_its_program(programs):
 
 
 def test_the_integrator_calls_nothing_on_the_host(monkeypatch):
-    from eomdl.runs import continuous
+    from eomdl.runs import integrator
 
     lowered = []
 
     def spy(*arguments):
-        lowered.append(eqx.filter_jit(continuous_integrate.__wrapped__).lower(*arguments).as_text())
-        return continuous_integrate(*arguments)
+        lowered.append(eqx.filter_jit(integrate.__wrapped__).lower(*arguments).as_text())
+        return integrate(*arguments)
 
-    continuous_integrate = continuous.integrate
-    monkeypatch.setattr(continuous, "integrate", spy)
+    integrate = integrator.integrate_at_once
+    monkeypatch.setattr(integrator, "integrate_at_once", spy)
     solved(num_steps=2, estimate_error=False, diagnose=False, rtol=1e-6, atol=1e-6)
     assert lowered
     assert all("stablehlo.while" in text for text in lowered)
@@ -178,7 +160,7 @@ def test_a_second_process_finds_everything_in_the_persistent_cache(tmp_path):
         return tuple(map(int, done.stdout.split()))
 
     first_hits, first_misses = hits_and_misses()
-    assert first_misses >= 5  # integrate, recorded, _stepped, diagnostics_at, the loss
+    assert first_misses >= 5  # integrate_at_once, evaluate_records, _map_params, diagnostics_at, the loss
     hits, misses = hits_and_misses()
     assert misses == 0
     assert hits == first_misses + first_hits

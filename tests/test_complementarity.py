@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from eomdl.flows.complementarity import complementary, symmetric_basis
+from eomdl.linalg.complementarity import solve_complementarity, symmetric_basis
 
 
-SOLVE = jax.jit(complementary)
+SOLVE = jax.jit(solve_complementarity)
 
 
 def reference(constant, gram):

@@ -11,7 +11,7 @@ import pytest
 from helpers import LABEL_ARGS, NORMALIZED, SCALE, SCALE_ARGS, normal, normalized_loss, scale_only_loss
 
 import eomdl
-from eomdl.plotting import plot_conservation
+from eomdl.plotting import plot
 
 
 ETA, DECAY = 0.05, 0.4
@@ -219,7 +219,7 @@ def test_frame_and_plot(runs):
     }
     frame = found["scale"].to_frame()
     assert {"step", "measured", "exact", "gradient flow", "first order", "error exact"} <= set(frame.columns)
-    figure = plot_conservation(found)
+    figure = plot(found)
     for (left, right), charge in zip(np.reshape(figure.axes, (3, 2)), found.values(), strict=True):
         drawn = {line.get_label(): line.get_ydata() for line in left.lines}
         total = charge.charge.reshape(len(charge.steps), -1).sum(axis=1)

@@ -32,7 +32,7 @@ from jax.flatten_util import ravel_pytree
 from registry import EQUATIONS
 
 import eomdl
-from eomdl.series import modified_field_series
+from benchmarks.power_series import modified_field_series
 
 
 counterterms = jax.jit(eomdl.counterterms, static_argnums=(0, 2))

@@ -170,7 +170,7 @@ def test_float32_and_float16():
 
 def test_jit_vmap_and_chunks():
     alone = [eigenpairs(net_loss, net_params(seed), NET_ARGS, 3, rtol=1e-6) for seed in range(2)]
-    many = eomdl.maps.stack([net_params(0), net_params(1)])
+    many = eomdl.runs.stack([net_params(0), net_params(1)])
     mapped = jax.jit(jax.vmap(lambda params: eigenpairs(net_loss, params, NET_ARGS, 3, rtol=1e-6).values))(
         many
     )
@@ -239,8 +239,8 @@ def test_third_derivative_is_symmetric():
     np.testing.assert_allclose(flat(wv) @ flat(u), flat(uv) @ flat(w), rtol=1e-10)
 
 
-def test_part_of_a_block_and_what_is_beside_it():
-    """Two of four places in use give the two largest pairs; beside those two, the third is the largest."""
+def test_active_vectors_of_a_block_and_deflation():
+    """Two active vectors of four give the two largest pairs; without those two, the third is the largest."""
     curvature = jnp.array([5.0, 4.0, 2.0, -1.0, 0.5])
     weights = jnp.array([1.0, 2.0, 4.0, 0.5, 1.0])
 
@@ -249,10 +249,10 @@ def test_part_of_a_block_and_what_is_beside_it():
 
     w = jnp.ones(5)
     start = jnp.zeros((4, 5))
-    found = preconditioned_pairs(loss, w, None, 4, start, weights, 5, 1e-10, used=jnp.asarray(2))
+    found = preconditioned_pairs(loss, w, None, 4, start, weights, 5, 1e-10, num_active=jnp.asarray(2))
     np.testing.assert_allclose(found.values, [5.0, 4.0, 0.0, 0.0], atol=1e-9)
     np.testing.assert_array_equal(found.vectors[2:], 0)
     np.testing.assert_array_equal(found.residuals[2:], 0)
-    third = preconditioned_pairs(loss, w, None, 1, None, weights, 5, 1e-10, beside=found.vectors)
+    third = preconditioned_pairs(loss, w, None, 1, None, weights, 5, 1e-10, deflate=found.vectors)
     np.testing.assert_allclose(third.values, [2.0], atol=1e-9)
     np.testing.assert_allclose(found.vectors @ jnp.diag(weights) @ third.vectors[0], 0, atol=1e-9)

@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import skdim
 from curves import WALK, Fixed, random_walk, torus, trajectory, turned
 from helpers import NET, NET_ARGS, flat, net_loss
 
 import eomdl
 from eomdl.geometry.dimension import (
-    dimension_along,
-    dimension_estimators,
     gradient_points,
     intrinsic_dimension,
     participation_ratio,
     path_points,
 )
+
+
+ESTIMATORS = {"TwoNN": skdim.id.TwoNN(), "MLE": skdim.id.MLE()}
 
 
 def test_participation_ratio_counts_equal_directions():
@@ -38,7 +40,7 @@ def test_participation_ratio_counts_equal_directions():
 
 @pytest.mark.parametrize(("name", "dimension"), [("TwoNN", 1), ("TwoNN", 2), ("MLE", 1)])
 def test_the_standard_error_is_the_spread_over_clouds_and_covers_the_truth(name, dimension):
-    estimator = dimension_estimators()[name]
+    estimator = ESTIMATORS[name]
     found = [intrinsic_dimension(torus(i, dimension), estimator, seed=i) for i in range(30)]
     estimates, errors = np.array([(f.dimension, f.standard_error) for f in found]).T
     assert 0.7 < errors.mean() / estimates.std(ddof=1) < 1.4
@@ -58,7 +60,7 @@ def test_both_estimators_find_the_dimension_of_a_random_walk_and_of_a_smooth_pat
     walk = trajectory(random_walk(5000, 200))
     s = np.linspace(0, 30, 5000)
     smooth = trajectory(turned(np.stack([np.cos(s), np.sin(s), s], 1), 10))
-    for estimator in dimension_estimators().values():
+    for estimator in ESTIMATORS.values():
         for run, truth in ((walk, 2), (smooth, 1)):
             found = intrinsic_dimension(path_points(run, 200), estimator)
             assert abs(found.dimension - truth) < max(2.5 * found.standard_error, 0.06)
@@ -66,7 +68,7 @@ def test_both_estimators_find_the_dimension_of_a_random_walk_and_of_a_smooth_pat
 
 def test_saved_rows_are_no_independent_points():
     """What `path_points` is for: neighbours at equal distances, sqrt(lag) in a walk and lag on a line."""
-    mle = dimension_estimators()["MLE"]
+    mle = ESTIMATORS["MLE"]
     lags = np.arange(1, 11)  # 20 neighbours, 10 a side
     on_a_line = 9.5 / np.sum(np.log(10 / lags))
     found = intrinsic_dimension(0.1 * np.arange(2000.0), mle)
@@ -129,23 +131,8 @@ def test_wrong_options_are_named(name, value):
 
 def test_without_scikit_dimension_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "skdim", None)
-    for function in (dimension_estimators, lambda: intrinsic_dimension(torus(0, 1))):
-        with pytest.raises(ImportError, match=r"pip install eomdl\[shape\]"):
-            function()
-
-
-def test_dimension_along_a_run_is_that_of_every_checkpoint():
-    # A cloud that the parameters stretch from a line into a plane.
-    angles = np.random.default_rng(0).uniform(0, 2 * np.pi, 300)
-    stretch = lambda p, args: jnp.stack([jnp.cos(args), jnp.sin(args)], 1) * jnp.stack([p, p**2])[None]
-    run = trajectory(np.array([1.0, 2.0, 3.0]), [0, 4, 9])
-    found = dimension_along(run, stretch, jnp.asarray(angles), steps=[0, 9])
-    assert list(found) == [0, 9]
-    for step, p in ((0, 1.0), (9, 3.0)):
-        alone = intrinsic_dimension(np.asarray(stretch(p, angles)))
-        np.testing.assert_allclose(found[step].dimension, alone.dimension, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"^step: expected a saved step"):
-        dimension_along(run, stretch, jnp.asarray(angles), steps=[5])
+    with pytest.raises(ImportError, match=r"pip install eomdl\[shape\]"):
+        intrinsic_dimension(torus(0, 1))
 
 
 def test_gradient_points_are_the_gradients_of_single_examples():

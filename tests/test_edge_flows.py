@@ -10,7 +10,10 @@ from helpers import assert_close, symmetric
 from jax.flatten_util import ravel_pytree
 
 import eomdl
-from eomdl.flows import ComplexPrincipalFlow, EdgeFlow, EdgeState, PrincipalFlow, RodFlow, RodState
+from eomdl._target import SMOOTHED
+from eomdl.flows import ComplexPrincipalFlow, EdgeFlow, PrincipalFlow, RodFlow
+from eomdl.flows.edge import EdgeState
+from eomdl.flows.rod import RodState
 
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-13, "estimate_error": False, "diagnose": False}
@@ -115,7 +118,7 @@ def test_the_complex_flow_stays_in_float32():
     flow = ComplexPrincipalFlow(quadratic_loss, 0.5)
     start, args = jax.tree.map(lambda x: x.astype(jnp.float32), (START, PLANE))
     state = flow.init(start, args)
-    for other in (flow(0.0, state, args), flow.step(0.0, state, args)):
+    for other in (flow(0.0, state, args), flow.map(state, args, 0.0)):
         assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, state)
         assert {leaf.dtype for leaf in jax.tree.leaves(other)} == {jnp.dtype(jnp.float32)}
 
@@ -335,7 +338,7 @@ def test_both_flows_follow_the_middle_of_the_valley_through_the_edge():
         "rod": eomdl.solve(RodFlow(step, eta), start, 100, **QUARTER),
     }
     plain = eomdl.solve(eomdl.GradientFlow(minimal_loss, eta), start, 100, **QUARTER)
-    target = real.averaged(eomdl.flows.SMOOTHED)
+    target = real.averaged(SMOOTHED)
     apart = eomdl.compare(target, {"gradient flow": plain}).distance["gradient flow"]
     for name, path in paths.items():
         found = eomdl.compare(real, {name: path}).distance[name]

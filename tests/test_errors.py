@@ -181,7 +181,7 @@ def test_observe(run):
     with raises("observe['norm']", "3"):
         run(observe={"norm": 3})
     with raises("observe['norm']", "x"):
-        run(observe={"norm": lambda p, args: p})
+        run(observe={"norm": lambda p, args: {"x": None}})
     with raises("observe", "function"):
         run(observe=valley_loss)
     with pytest.raises(ValueError, match=r"^observe\['norm'\]: expected .*raised Concretization"):
@@ -287,7 +287,7 @@ def test_observe_state():
     with raises("observe_state['n']", "1.0"):
         solve(observe_state={"n": 1.0})
     with raises("observe_state['n']", "x"):
-        solve(observe_state={"n": lambda t, state, args: state})
+        solve(observe_state={"n": lambda t, state, args: {"x": None}})
 
 
 # ------------------------------------------------------------------ inside jit

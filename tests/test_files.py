@@ -17,7 +17,7 @@ import pytest
 from helpers import VALLEY, assert_identical, valley_loss
 
 import eomdl
-from eomdl.runs.files import write_npz
+from eomdl.storage.files import write_npz
 
 
 ADAM, SGD = optax.adam(0.02), optax.sgd(0.1)

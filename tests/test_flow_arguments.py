@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import VALLEY
-from registry import ALL, FLOWS, made
+from registry import ALL, FLOWS, make_flow
 
 import eomdl
 
@@ -20,7 +20,7 @@ CLOCKS = ("learning_rate", "step_size")  # 0 is no number for them either
 
 @ALL
 def test_a_wrong_argument_is_named(entry):
-    flow = made(entry)
+    flow = make_flow(entry)
     numbers = 0
     for field in dataclasses.fields(flow):
         value = getattr(flow, field.name)
@@ -48,8 +48,9 @@ AUTHORS = r"[A-Z]\w+(( &|,| and) [A-Z]\w+)*( et al\.)?"
 SOURCE = re.compile(rf"{AUTHORS} (19|20)\d\d\b|arXiv \d{{4}}\.\d{{4,5}}|[Dd]erived here")
 PUBLIC = [
     x
-    for name in eomdl.flows.__all__
-    if inspect.isclass(x := getattr(eomdl.flows, name)) or name.endswith("flow")
+    for space in (eomdl, eomdl.flows)
+    for name in space.__all__
+    if inspect.isclass(x := getattr(space, name)) or name.endswith("flow")
 ]
 PUBLIC_FLOWS = [
     x
@@ -58,11 +59,12 @@ PUBLIC_FLOWS = [
 ]
 
 
+@pytest.mark.source
 @pytest.mark.parametrize("flow", PUBLIC_FLOWS, ids=lambda flow: flow.__name__)
 def test_every_flow_names_its_source_and_is_listed(flow):
     assert SOURCE.search(inspect.getdoc(flow))
     # A class by its type, a function that makes one by its name.
-    listed = {type(made(entry)) for entry in FLOWS} | {entry.name for entry in FLOWS}
+    listed = {type(make_flow(entry)) for entry in FLOWS} | {entry.name for entry in FLOWS}
     assert (flow if inspect.isclass(flow) else flow.__name__) in listed
 
 

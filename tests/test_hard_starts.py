@@ -46,7 +46,7 @@ def test_a_gradient_that_is_nan_at_the_start_leaves_the_start(flow):
     assert_close(path.final_params, QUARTIC_START, atol=0.0)
     assert path.result == eomdl.RESULTS.nonfinite
     assert "gradient became infinite or NaN" in path.message
-    assert all("reached nan" in warning for warning in path.warnings)
+    assert all("reached nan" in note for note in path.notes if note.is_fault and note != path.message)
     assert path.stats.num_steps == 0  # of steps taken
 
 

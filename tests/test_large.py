@@ -21,8 +21,8 @@ def test_a_state_too_large_for_rows_in_memory_is_carried_row_by_row(monkeypatch,
     )
     options = {"save_steps": 4, "rtol": 1e-9, "atol": 1e-11}
     whole = eomdl.solve(flow, VALLEY, 13, **options)
-    monkeypatch.setattr("eomdl.runs.plan.MAX_SCALARS", 1)
-    monkeypatch.setattr("eomdl.runs.continuous._FLAT", 0)
+    monkeypatch.setattr("eomdl.runs.chunk.MAX_SCALARS", 1)
+    monkeypatch.setattr("eomdl.runs.continuous.MAX_FLAT_SIZE", 0)
     single = eomdl.solve(flow, VALLEY, 13, **options)
     np.testing.assert_array_equal(single.steps, whole.steps)
     for a, b in zip(jax.tree.leaves(single.params), jax.tree.leaves(whole.params), strict=True):
@@ -30,7 +30,7 @@ def test_a_state_too_large_for_rows_in_memory_is_carried_row_by_row(monkeypatch,
 
 
 def test_a_look_at_the_diagnostics_is_not_taken_at_every_row_of_a_large_state(monkeypatch):
-    monkeypatch.setattr("eomdl.runs.plan.MAX_SCALARS", 1)
+    monkeypatch.setattr("eomdl.runs.chunk.MAX_SCALARS", 1)
     flow = eomdl.EquationOfMotion(valley_loss, 0.05, order=1)
     path = eomdl.solve(flow, VALLEY, 80, save_steps=10, rtol=1e-6, atol=1e-8)
     looks = path.stats.diagnostics["eta*lambda_max"].value
@@ -40,17 +40,17 @@ def test_a_look_at_the_diagnostics_is_not_taken_at_every_row_of_a_large_state(mo
 
 
 def test_tolerances_are_measured_in_one_ode_step(monkeypatch):
-    from eomdl.runs import continuous
+    from eomdl.runs import integrator
 
     counts = []
 
     def spy(*arguments):
         out = integrate(*arguments)
-        counts.append(int(out[3]["num_steps"]))
+        counts.append(int(out.counts["num_steps"]))
         return out
 
-    integrate = continuous.integrate
-    monkeypatch.setattr(continuous, "integrate", spy)
+    integrate = integrator.integrate_at_once
+    monkeypatch.setattr(integrator, "integrate_at_once", spy)
     flow = eomdl.EquationOfMotion(valley_loss, 0.1, order=1)
     eomdl.solve(flow, VALLEY, 20, estimate_error=False, save_steps=[20])
     assert counts[0] == 1
@@ -64,15 +64,15 @@ class Compiled(Exception):
 @pytest.mark.parametrize(("solver", "most"), [(diffrax.Bosh3(), 11.5), (diffrax.Heun(), 7.5)])
 def test_the_state_of_solve_is_a_few_copies_of_the_parameters(monkeypatch, solver, most):
     """Of the program that carries a large state: arguments, results and temporaries."""
-    from eomdl.runs import continuous
+    from eomdl.runs import continuous, integrator
 
     def compiled(*arguments):
-        raise Compiled(continuous_integrate.lower(*arguments).compile().compiled.memory_analysis())
+        raise Compiled(integrate.lower(*arguments).compile().compiled.memory_analysis())
 
-    continuous_integrate = continuous.integrate
-    monkeypatch.setattr(continuous, "integrate", compiled)
-    monkeypatch.setattr(continuous, "_FLAT", 0)
-    monkeypatch.setattr("eomdl.runs.plan.MAX_SCALARS", 1)
+    integrate = integrator.integrate_at_once
+    monkeypatch.setattr(integrator, "integrate_at_once", compiled)
+    monkeypatch.setattr(continuous, "MAX_FLAT_SIZE", 0)
+    monkeypatch.setattr("eomdl.runs.chunk.MAX_SCALARS", 1)
     params = {name: jnp.zeros((256, 256)) for name in ("first", "second", "third")}
     data = jnp.zeros((2, 256)), jnp.zeros((2, 256))
     flow = eomdl.EquationOfMotion(three_layers, 0.1, order=1)
@@ -100,7 +100,7 @@ def descended(num_steps, **options):
 
 
 def test_rows_on_disk_are_those_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("eomdl.runs.plan.MAX_SCALARS", 4 * 2)  # several stretches
+    monkeypatch.setattr("eomdl.runs.chunk.MAX_SCALARS", 4 * 2)  # several stretches
     whole = descended(20)
     stored = descended(20, save_params=eomdl.runs.RowsOnDisk(tmp_path / "a"))
     assert all(isinstance(leaf, np.memmap) for leaf in jax.tree.leaves(stored.params))
@@ -112,8 +112,8 @@ def test_rows_on_disk_are_those_in_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_stretches_without_a_saved_row(tmp_path, monkeypatch, on_disk):
-    monkeypatch.setattr("eomdl.runs.plan.MAX_SCALARS", 1)
-    monkeypatch.setattr("eomdl.runs.plan.MAX_STEPS", 3)
+    monkeypatch.setattr("eomdl.runs.chunk.MAX_SCALARS", 1)
+    monkeypatch.setattr("eomdl.runs.chunk.MAX_STEPS", 3)
     kept = eomdl.runs.RowsOnDisk(tmp_path) if on_disk else True
     run = descended(20, save_steps=[7, 20], save_params=kept)
     np.testing.assert_array_equal(run.steps, [7, 20])
@@ -132,7 +132,7 @@ def test_a_resumed_run_takes_its_rows_along(tmp_path):
 
 
 def test_what_a_run_has_written_when_it_is_stopped_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("eomdl.runs.plan.MAX_SCALARS", 4 * 2)
+    monkeypatch.setattr("eomdl.runs.chunk.MAX_SCALARS", 4 * 2)
     batches = (jnp.zeros(()) for _ in range(9))
     store = eomdl.runs.RowsOnDisk(tmp_path)
     stopped = eomdl.descend(valley_loss, VALLEY, SGD, 20, batches=batches, save_params=store)

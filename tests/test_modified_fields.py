@@ -11,7 +11,8 @@ from helpers import VALLEY, assert_close, valley_loss
 
 import eomdl
 from eomdl.flows import ModifiedFlow
-from eomdl.series import EULER, HEUN, MIDPOINT, RK4, ButcherTableau, modified_equation
+from eomdl.series import HEUN, MIDPOINT, RK4, ButcherTableau, modified_equation
+from eomdl.series.trees import EULER
 
 
 METHODS = {"Euler": (EULER, 1), "midpoint": (MIDPOINT, 2), "Heun": (HEUN, 2), "RK4": (RK4, 4)}
@@ -68,7 +69,7 @@ def test_the_local_error_has_the_order_of_the_terms_kept(method, order):
     for h in rates:
         flow = ModifiedFlow(lotka_volterra, h, order, tableau)
         path = eomdl.solve(flow, x, 1, rtol=1e-13, atol=1e-14, estimate_error=False)
-        errors.append(float(jnp.linalg.norm(path.params[-1] - flow.step(0.0, x, None))))
+        errors.append(float(jnp.linalg.norm(path.params[-1] - flow.map(x, None, 0))))
     assert eomdl.errors.observed_order(rates, errors) == pytest.approx(expected, abs=0.1)
 
 
@@ -117,7 +118,7 @@ def test_heun_on_a_loss_is_followed_to_fourth_order():
         return jax.tree.map(jnp.negative, jax.grad(valley_loss)(x, args))
 
     flow = ModifiedFlow(descent, 0.1, 2, HEUN)
-    real = eomdl.iterate(lambda x, args, k: flow.step(0.0, x, args), VALLEY, 30)
+    real = eomdl.iterate(flow.map, VALLEY, 30)
     models = {"gradient flow": eomdl.GradientFlow(valley_loss, 0.1), "order 2": flow}
     paths = {name: eomdl.solve(model, VALLEY, 30) for name, model in models.items()}
     distance = eomdl.compare(real, paths).distance

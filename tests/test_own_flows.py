@@ -2,7 +2,7 @@
 
 import warnings
 
-import equinox as eqx
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +54,6 @@ class Held(eomdl.AbstractFlow):
 
     loss: object
     step_size: jax.Array
-    refreshes: bool = True
 
     def init(self, params, args):
         return params, jax.tree.map(jnp.zeros_like, params)
@@ -90,8 +89,12 @@ def _first(options, count):
     return options | {"batches": None if batches is None else jax.tree.map(lambda x: x[:count], batches)}
 
 
+class Never(Held):
+    refresh = None
+
+
 def test_without_refresh_nothing_is_made_anew():
-    path = eomdl.solve(Held(valley_loss, jnp.asarray(0.1), refreshes=False), VALLEY, 5)
+    path = eomdl.solve(Never(valley_loss, jnp.asarray(0.1)), VALLEY, 5)
     assert_close(path.final_params, VALLEY, rtol=0, atol=0.0)
 
 
@@ -99,7 +102,6 @@ class Frozen(eomdl.AbstractFlow):
     """x' = -f, with f = args x + t frozen at the start of every step: descent with its time, exactly."""
 
     step_size: jax.Array
-    refreshes: bool = eqx.field(default=True, static=True)
 
     def init(self, params, args):
         return params, jnp.zeros_like(params)
@@ -172,8 +174,9 @@ class TwoSteps(eomdl.AbstractFlow):
             x = self.step_map(x, eomdl.flows.step_data(args, n), t / self.step_size + n)
         return jax.tree.map(lambda new, old: (new - old) / (2 * self.step_size), x, state)
 
-    def step(self, t, state, args):
-        return self.step_map(state, args, t / self.step_size)
+    @property
+    def map(self):
+        return self.step_map
 
 
 class Descent(eomdl.StepMap):
@@ -213,7 +216,8 @@ def test_the_tolerances_of_a_strided_flow_are_those_of_its_local_error(batches):
 
 
 def _two(batches):
-    return jax.tree.map(lambda x: x[:2], batches)
+    """Two batches of inputs and outputs: a tuple of two with two steps in each says which it is."""
+    return None if batches is None else eomdl.runs.stacked(jax.tree.map(lambda x: x[:2], batches))
 
 
 # ---------------------------------------------------------------------- diagnostics
@@ -237,7 +241,7 @@ def test_a_diagnostic_has_a_value_a_limit_and_a_meaning():
     real = eomdl.descend(valley_loss, VALLEY, SGD, 10)
     sure, doubtful = (eomdl.solve(Doubtful(valley_loss, 0.1, doubt), VALLEY, 10) for doubt in (1.9, 2.1))
     np.testing.assert_allclose(doubtful.stats.diagnostics["doubt"].value, [2.1, 3.1])  # start and end
-    assert sure.warnings == ()
+    assert not any(note.is_fault for note in sure.notes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert eomdl.compare(real, {"flow": sure}).notes == ()
@@ -251,9 +255,77 @@ def test_diagnostics_can_be_switched_off_and_survive_the_disk(tmp_path):
     assert eomdl.solve(flow, VALLEY, 10, diagnose=False).stats.diagnostics == {}
     path = eomdl.solve(flow, VALLEY, 10)
     path.save(tmp_path / "run.npz")
-    assert eomdl.Trajectory.load(tmp_path / "run.npz").warnings == path.warnings != ()
+    loaded = eomdl.Trajectory.load(tmp_path / "run.npz")
+    assert loaded.notes == path.notes != ()
+    assert [note.is_fault for note in loaded.notes] == [True]
 
 
 def test_nan_is_not_within_a_limit():
     assert eomdl.flows.Diagnostic(jnp.array([0.1, jnp.nan]), 1.0, "").exceeded
     assert not eomdl.flows.Diagnostic(jnp.array([0.1, 0.2]), 1.0, "").exceeded
+
+
+# ------------------------------------------------------ what a flow says of itself
+
+
+class Spiral(eomdl.AbstractFlow):
+    """x' = -args x, to be integrated by Euler with two steps for each of the optimizer."""
+
+    step_size: float
+
+    def __call__(self, t, state, args):
+        return -args * state
+
+    @property
+    def recommended_solver(self):
+        return diffrax.Euler(), diffrax.ConstantStepSize(), 0.5
+
+
+def test_the_recommended_solver_is_taken_where_none_is_chosen():
+    rate = jnp.array(0.7)
+    path = eomdl.solve(Spiral(0.1), START, 10, args=rate)
+    euler = np.outer((1 - 0.05 * 0.7) ** (2.0 * np.arange(11)), START)
+    np.testing.assert_allclose(path.params, euler, rtol=1e-12)
+    assert path.ode_error is None
+    exact = np.outer(np.exp(-0.07 * np.arange(11)), START)
+    for choice in ({"solver": diffrax.Tsit5(), "rtol": 1e-10, "atol": 1e-12}, {"rtol": 1e-10, "atol": 1e-12}):
+        chosen = eomdl.solve(Spiral(0.1), START, 10, args=rate, **choice)
+        np.testing.assert_allclose(chosen.params, exact, rtol=1e-8)
+    halved = eomdl.solve(
+        Spiral(0.1), START, 10, args=rate, dt0=0.25
+    )  # a choice too: adaptive, by the default solver
+    assert halved.ode_error is not None
+
+
+class Known(eomdl.AbstractFlow):
+    """Gradient flow that knows its leading error, e' = -H e + h H g / 2."""
+
+    loss: object
+    step_size: float
+
+    @property
+    def map(self):
+        return eomdl.maps.GradientDescentStep(self.loss, self.step_size)
+
+    def __call__(self, t, state, args):
+        return jax.tree.map(lambda g: -g, jax.grad(self.loss)(state, args))
+
+    def leading_error(self, t, params, error, args):
+        velocity = self(t, params, args)
+        half = jax.tree.map(lambda e, v: e + self.step_size / 2 * v, error, velocity)
+        return velocity, jax.jvp(lambda p: self(t, p, args), (params,), (half,))[1]
+
+
+def test_the_leading_error_of_an_own_flow_is_predicted():
+    mine, library = (
+        eomdl.errors.predict_error(flow, VALLEY, 20, check=False, diagnose=False)
+        for flow in (Known(valley_loss, 0.02), eomdl.GradientFlow(valley_loss, 0.02))
+    )
+    assert_close(mine.vector, library.vector, rtol=1e-6)
+    assert mine.norm[-1] > 0
+
+
+def test_a_map_of_a_flow_s_own_state_cannot_start_at_parameters():
+    flow = eomdl.flows.EdgeFlow(valley_loss, 0.1)
+    with pytest.raises(ValueError, match="step_map: expected one that starts at parameters"):
+        eomdl.iterate(flow.map, VALLEY, 2)

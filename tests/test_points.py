@@ -10,6 +10,8 @@ import pytest
 from helpers import QUADRATIC, VALLEY, assert_close, flat, quadratic_loss, symmetric, valley_loss
 
 import eomdl
+from eomdl.choice.points import departure_from_identity
+from eomdl.series.weights import taylor_weights
 
 
 ETA = 0.4
@@ -31,7 +33,7 @@ def assert_order(weights, order):
 
 @pytest.mark.parametrize("points", [1, 2, 5, 10])
 def test_taylor_weights_have_full_order(points):
-    assert_order(eomdl.flows.taylor_weights(points), points)
+    assert_order(taylor_weights(points), points)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_minimax_weights_have_their_order_and_beat_taylor(points, bound, order):
     z = np.linspace(1 - bound, 1 - 1e-6, 500)
     error = {
         name: np.abs(np.polyval(b[::-1], z) - np.log(z) / (z - 1)).max()
-        for name, b in (("taylor", eomdl.flows.taylor_weights(points)), ("minimax", weights))
+        for name, b in (("taylor", taylor_weights(points)), ("minimax", weights))
     }
     assert error["minimax"] <= (0.5 if order != points else 1 + 1e-6) * error["taylor"]
 
@@ -72,7 +74,7 @@ def test_departure_of_gradient_descent_is_eta_times_the_largest_eigenvalue(eigen
     args = (jnp.asarray(symmetric(eigenvalues)), jnp.zeros(3))
     for stride in (1, 2):
         expected = np.abs((1 - ETA * np.array(eigenvalues)) ** stride - 1).max()
-        measured = eomdl.flows.departure_from_identity(QUADRATIC_SGD, jnp.ones(3), args=args, stride=stride)
+        measured = departure_from_identity(QUADRATIC_SGD, jnp.ones(3), args=args, stride=stride)
         np.testing.assert_allclose(measured, expected, rtol=1e-8)
 
 
@@ -81,15 +83,13 @@ def test_departure_of_heavy_ball_is_that_of_its_companion_matrices():
     # (x, m) -> (x - eta (beta m + lambda x), beta m + lambda x)
     companions = [np.array([[1 - ETA * l, -ETA * 0.6], [l, 0.6]]) for l in eigenvalues]
     expected = max(np.abs(np.linalg.eigvals(c) - 1).max() for c in companions)
-    measured = eomdl.flows.departure_from_identity(
-        QUADRATIC_HEAVY_BALL, QUADRATIC.params, args=QUADRATIC.args
-    )
+    measured = departure_from_identity(QUADRATIC_HEAVY_BALL, QUADRATIC.params, args=QUADRATIC.args)
     np.testing.assert_allclose(measured, expected, rtol=1e-8)
 
 
 def test_departure_is_measured_where_the_real_run_ended():
     run = eomdl.iterate(eomdl.optimizer_step(valley_loss, SGD), VALLEY, 6)
-    there = eomdl.flows.departure_from_identity(eomdl.optimizer_step(valley_loss, SGD), VALLEY, start=run.end)
+    there = departure_from_identity(eomdl.optimizer_step(valley_loss, SGD), VALLEY, start=run.end)
     unravelled = lambda x: valley_loss({"x": x[0], "y": x[1]}, None)
     hessian = jax.hessian(unravelled)(jnp.asarray(flat(run.at(6))))
     np.testing.assert_allclose(there, ETA * np.abs(np.linalg.eigvalsh(hessian)).max(), rtol=1e-8)
@@ -100,7 +100,7 @@ def test_departure_is_measured_where_the_real_run_ended():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_terms_are_differences_of_the_real_iterates(stride):
-    found = eomdl.flows.choose_points(VALLEY_HEAVY_BALL, VALLEY, 12, stride=stride, max_points=3)
+    found = eomdl.choice.choose_points(VALLEY_HEAVY_BALL, VALLEY, 12, stride=stride, max_points=3)
     real = eomdl.descend(valley_loss, VALLEY, HEAVY_BALL, 12 + 4 * stride)
     x = np.stack([real.params["x"], real.params["y"]], axis=1)[::stride]
     rows = 12 // stride
@@ -111,7 +111,7 @@ def test_terms_are_differences_of_the_real_iterates(stride):
 
 def test_terms_after_a_real_run_are_those_of_its_rest():
     start = eomdl.descend(valley_loss, VALLEY, HEAVY_BALL, 8)
-    found = eomdl.flows.choose_points(VALLEY_HEAVY_BALL, VALLEY, 20, max_points=3, start=start.end)
+    found = eomdl.choice.choose_points(VALLEY_HEAVY_BALL, VALLEY, 20, max_points=3, start=start.end)
     real = eomdl.descend(valley_loss, VALLEY, HEAVY_BALL, 24)
     x = np.stack([real.params["x"], real.params["y"]], axis=1)[8:]
     sizes = np.array([np.linalg.norm(np.diff(x, n=j, axis=0)[:12], axis=1).mean() / j for j in range(1, 5)])
@@ -120,17 +120,17 @@ def test_terms_after_a_real_run_are_those_of_its_rest():
 
 def test_terms_after_a_real_run_whose_state_is_dropped_begin_with_a_new_one():
     run = eomdl.descend(valley_loss, VALLEY, HEAVY_BALL, 8)
-    after = eomdl.flows.choose_points(
+    after = eomdl.choice.choose_points(
         VALLEY_HEAVY_BALL, VALLEY, 20, max_points=3, start=run.end.without_state()
     )
-    new = eomdl.flows.choose_points(VALLEY_HEAVY_BALL, run.final_params, 12, max_points=3)
+    new = eomdl.choice.choose_points(VALLEY_HEAVY_BALL, run.final_params, 12, max_points=3)
     np.testing.assert_allclose(after.terms, new.terms, rtol=1e-12)
 
 
 def test_points_are_few_where_the_series_diverges_and_many_where_it_converges():
     def points(largest, stride):
         args = (jnp.diag(jnp.array([0.1, largest / ETA])), jnp.zeros(2))
-        return eomdl.flows.choose_points(QUADRATIC_SGD, jnp.ones(2), 4, args=args, stride=stride).points
+        return eomdl.choice.choose_points(QUADRATIC_SGD, jnp.ones(2), 4, args=args, stride=stride).points
 
     assert points(1.7, stride=1) == 1
     assert points(0.4, stride=1) == 8
@@ -149,21 +149,21 @@ def test_points_are_few_where_the_series_diverges_and_many_where_it_converges():
 def test_wrong_arguments_are_named(name, options):
     right = {"step_map": VALLEY_HEAVY_BALL, "params": VALLEY, "num_steps": 5}
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        eomdl.flows.choose_points(**right | options)
+        eomdl.choice.choose_points(**right | options)
 
 
 def test_runs_that_do_not_fit_are_refused():
     short = eomdl.descend(valley_loss, VALLEY, HEAVY_BALL, 5)
     with pytest.raises(ValueError, match=r"^num_steps: expected more than the 5 steps of start"):
-        eomdl.flows.choose_points(VALLEY_HEAVY_BALL, VALLEY, 5, start=short.end)
+        eomdl.choice.choose_points(VALLEY_HEAVY_BALL, VALLEY, 5, start=short.end)
     other = eomdl.iterate(lambda x, args, k: x, jnp.ones(3), 2)
     with pytest.raises(ValueError, match=r"^end\.state: expected the structure of this run"):
-        eomdl.flows.departure_from_identity(VALLEY_HEAVY_BALL, VALLEY, start=other.end)
+        departure_from_identity(VALLEY_HEAVY_BALL, VALLEY, start=other.end)
     with pytest.raises(ValueError, match=r"^params: expected a run that stays finite"):
-        eomdl.flows.choose_points(lambda x, args, k: x**5, jnp.array(30.0), 8)
+        eomdl.choice.choose_points(lambda x, args, k: x**5, jnp.array(30.0), 8)
     for name in ("stride", "num_matvecs"):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
-            eomdl.flows.departure_from_identity(VALLEY_HEAVY_BALL, VALLEY, **{name: 0})
+            departure_from_identity(VALLEY_HEAVY_BALL, VALLEY, **{name: 0})
 
 
 # ------------------------------------------------------- the smoothed path

@@ -1,4 +1,4 @@
-"""The error of a flow, foretold: closed forms, orders, minibatches, memory, strides, and where it does not hold."""
+"""The predicted error of a flow: closed forms, orders, minibatches, memory, strides, and where it does not hold."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from helpers import NET, NET_ARGS, NET_BATCHES, VALLEY, assert_close, net_loss, 
 
 import eomdl
 from eomdl.errors import predict_error
-from eomdl.plotting import plot_predicted_error
 
 
 LAMBDA, START, ETA = 1.3, jnp.array(0.7), 0.1
@@ -127,9 +126,9 @@ def test_table_and_picture():
     assert "of x" in table
     labels = [line.get_label() for line in found.plot().axes[0].lines]
     assert labels == ["predicted", "by one term more", "x", "y"]
-    assert len(plot_predicted_error(found, found.norm).axes[0].lines) == 5
+    assert len(found.plot(measured=found.norm).axes[0].lines) == 5
     with pytest.raises(ValueError, match=r"measured: expected shape \(4,\), got \(2,\)"):
-        plot_predicted_error(found, [1.0, 2.0])
+        found.plot(measured=[1.0, 2.0])
 
 
 def test_single_precision():
@@ -152,10 +151,14 @@ class Without(eomdl.AbstractFlow):
 @pytest.mark.parametrize(
     ("flow", "options", "message"),
     [
-        (Without(jnp.array(0.1)), {}, "flow: expected one that defines `step`, which it models, got Without"),
+        (
+            Without(jnp.array(0.1)),
+            {},
+            "flow: expected one that defines `map`, the step that it models, got Without",
+        ),
         (
             eomdl.flows.ReshufflingFlow(parabola, 0.1),
-            {},
+            {"args": jnp.ones(3)},
             "flow: expected a model of single steps, got ReshufflingFlow",
         ),
         (eomdl.flows.MomentumFlow(parabola, 0.1, 0.5), {"leading": True}, "leading: expected False"),

@@ -10,6 +10,7 @@ from paper_repro import harness, publish
 from paper_repro.__main__ import main
 
 
+pytestmark = pytest.mark.source
 README = publish.README.read_text()
 
 

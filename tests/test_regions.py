@@ -7,7 +7,7 @@ import pytest
 from helpers import net_params, normal
 
 from eomdl.geometry.regions import RegionMap, count_regions_on_line, region_map
-from eomdl.plotting.shape import plot_regions
+from eomdl.plotting import plot
 
 
 def preactivations(params, x):
@@ -54,7 +54,7 @@ def test_one_hidden_layer_by_hand(crossings, slopes, expected):
     np.testing.assert_allclose(found.breakpoints, expected, atol=1e-12)
     assert found.count == len(expected) + 1
     assert found.reached == 1
-    assert found.message == ""
+    assert found.notes == ()
 
 
 def test_two_layers_by_hand():
@@ -125,10 +125,10 @@ def test_a_walk_cut_short_says_so():
     params = units(0.2, 0.4, 0.6, 0.8)
     found = count_regions_on_line(one_layer, params, ORIGIN, ACROSS, max_regions=3)
     np.testing.assert_allclose(found.breakpoints, [0.2, 0.4])
-    assert found.message == "Stopped at t = 0.6 with 3 regions found so far. Raise `max_regions`."
+    assert found.notes == ("Stopped at t = 0.6 with 3 regions found so far. Raise `max_regions`.",)
     whole = count_regions_on_line(one_layer, params, ORIGIN, ACROSS, max_regions=5)
     assert whole.count == 5
-    assert whole.message == ""
+    assert whole.notes == ()
 
 
 def test_wrong_lines_are_refused():
@@ -214,9 +214,9 @@ def test_wrong_planes_are_refused():
 def test_the_picture_has_a_panel_a_map():
     labels = np.arange(9).reshape(3, 3)
     regions = RegionMap(labels, np.arange(3.0), np.arange(3.0), np.zeros((3, 2)))
-    figure = plot_regions({"early": regions, "late": regions})
+    figure = plot({"early": regions, "late": regions})
     assert [axes.get_title() for axes in figure.axes] == ["early: 9 regions seen", "late: 9 regions seen"]
     # One colour a region, and no two of one colour.
     assert len(np.unique(figure.axes[0].collections[0].get_array())) == 9
-    with pytest.raises(ValueError, match=r"^maps: expected a dict"):
-        plot_regions({})
+    with pytest.raises(ValueError, match=r"^result: expected a dict"):
+        plot({})

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from browsing import WIDTHS, looked_at
 
-from eomdl.plotting._inline import inked, svg
+from eomdl.plotting._inline import page_colours, svg
 from paper_repro import harness, report
 from paper_repro.claims import Claim
 from paper_repro.pictures import errors, panel
@@ -29,7 +29,7 @@ def made(tmp_path_factory) -> Path:
             "note": "a long word " * 9,
         }
     )
-    with inked():
+    with page_colours():
         wide, axes = panel("x", "y", width=12)
         axes.plot([0, 1], "k", label="a line")
         pictures = {"errors": svg(errors(table, "x", "error"), "errors"), "wide": svg(wide, "wide")}

@@ -1,6 +1,7 @@
 """The report on a learning rate: its numbers by the library's own functions, its reasons where there is no answer."""
 
 import dataclasses
+import html
 import re
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from helpers import (
     LABEL_ARGS,
     NET,
+    NET_ARGS,
     NET_BATCHES,
     NORMALIZED,
     VALLEY,
@@ -22,64 +24,8 @@ from helpers import (
 import eomdl
 from eomdl.reports.finding import Finding, Table, number, of, percent
 from eomdl.reports.questions import discreteness, edge, symmetries
-from eomdl.reports.rules import Rule, recognize
 from eomdl.reports.study import QUICK, make_study
 from eomdl.reports.written import QUESTIONS
-
-
-# ------------------------------------------------- the optimizer, found by trying
-
-PARTS = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
-
-
-@pytest.mark.parametrize("params", [PARTS, jnp.ones(()), jax.tree.map(jnp.float32, PARTS)])
-@pytest.mark.parametrize(
-    ("optimizer", "rule"),
-    [
-        (optax.sgd(0.1), Rule(0.1)),
-        (optax.sgd(0.02, momentum=0.9), Rule(0.02, 0.9)),
-        (optax.sgd(0.05, momentum=0.8, nesterov=True), Rule(0.05, 0.8, nesterov=True)),
-    ],
-    ids=["plain", "heavy ball", "Nesterov"],
-)
-def test_gradient_descent_is_recognized(optimizer, rule, params):
-    found = recognize(optimizer, params, 20)
-    assert found.nesterov == rule.nesterov
-    np.testing.assert_allclose(
-        [found.learning_rate, found.momentum], [rule.learning_rate, rule.momentum], rtol=1e-5
-    )
-
-
-OTHERS = {
-    "adam": optax.adam(0.1),
-    "late schedule": optax.sgd(optax.piecewise_constant_schedule(0.1, {18: 0.5})),
-    "decay": optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1)),
-    "clipping": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
-    "signs": optax.sign_sgd(0.1),
-    "still": optax.set_to_zero(),
-    "ascent": optax.sgd(-0.1),
-    "needs the value": optax.lbfgs(),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_others_are_not(name):
-    assert recognize(OTHERS[name], PARTS, 20) is None
-
-
-@pytest.mark.parametrize(
-    "rule", [Rule(0.3), Rule(0.3, 0.6), Rule(0.3, 0.6, nesterov=True)], ids=lambda rule: rule.name
-)
-def test_the_threshold_is_where_a_parabola_diverges(rule):
-    """Root of the characteristic equation of x_{k+1} = (1 + b) x_k - b x_{k-1} - eta lambda (...) on the unit circle."""
-    b, nesterov = rule.momentum, rule.nesterov
-
-    def largest(product):
-        seen = (1 + b, -b) if nesterov else (1, 0)
-        return np.abs(np.roots([1, -(1 + b) + product * seen[0], b + product * seen[1]])).max()
-
-    assert largest(0.999 * rule.threshold) < 1
-    assert largest(1.001 * rule.threshold) > 1
 
 
 # ------------------------------------------------- numbers in words
@@ -101,7 +47,7 @@ def test_numbers_have_three_digits():
 
 
 def test_a_finding_as_text():
-    table = Table(("block", "share"), (("a", 0.25), ("b", float("nan"))), shares=(1,))
+    table = Table(("block", "share"), (("a", 0.25), ("b", float("nan"))), fractions=(1,))
     text = Finding("Yes.", numbers={"size": "3"}, tables={"blocks": table}, notes=("mind",)).text()
     assert text == "Yes.\n  size: 3\n  blocks: block | share\n    a | 25 %\n    b | \n  ! mind\n"
 
@@ -157,21 +103,21 @@ def test_the_force_is_the_first_counter_term(plain):
     (xi, _), (gradient, _) = map(jax.flatten_util.ravel_pytree, (xi, gradient))
     found = plain.data["discreteness"]
     sizes = jnp.linalg.norm(xi), jnp.linalg.norm(gradient)
-    np.testing.assert_allclose(found["share"][0], ETA * sizes[0] / sizes[1], rtol=1e-8)
+    np.testing.assert_allclose(found["fraction"][0], ETA * sizes[0] / sizes[1], rtol=1e-8)
     np.testing.assert_allclose(found["cosine"][0], xi @ gradient / (sizes[0] * sizes[1]), rtol=1e-8)
-    np.testing.assert_allclose(found["block_share"]["x"], xi[0] ** 2 / (xi @ xi), rtol=1e-8)
+    np.testing.assert_allclose(found["block_fraction"]["x"], xi[0] ** 2 / (xi @ xi), rtol=1e-8)
     assert plain.findings["discreteness"].notes == ()  # no kinks
 
 
 def test_each_term_of_the_equation_of_motion_comes_nearer(plain):
     models = plain.data["models"]["models"]
-    shares = [models[name]["share"] for name in models]
+    fractions = [models[name]["fraction"] for name in models]
     assert list(models) == [
         "gradient flow",
         "equation of motion with 1 term",
         "equation of motion with 2 terms",
     ]
-    assert shares[0] > 5 * shares[1] > 5 * shares[2]
+    assert fractions[0] > 5 * fractions[1] > 5 * fractions[2]
     costs = [models[name]["cost"] for name in models]
     assert costs == sorted(costs)
 
@@ -183,6 +129,11 @@ def test_the_page_is_one_file_with_words_beside_every_picture(plain, tmp_path):
     assert not re.search(r'(src|href)="https?:|@import|<link [^>]*stylesheet', text)
     assert text.count('role="img"') == text.count("<figure>") >= 7
     assert not re.search(r">\s*-?\d+\.\d{7,}\s*<", text)  # no number with all its digits
+    # A notebook shows the same page, in a frame.
+    (inside,) = re.fullmatch(
+        r"<iframe srcdoc='([^']*)' style='[^']*'></iframe>", plain._repr_html_()
+    ).groups()
+    assert html.unescape(inside) == plain.html
 
 
 # ------------------------------------------------- where there is no answer, or another
@@ -211,10 +162,34 @@ def test_flows_of_adam_begin_once_its_averages_have_filled(adam):
     assert any("begin at step 3 " in note for note in notes)
     models = adam.data["models"]["models"]
     assert (
-        models["interpolating flow of 4 points"]["share"]
-        < models["interpolating flow of 2 points"]["share"]
+        models["interpolating flow of 4 points"]["fraction"]
+        < models["interpolating flow of 2 points"]["fraction"]
         < 0.1
     )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "threshold", "since"),
+    [
+        (lambda rate: optax.adam(rate, 0.5, 0.9), 0.03, 6, 10),
+        (lambda rate: optax.rmsprop(rate, 0.9), 0.009, 2, 8),
+        (optax.sgd, 0.2, 2, None),
+    ],
+    ids=["adam", "rmsprop", "gradient descent"],
+)
+def test_threshold_and_since_are_those_of_the_telemetry(optimizer, rate, threshold, since):
+    finding = edge.ask(make_study(net_loss, NET, rate, 16, optimizer, NET_ARGS, None, QUICK))
+    telemetry = eomdl.telemetry.EdgeTelemetry(net_loss, optimizer(rate), along_every=None, edge_every=1)
+    eomdl.descend(net_loss, NET, optimizer(rate), 17, args=NET_ARGS, monitors=[telemetry])
+    results = telemetry.results()
+    np.testing.assert_allclose(finding.data["threshold"], threshold, rtol=1e-9)
+    np.testing.assert_allclose(results.thresholds, threshold, rtol=1e-9)
+    np.testing.assert_allclose(finding.data["eta_lambda"], results.values[:, 0], rtol=5e-3)
+    answer = "No." if since is None else f"Yes, from about step {since} on"
+    verdict = "below the edge" if since is None else f"at the edge since step {since}"
+    assert finding.data["since"] == since
+    assert finding.answer.startswith(answer)
+    assert results.verdict.startswith(verdict)
 
 
 def test_a_run_that_breaks_down_is_reported_up_to_there():
@@ -244,7 +219,7 @@ def test_symmetries_and_their_drift():
     expected = jnp.linalg.norm(squares[0] - squares[1])
     np.testing.assert_allclose(drifts[scale]["change"], expected, rtol=1e-8)
     assert "drifts most" in finding.answer
-    assert "tells it to rounding" in finding.answer
+    assert "predicts it to rounding" in finding.answer
 
 
 def test_kinks_are_seen_and_smooth_losses_are_not_suspected():
@@ -255,7 +230,7 @@ def test_kinks_are_seen_and_smooth_losses_are_not_suspected():
         def loss(w, x):
             return jnp.mean((activation(x @ w - 0.3) - jnp.sin(x[:, 0])) ** 2)
 
-        return discreteness._looked_at(loss, weights, data, 0.5)["rough"]
+        return discreteness._measure_force(loss, weights, data, 0.5)["rough"]
 
     long, short = rough(jax.nn.relu)
     assert long > discreteness.ROUGH
@@ -281,6 +256,6 @@ def test_a_question_that_fails_does_not_stop_the_others(monkeypatch):
         raise RuntimeError("out of luck\nsecond line")
 
     question = dataclasses.replace(QUESTIONS[0], ask=broken)
-    finding = written._asked(question, None)
+    finding = written._ask(question, None)
     assert finding.answer == "Not answered. RuntimeError: out of luck"
     assert not finding.answered

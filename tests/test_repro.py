@@ -178,7 +178,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(fakes, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(harness, "discover", lambda: broken)
         assert main(["nec-scale", "nec-sgd", "--out", str(tmp_path)]) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
     assert "Weight-norm rates" in (tmp_path / "report.html").read_text()
     assert main(["nec-scale", "nec-sgd", "--out", str(tmp_path)]) == 0
     assert fakes == ["nec-scale", "nec-sgd", "nec-sgd"]

@@ -15,8 +15,8 @@ import pytest
 from helpers import VALLEY, assert_identical, valley_loss
 
 import eomdl
-from eomdl.runs.options import Setup
-from eomdl.runs.plan import MAX_STEPS
+from eomdl.runs.chunk import MAX_STEPS
+from eomdl.runs.run import Run
 
 
 ADAM = optax.adam(0.02)
@@ -76,7 +76,9 @@ def raised(error=Failure, **options):
     with pytest.raises(error) as caught:
         descend(**options)
     rows = len(caught.value.trajectory.steps)
-    assert any(f"{rows} rows up to step" in note and "resume=" in note for note in caught.value.__notes__)
+    assert any(
+        f"{rows} saved steps up to step" in note and "resume=" in note for note in caught.value.__notes__
+    )
     return caught.value
 
 
@@ -174,11 +176,11 @@ def test_a_flow_that_raises(tmp_path):
 
 
 class Injected:
-    """Raises KeyboardInterrupt at the n-th line of the run core, from `Setup.run` on."""
+    """Raises KeyboardInterrupt at the n-th line of the run core, from `Run.run` on."""
 
     def __init__(self, n):
         self.n, self.seen, self.where = n, 0, None
-        self.code = inspect.unwrap(Setup.run).__code__  # conftest's import hook wraps every function
+        self.code = inspect.unwrap(Run.run).__code__  # conftest's import hook wraps every function
 
     def __call__(self, frame, event, arg):
         if self.where is not None or "eomdl/runs/" not in frame.f_code.co_filename:
@@ -223,7 +225,7 @@ def test_ctrl_c_at_every_line(tmp_path):
             part = run(f"{n}", injected)
         except KeyboardInterrupt as error:
             part = getattr(error, "trajectory", None)
-            assert part is not None or "options.py" in injected.where, injected.where
+            assert part is not None or "run.py" in injected.where, injected.where
             if part is None:  # the lines before the run has begun
                 continue
             assert len(part.steps) == 1, injected.where

@@ -10,7 +10,7 @@ import pytest
 from helpers import NET, NET_ARGS, NET_BATCHES, flat, net_loss, normal, quadratic_loss, symmetric
 
 import eomdl
-from eomdl.plotting import plot_secants
+from eomdl.plotting import plot
 
 
 SGD = optax.sgd(0.1)
@@ -224,7 +224,7 @@ def test_parting_is_the_last_time():
 def test_frame_and_plot(to_minimum):
     frame = to_minimum.to_frame()
     assert list(frame["steps"]) == list(range(31))
-    figure = plot_secants({"GD": to_minimum, "model": to_minimum})
+    figure = plot({"GD": to_minimum, "model": to_minimum})
     cosines, bounds, rates = ({x.get_label(): x.get_ydata() for x in axes.lines} for axes in figure.axes)
     for name in ("GD", "model"):
         np.testing.assert_array_equal(cosines[name], to_minimum.gamma)

@@ -16,18 +16,13 @@ from eomdl.geometry.dimension import (
     participation_ratio,
 )
 from eomdl.geometry.path import (
-    distance_travelled,
     flow_curvature,
     flow_torsion,
-    path_curvature,
-    path_length,
     path_shape,
-    path_torsion,
     principal_components,
-    straightness,
 )
 from eomdl.geometry.plane import loss_plane
-from eomdl.plotting.shape import plot_dimensions, plot_path_plane, plot_path_shape
+from eomdl.plotting import plot
 
 
 EVEN = np.arange(60)
@@ -35,6 +30,14 @@ UNEVEN = np.cumsum(np.resize([1, 2, 1, 1, 3, 2], 60))
 
 
 # ------------------------------------------------------------ curvature, torsion
+
+
+def path_curvature(run):
+    return path_shape(run).curvature
+
+
+def path_torsion(run):
+    return path_shape(run).torsion
 
 
 @pytest.mark.parametrize("steps", [EVEN, UNEVEN], ids=["even", "uneven"])
@@ -175,37 +178,28 @@ def test_flows_without_a_path_of_parameters_are_refused():
 
 def test_length_and_distance_of_a_triangle():
     run = trajectory({"a": np.array([0.0, 3.0, 3.0, 0.0]), "b": [np.array([[0.0], [0.0], [4.0], [0.0]])]})
-    np.testing.assert_allclose(path_length(run), [0, 3, 7, 12])
-    np.testing.assert_allclose(distance_travelled(run), [0, 3, 5, 0])
-    np.testing.assert_allclose(straightness(run), [np.nan, 1, 5 / 7, 0])
-
-
-def test_shape_is_its_parts(flow_run):
-    shape = path_shape(flow_run)
-    for values, expected in (
-        (shape.length, path_length(flow_run)),
-        (shape.distance, distance_travelled(flow_run)),
-        (shape.curvature, path_curvature(flow_run)),
-        (shape.torsion, path_torsion(flow_run)),
-    ):
-        np.testing.assert_array_equal(values, expected)
+    shape = path_shape(run)
+    np.testing.assert_array_equal(shape.steps, run.steps)
+    np.testing.assert_allclose(shape.length, [0, 3, 7, 12])
+    np.testing.assert_allclose(shape.distance, [0, 3, 5, 0])
+    np.testing.assert_allclose(shape.straightness, [np.nan, 1, 5 / 7, 0])
+    # A derivative takes five saved steps.
+    assert np.isnan([shape.curvature, shape.torsion]).all()
 
 
 def test_paths_that_cannot_be_read_are_refused():
     without = dataclasses.replace(short_run(), params=None)
-    for function in (path_length, distance_travelled, straightness, path_curvature, principal_components):
+    for function in (path_shape, principal_components):
         with pytest.raises(ValueError, match=r"^trajectory: expected saved params"):
             function(without)
         with pytest.raises(ValueError, match=r"^trajectory: expected an eomdl.Trajectory"):
             function(np.zeros((9, 3)))
     with pytest.raises(ValueError, match=r"^trajectory: expected one run, got a batch with steps \(2, 5\)"):
-        path_length(trajectory(np.zeros((2, 5, 3)), np.zeros((2, 5))))
-    with pytest.raises(ValueError, match=r"^trajectory: expected at least 5 saved steps, got 4"):
-        path_curvature(trajectory(helix(0.1 * EVEN[:4])))
+        path_shape(trajectory(np.zeros((2, 5, 3)), np.zeros((2, 5))))
     with pytest.raises(
         ValueError, match=r"^trajectory: expected finite values, got infinity or NaN in row 2"
     ):
-        path_length(trajectory(np.array([0.0, 1.0, np.nan])))
+        path_shape(trajectory(np.array([0.0, 1.0, np.nan])))
 
 
 # --------------------------------------------------------- principal components
@@ -283,7 +277,7 @@ def test_loss_plane_of_a_quadratic_is_its_closed_form():
 def test_pictures_draw_what_they_are_given(flow_run):
     shape = path_shape(flow_run)
     tighter = dataclasses.replace(shape, curvature=1.5 * shape.curvature)
-    figure = plot_path_shape({"GD": shape, "flow": tighter})
+    figure = plot({"GD": shape, "flow": tighter})
     bend, _, off, length = figure.axes
     apart = {line.get_label(): line.get_ydata() for line in off.lines}
     known = np.isfinite(shape.curvature)
@@ -295,15 +289,14 @@ def test_pictures_draw_what_they_are_given(flow_run):
     found = principal_components(flow_run)
     grid = np.linspace(-1, 1, 3)
     plane = loss_plane(net_loss, found.mean, found.direction(0), found.direction(1), grid, grid, NET_ARGS)
-    axes = plot_path_plane(plane, {"GD": found.scores}).axes[0]
+    axes = plane.plot(paths={"GD": found.scores}).axes[0]
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), found.scores)
     with pytest.raises(ValueError, match=r"^paths\['GD'\]: expected coordinates of shape \(n, 2\)"):
-        plot_path_plane(plane, {"GD": found.scores[:, :1]})
+        plane.plot(paths={"GD": found.scores[:, :1]})
 
     by_step = {k: intrinsic_dimension(torus(k, 1), Fixed(1.0 + k)) for k in (0, 5)}
-    layers, training = plot_dimensions({"hidden 1": by_step, "hidden 2": by_step}).axes
+    layers, training = plot({"hidden 1": by_step, "hidden 2": by_step}).axes
     np.testing.assert_array_equal(training.lines[0].get_ydata(), [1, 6])
     np.testing.assert_array_equal(layers.lines[0].get_ydata(), [1, 1])
-    for function in (plot_path_shape, plot_dimensions):
-        with pytest.raises(ValueError, match=r"expected a dict"):
-            function({})
+    with pytest.raises(ValueError, match=r"expected a dict"):
+        plot({})

@@ -1,6 +1,7 @@
 """`solve`: the ODE is solved as well as it says, and bad runs say what happened."""
 
 import gc
+import traceback
 
 import diffrax
 import equinox as eqx
@@ -23,7 +24,7 @@ from helpers import (
     valley_loss,
 )
 from jax.flatten_util import ravel_pytree
-from registry import EQUATIONS, up_to
+from registry import EQUATIONS, sgd, up_to
 
 import eomdl
 
@@ -212,7 +213,7 @@ def test_stochastic_descent_is_followed_step_by_step(flow):
     for eta in rates:
         num_steps = round(0.4 / eta)
         batches = jnp.sin(np.repeat(np.arange(10.0), num_steps // 10))
-        real = eomdl.descend(target_loss, VALLEY, optax.sgd(eta), num_steps, batches=batches)
+        real = eomdl.iterate(sgd(target_loss, eta), VALLEY, num_steps, batches=batches)
         model = eomdl.solve(flow.make(target_loss, eta), VALLEY, num_steps, batches=batches)
         errors.append(distances(real, model).max())
     assert eomdl.errors.observed_order(rates, errors) == pytest.approx(flow.terms + 1, abs=0.1)
@@ -378,3 +379,21 @@ def test_the_ode_error_of_a_run_that_goes_on_without_or_with_an_estimate(estimat
         assert np.all(both.ode_error[4:] > 0)
     else:
         assert both.ode_error is None
+
+
+def test_at_most_six_frames_lead_from_solve_to_the_solver(monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def reach(*arguments, **options):
+        raise Reached
+
+    monkeypatch.setattr(diffrax, "diffeqsolve", reach)
+    # A loss of its own: what is compiled already does not call the solver.
+    flow = eomdl.GradientFlow(lambda params, args: valley_loss(params, args), 0.1)
+    with pytest.raises(Reached) as caught:
+        eomdl.solve(flow, VALLEY, 3, rtol=1e-6, atol=1e-8)
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
+    ours = [code.co_qualname for code in frames if "/eomdl/" in code.co_filename]
+    assert ours[0] == "solve"
+    assert len(ours) <= 6, ours

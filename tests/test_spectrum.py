@@ -48,7 +48,7 @@ def test_density_of_a_known_spectrum():
 
 def test_picture_of_a_density():
     found = curvature.spectral_density(quadratic_loss, PARAMS, ARGS, num_samples=16, num_matvecs=20)
-    (axes,) = found.plot(0.1).axes
+    (axes,) = found.plot(width=0.1).axes
     labels = axes.get_legend_handles_labels()[1]
     assert labels == ["one standard error", "density", "one of 40 eigenvalues"]
     assert axes.get_yscale() == "log"

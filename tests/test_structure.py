@@ -13,7 +13,6 @@ from helpers import VALLEY, assert_identical, valley_loss
 
 import eomdl
 from eomdl import _structure
-from eomdl.runs.identity import identity
 
 
 class Pair(NamedTuple):
@@ -102,59 +101,13 @@ def test_no_run_goes_on_with_the_state_of_another_optimizer(runs, old, new, what
     run = {
         "descend": lambda: eomdl.descend(valley_loss, VALLEY, OPTIMIZERS[new], 4, resume=runs[old]),
         "solve": lambda: eomdl.solve(eomdl.InterpolatingFlow(step, 0.1, 1), VALLEY, 4, resume=runs[old]),
-        "choose_points": lambda: eomdl.flows.choose_points(step, VALLEY, 4, start=runs[old].end),
+        "choose_points": lambda: eomdl.choice.choose_points(step, VALLEY, 4, start=runs[old].end),
     }[what]
     if old == new:
         run()
         return
     with pytest.raises(ValueError, match=r"end\.state: expected the structure .*got .* in place of"):
         run()
-
-
-def test_flows_are_told_apart_by_numbers_code_and_what_functions_close_over():
-    def scaled(c):
-        return lambda params, args: c * valley_loss(params, args)
-
-    def flow(loss=valley_loss, rate=0.1, order=1):
-        return identity(eomdl.EquationOfMotion(loss, rate, order))
-
-    assert flow() == flow()
-    assert flow(scaled(2.0)) == flow(scaled(2.0))
-    others = [
-        flow(rate=0.2),
-        flow(order=2),
-        flow(scaled(2.0)),
-        flow(scaled(3.0)),
-        flow(lambda p, a: p["x"] ** 2),
-        flow(lambda p, a: p["x"] ** 4),
-        flow(eomdl.WeightDecay(valley_loss, 0.1)),
-        flow(eomdl.WeightDecay(valley_loss, 0.2)),
-        identity(eomdl.GradientFlow(valley_loss, 0.1)),
-    ]
-    assert len({flow(), *others}) == 1 + len(others)
-    # Whatever a loss closes over: containers, keys, functions with bound arguments, and what is not there yet.
-    closed = [
-        {"a": 1.0},
-        {"a": 2.0},
-        {"b": 1.0},
-        [1.0, {"a": 1.0}],
-        [1.0, {"a": 2.0}],
-        jax.random.key(0),
-        jax.random.key(1),
-        jax.tree_util.Partial(valley_loss, 1.0),
-        jax.tree_util.Partial(valley_loss, 2.0),
-    ]
-    assert flow(scaled({"a": 1.0})) == flow(scaled({"a": 1.0}))
-    assert len({flow(scaled(c)) for c in closed}) == len(closed)
-
-    def before_it_is_defined():
-        told = flow(lambda params, args: later(params, args))
-        later = valley_loss
-        return told, flow(lambda params, args: later(params, args))
-
-    assert before_it_is_defined()[0] != before_it_is_defined()[1]
-    steps = [eomdl.optimizer_step(valley_loss, optax.sgd(0.1, momentum=m)) for m in (0.8, 0.9)]
-    assert len({identity(eomdl.InterpolatingFlow(step, 0.1, 2)) for step in steps}) == 2
 
 
 def test_a_key_and_its_numbers_are_not_the_same():

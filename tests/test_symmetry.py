@@ -50,14 +50,14 @@ def test_check_translation():
     assert holds.holds
     assert holds.gradient < 1e-13
     assert holds.value < 1e-13
-    assert "translation of layer1.w along axis -1: the symmetry holds" in holds.message
+    assert "translation of layer1.w along axis -1: the symmetry holds" in holds.verdict
     for symmetry in (eomdl.symmetry.Translation(last_layer, 0), eomdl.symmetry.Translation("layer0.w")):
         broken = eomdl.symmetry.check(label_loss, NET, symmetry, LABEL_ARGS)
         assert not broken.holds
         assert broken.gradient > 1e-3
         assert broken.value > 1e-3
-        assert "does not hold" in broken.message
-        assert f"{broken.gradient:.1e}" in broken.message
+        assert "does not hold" in broken.verdict
+        assert f"{broken.gradient:.1e}" in broken.verdict
 
 
 def test_check_scale():

@@ -10,7 +10,7 @@ import pytest
 from helpers import VALLEY, assert_close, assert_identical, flat, valley_loss
 
 import eomdl
-from eomdl.flows import ITERATES, MIDPOINTS, SMOOTHED, Target
+from eomdl._target import ITERATES, MIDPOINTS, SMOOTHED, Target
 
 
 OBSERVE = {"loss": valley_loss, "both": lambda p, args: jnp.stack([p["x"], p["y"]])}

@@ -1,0 +1,195 @@
+"""What is this optimizer: its response in one step, its rule in every step, and thresholds held against real runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import NET, NET_ARGS, flat, net_loss, normal, quadratic_loss, symmetric
+
+from eomdl.maps.response import MomentumRule, linear_response, recognize_momentum
+
+
+LR = 0.01
+THRESHOLDS = {
+    "gd": (optax.sgd(LR), 2.0),
+    "heavy ball": (optax.sgd(LR, 0.9), 2 + 2 * 0.9),
+    "nesterov": (optax.sgd(LR, 0.9, nesterov=True), (2 + 2 * 0.9) / (1 + 2 * 0.9)),
+    "rmsprop": (optax.rmsprop(LR, 0.9), 2.0),
+    "rmsprop, momentum": (optax.rmsprop(LR, 0.9, momentum=0.5), 3.0),
+    "adam": (optax.adam(LR, 0.9, 0.99), 2 * 1.9 / 0.1),
+    "adamw, schedule": (optax.adamw(optax.cosine_decay_schedule(LR, 100), 0.8), 2 * 1.8 / 0.2),
+}
+
+
+def at_step(optimizer, count=5):
+    """The optimizer's state after a few steps, with the next gradient."""
+    state, params = optimizer.init(NET), NET
+    for _ in range(count):
+        gradient = jax.grad(net_loss)(params, NET_ARGS)
+        updates, new = optimizer.update(gradient, state, params)
+        params, state = optax.apply_updates(params, updates), new
+    return state, jax.grad(net_loss)(params, NET_ARGS), params
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_thresholds_of_known_optimizers(name):
+    optimizer, threshold = THRESHOLDS[name]
+    found = linear_response(optimizer, *at_step(optimizer))
+    assert bool(found.is_linear)
+    np.testing.assert_allclose(found.threshold, threshold, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.lion(LR),
+        optax.sign_sgd(LR),
+        optax.adagrad(LR),
+        optax.amsgrad(LR),
+        optax.adabelief(LR),
+        optax.chain(optax.ema(0.9), optax.scale(-LR)),
+        optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(LR)),
+        optax.sgd(-LR),
+    ],
+    ids=["lion", "sign", "adagrad", "amsgrad", "adabelief", "ema", "clipping", "ascent"],
+)
+def test_what_is_not_known_has_no_threshold(optimizer):
+    found = linear_response(optimizer, *at_step(optimizer))
+    assert not bool(found.is_linear)
+
+
+def test_rates_are_those_of_adam():
+    optimizer = optax.chain(optax.clip_by_global_norm(1e3), optax.adam(LR, 0.9, 0.99, eps=1e-3))
+    state, gradient, params = at_step(optimizer)
+    found = linear_response(optimizer, state, gradient, params)
+    nu = 0.99 * flat(state[1][0].nu) + 0.01 * flat(gradient) ** 2
+    expected = LR / (np.sqrt(nu / (1 - 0.99**6)) + 1e-3) / (1 - 0.9**6)
+    np.testing.assert_allclose(flat(found.rates), expected, rtol=1e-9)
+    np.testing.assert_allclose(found.gain, 1)
+    momentum = linear_response(optax.sgd(LR, 0.9), *at_step(optax.sgd(LR, 0.9)))
+    np.testing.assert_allclose(flat(momentum.rates), LR, rtol=1e-12)
+    np.testing.assert_allclose([momentum.gain, momentum.memory_factor], [10, 19], rtol=1e-9)
+
+
+# --------------------------------------------------------------- thresholds, really
+
+
+def hold(name, state):
+    """The optimizer's state with second moments that stay as they are."""
+    nu = {"a": jnp.array([1.0, 4.0, 0.5]), "b": jnp.array([2.0, 0.3])}
+    if "adam" in name:
+        count = jnp.asarray(10**6)
+        return (state[0]._replace(count=count, nu=jax.tree.map(lambda v: 1e-3 * v, nu)), *state[1:])
+    return (state[0]._replace(nu=nu), *state[1:]) if "rms" in name else state
+
+
+REAL = {
+    "gd": lambda lr: optax.sgd(lr),
+    "heavy ball": lambda lr: optax.sgd(lr, 0.9),
+    "nesterov": lambda lr: optax.sgd(lr, 0.9, nesterov=True),
+    "rmsprop": lambda lr: optax.rmsprop(lr, 1 - 1e-9),
+    "adam": lambda lr: optax.adam(lr, 0.9, 1 - 1e-9),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_run_is_stable_below_the_threshold_and_not_above(name):
+    args = (jnp.asarray(symmetric([0.1, 0.3, 0.5, 1.0, 2.0])), jnp.zeros(5))
+    start = {"a": 1e-6 * normal(0, 3), "b": 1e-6 * normal(1, 2)}
+    gradient = jax.grad(quadratic_loss)(start, args)
+    small = REAL[name](1e-3)
+    found = linear_response(small, hold(name, small.init(start)), gradient, start)
+    r = np.sqrt(flat(found.rates))
+    largest = np.linalg.eigvalsh(r[:, None] * np.asarray(args[0]) * r)[-1]
+
+    @jax.jit
+    def norms(lr):
+        optimizer = REAL[name](lr)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(quadratic_loss)(params, args), state, params)
+            size = jnp.linalg.norm(jnp.concatenate(jax.tree.leaves(params)))
+            return (optax.apply_updates(params, updates), state), size
+
+        begin = (start, hold(name, optimizer.init(start)))
+        return jax.lax.scan(step, begin, length=500)[1]
+
+    edge = 1e-3 * found.threshold / largest
+    assert bool(found.is_linear)
+    below, above = norms(0.98 * edge), norms(1.02 * edge)
+    assert below[-1] < 0.1 * below[0]
+    assert np.max(above) > 10 * np.max(
+        below
+    )  # there is a transient with a memory; later its squares hold it back
+
+
+# --------------------------------------------------------------- in every step
+
+PARTS = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
+
+
+@pytest.mark.parametrize("params", [PARTS, jnp.ones(()), jax.tree.map(jnp.float32, PARTS)])
+@pytest.mark.parametrize(
+    ("optimizer", "rule"),
+    [
+        (optax.sgd(0.1), MomentumRule(0.1)),
+        (optax.sgd(0.02, momentum=0.9), MomentumRule(0.02, 0.9)),
+        (optax.sgd(0.05, momentum=0.8, nesterov=True), MomentumRule(0.05, 0.8, nesterov=True)),
+    ],
+    ids=["plain", "heavy ball", "Nesterov"],
+)
+def test_gradient_descent_is_recognized(optimizer, rule, params):
+    found = recognize_momentum(optimizer, params, 20)
+    assert found.nesterov == rule.nesterov
+    np.testing.assert_allclose(
+        [found.learning_rate, found.momentum], [rule.learning_rate, rule.momentum], rtol=1e-5
+    )
+
+
+OTHERS = {
+    "adam": optax.adam(0.1),
+    "late schedule": optax.sgd(optax.piecewise_constant_schedule(0.1, {18: 0.5})),
+    "decay": optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1)),
+    "clipping": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "signs": optax.sign_sgd(0.1),
+    "still": optax.set_to_zero(),
+    "ascent": optax.sgd(-0.1),
+    "needs the value": optax.lbfgs(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_are_not(name):
+    assert recognize_momentum(OTHERS[name], PARTS, 20) is None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [MomentumRule(0.3), MomentumRule(0.3, 0.6), MomentumRule(0.3, 0.6, nesterov=True)],
+    ids=lambda rule: rule.name,
+)
+def test_the_threshold_is_where_a_parabola_diverges(rule):
+    """Root of the characteristic equation of x_{k+1} = (1 + b) x_k - b x_{k-1} - eta lambda (...) on the unit circle."""
+    b, nesterov = rule.momentum, rule.nesterov
+
+    def largest(product):
+        seen = (1 + b, -b) if nesterov else (1, 0)
+        return np.abs(np.roots([1, -(1 + b) + product * seen[0], b + product * seen[1]])).max()
+
+    assert largest(0.999 * rule.threshold) < 1
+    assert largest(1.001 * rule.threshold) > 1
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [MomentumRule(LR), MomentumRule(LR, 0.8), MomentumRule(LR, 0.8, nesterov=True)],
+    ids=lambda rule: rule.name,
+)
+def test_the_response_in_a_step_is_that_of_the_rule_in_every_step(rule):
+    optimizer = optax.sgd(LR, rule.momentum, rule.nesterov)
+    found = linear_response(optimizer, *at_step(optimizer))
+    np.testing.assert_allclose(found.threshold, rule.threshold, rtol=1e-9)
+    np.testing.assert_allclose(flat(found.rates) * found.gain, rule.step_size, rtol=1e-9)
+    np.testing.assert_allclose(found.memory_factor, rule.memory_factor, rtol=1e-9)
