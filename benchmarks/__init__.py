@@ -1,1 +1,1 @@
-"""Benchmarks of `eomdl`: costs and accuracies, measured, printed and held to figures."""
+"""Benchmarks of `eomdl`: costs and accuracies, measured, printed and compared with limits."""

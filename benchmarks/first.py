@@ -6,10 +6,9 @@ that a residual network of small layers is made of.
 """
 
 import json
-import logging
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import diffrax
 import jax
@@ -18,25 +17,26 @@ import optax
 from jax.typing import ArrayLike
 
 import eomdl
+from benchmarks.aliases import Args, Loss, Params
 from benchmarks.measure import problem
-from eomdl._types import Args, Loss, Params
 
 
 jax.config.update("jax_enable_x64", True)
 STEPS = 20
 
 
-class Compiled(logging.Handler):
+class Compiled:
     """Seconds that XLA took to compile, and of how many programs."""
 
     seconds, count = 0.0, 0
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Count one log line of JAX if it tells of a compilation."""
-        text = record.getMessage()
-        if text.startswith("Finished XLA compilation"):
-            Compiled.seconds += float(text.rpartition(" in ")[2].split()[0])
-            Compiled.count += 1
+    @classmethod
+    def record(cls, event: str, duration_secs: float, **details: str | int) -> None:
+        """Count an event of JAX if it is a compilation."""
+        del details
+        if event == "/jax/core/compile/backend_compile_duration":
+            cls.seconds += duration_secs
+            cls.count += 1
 
 
 def layers(leaves: int) -> tuple[Loss, Params, Args]:
@@ -116,10 +116,7 @@ def main() -> None:
         case = problem("main")
         loss, params, args = case.loss, case.params, case.args
     jax.block_until_ready((params, args))
-    logger = logging.getLogger("jax._src.dispatch")
-    logger.addHandler(Compiled())
-    logger.setLevel(logging.DEBUG)
-    logging.getLogger("jax").propagate = False
+    jax.monitoring.register_event_duration_secs_listener(cast(Any, Compiled.record))
     seconds = []
     for _ in range(2):
         start = time.perf_counter()

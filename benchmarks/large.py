@@ -19,9 +19,9 @@ import optax
 
 import eomdl
 from benchmarks import transformer
+from benchmarks.aliases import Args, Loss, Params
 from benchmarks.memory import peak_rss
 from benchmarks.scale import CLASSES, ETA_LAMBDA, PIXELS
-from eomdl._types import Args, Loss, Params
 from paper_repro import networks
 
 

@@ -16,9 +16,9 @@ import optax
 
 import eomdl
 from benchmarks import scripts
+from benchmarks.aliases import Args, Params
+from benchmarks.power_series import modified_field_series
 from benchmarks.problems import Problem, digits_mlp
-from eomdl._types import Args, Params
-from eomdl.series import modified_field_series
 
 
 STAGES = 6  # evaluations of the field an ODE step: Tsit5 has 7 stages, first same as last
@@ -30,7 +30,7 @@ def problem(name: str) -> Problem:
 
 
 def bar_row(name: str, measured: float, limit: float, at_most: bool = True) -> dict[str, Any]:
-    """A figure, the bar it is held to, and whether it passes."""
+    """A figure, its bar, and whether it passes."""
     passed = measured <= limit if at_most else measured >= limit
     return {"bar": name, "measured": measured, "relation": "<=" if at_most else ">=", "limit": limit} | {
         "passed": bool(passed)

@@ -6,7 +6,7 @@ from functools import cache
 import jax
 
 import eomdl
-from eomdl._types import Args, Loss, Params
+from benchmarks.aliases import Args, Loss, Params
 from paper_repro import data, networks
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import figures
 from benchmarks.tables import TABLES, cell
-from eomdl.plotting._inline import inked, svg
+from eomdl.plotting._inline import page_colours, svg
 from paper_repro.publish import ROOT, replaced
 
 
@@ -45,7 +45,7 @@ def write() -> list[Path]:
     for old in PICTURES.glob("*.svg"):
         old.unlink()
     for suite in suites():
-        with inked():
+        with page_colours():
             for name, figure in figures.figures(read(suite)["tables"]).items():
                 (PICTURES / f"{suite or 'main'}-{name}.svg").write_text(svg(figure, f"{suite}-{name}"))
     PAGE.write_text(page())

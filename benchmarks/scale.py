@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 import eomdl
+from benchmarks.aliases import Args, Loss, Params
 from benchmarks.memory import peak_rss
-from eomdl._types import Args, Loss, Params
 from eomdl.losses import MeanOverChunks, OnHost
 from paper_repro import data, networks
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from eomdl._types import Args, Loss, Params
+from benchmarks.aliases import Args, Loss, Params
 
 
 Field: TypeAlias = Callable[[Params, Args], Params]

@@ -16,10 +16,10 @@ from benchmarks.test_interpolating import ETA, INITS, STEPS, _descent
 
 TOLERANCES = (1e-3, 1e-4, 1e-6)
 LIMITS = {1e-4: 5.5, 1e-6: 12.0}  # gradients a step for a distance, on the first initialization
-_NEAR = 1.4  # candidates up to this times the predicted cost of the chosen one are run: the others are dearer still
+_MAX_COST_RATIO = 1.4  # candidates up to this times the predicted cost of the chosen one are run: the others cost still more
 
 
-def _run(init: str, real: eomdl.Trajectory, candidate: eomdl.errors.Candidate) -> eomdl.errors.Candidate:
+def _run(init: str, real: eomdl.Trajectory, candidate: Any) -> Any:
     params, args = INITS[init](), digits(1000)
     jax.clear_caches()  # hundreds of compiled programs in one process are more than the system has room for
     path = eomdl.solve(candidate.flow, params, STEPS, args=args, diagnose=False, **candidate.solve_options)
@@ -34,10 +34,10 @@ def test_choice(record: Record, full: None, init: str, tolerance: float) -> None
 
     def rows() -> list[dict[str, Any]]:
         _, real, _ = _descent(init)
-        choice = eomdl.errors.choose_flow(
+        choice = eomdl.choice.choose_flow(
             LOSS, INITS[init](), optax.sgd(ETA), STEPS, tolerance, learning_rate=ETA, args=digits(1000)
         )
-        near = [c for c in choice.candidates if c.predicted_cost <= _NEAR * choice.predicted_cost]
+        near = [c for c in choice.candidates if c.predicted_cost <= _MAX_COST_RATIO * choice.predicted_cost]
         ran = [_run(init, real, c) for c in near]
         good = [c for c in ran if c.measured_error <= tolerance]
         best = min(good, key=lambda c: c.measured_cost)
@@ -69,7 +69,7 @@ def test_gradients_for_a_distance(record: Record, full: None, tolerance: float) 
 
     def bar() -> dict[str, Any]:
         _, real, _ = _descent("A")
-        choice = eomdl.errors.choose_flow(
+        choice = eomdl.choice.choose_flow(
             LOSS, INITS["A"](), optax.sgd(ETA), STEPS, tolerance, learning_rate=ETA, args=digits(1000)
         )
         done = _run("A", real, choice.chosen)

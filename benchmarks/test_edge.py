@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import eomdl
+from benchmarks.aliases import Args, Params
 from benchmarks.conftest import Record, Size
 from benchmarks.measure import bar_row, time_ratio
-from eomdl._types import Args, Params
 from eomdl.flows import CentralFlow, EdgeFlow, RodFlow
 from paper_repro import networks
 from paper_repro.harness import Images
@@ -93,7 +93,7 @@ def _row(name: str, entry: Entry, real: eomdl.Trajectory, start: Params, args: A
         "limit": entry.distance if np.isfinite(entry.distance) else None,
         "time_limit": entry.time if np.isfinite(entry.time) else None,
         "message": path.message,
-        "warnings": len(path.warnings),
+        "warnings": sum(note.is_fault for note in path.notes) - bool(path.message),
     }
 
 

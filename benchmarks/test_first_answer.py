@@ -15,9 +15,9 @@ import optax
 import pytest
 
 import eomdl
+from benchmarks.aliases import Args, Loss, Params
 from benchmarks.conftest import Record, Size
 from benchmarks.measure import problem
-from eomdl._types import Args, Loss, Params
 
 
 def first(what: str, order: int, leaves: int = 0) -> dict[str, Any]:

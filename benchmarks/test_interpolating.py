@@ -11,10 +11,10 @@ import optax
 import pytest
 
 import eomdl
+from benchmarks.aliases import Params
 from benchmarks.conftest import Record, Size
 from benchmarks.measure import STAGES, bar_row, compiled, time_ratio
 from benchmarks.problems import LOSS, digits
-from eomdl._types import Params
 from paper_repro import networks
 from paper_repro.harness import Images
 from paper_repro.papers.edge_of_stability import CASES, TOLERANCES, setting
@@ -135,7 +135,7 @@ def test_edge_of_stability(record: Record, full: None, name: str) -> None:
             observe={"sharpness": eomdl.sharpness(case.loss, 12)},
         )  # fmt: skip
         step = eomdl.optimizer_step(case.loss, optimizer)
-        chosen = eomdl.flows.choose_points(step, start, steps, args=args, stride=2, max_points=6).points
+        chosen = eomdl.choice.choose_points(step, start, steps, args=args, stride=2, max_points=6).points
         flows: dict[int, eomdl.AbstractFlow] = {0: eomdl.GradientFlow(case.loss, eta)}
         flows |= {k: eomdl.InterpolatingFlow(step, eta, k, stride=2) for k in (2, 3, 4, 6)}
         out = []

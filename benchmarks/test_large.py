@@ -14,11 +14,11 @@ import pytest
 
 import eomdl
 from benchmarks import large
+from benchmarks.aliases import Args, Loss, Params
 from benchmarks.conftest import Record, Size
 from benchmarks.large import Case
 from benchmarks.measure import compiled
-from eomdl._types import Args, Loss, Params
-from eomdl.flows.equation_of_motion import RTOL
+from eomdl.flows.equation_of_motion import SHARPNESS_RTOL
 from eomdl.observe.curvature import Sharpness
 
 
@@ -88,7 +88,7 @@ class Counted(eqx.Module):
 
 def _look(loss: Loss, params: Params, args: Args) -> float:
     """Flops of a look at the sharpness: what its products share, and each of them."""
-    _, _, count = jax.jit(Sharpness(loss, 16, RTOL).lanczos)(params, args)
+    count = jax.jit(Sharpness(loss, 16, SHARPNESS_RTOL).tridiagonal)(params, args).num_products
     grad = jax.grad(loss)
     _, shared = compiled(lambda p, args: jax.linearize(lambda q: grad(q, args), p)[1], params, args)
     product = jax.jit(lambda p, args: jax.linearize(lambda q: grad(q, args), p)[1])(params, args)

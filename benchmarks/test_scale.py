@@ -18,10 +18,10 @@ import pytest
 
 import eomdl
 from benchmarks import scale
+from benchmarks.aliases import Args, Loss, Params
 from benchmarks.conftest import Record, Size
 from benchmarks.measure import compiled, time_ratio
 from benchmarks.scale import CLASSES, PIXELS, Case
-from eomdl._types import Args, Loss, Params
 from eomdl.losses import MeanOverChunks, OnHost
 from paper_repro import networks
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.conftest import Record, Size
 from benchmarks.measure import bar_row
 from benchmarks.problems import Problem, digits_mlp
-from eomdl.observe import EdgeTelemetry
+from eomdl.telemetry import EdgeTelemetry
 
 
 ROUNDS, SMOKE_ROUNDS = 16, 2  # the first one warms up; the shortest of many short ones is least disturbed
@@ -41,7 +41,7 @@ class _Training:
         for step in range(num_steps):
             gradient = self._gradient(params, args)
             if telemetry is not None:
-                telemetry.look(step, params, state, args, gradient=gradient)
+                telemetry.measure(step, params, state, args, gradient=gradient)
             params, state = self._applied(params, state, gradient)
         jax.block_until_ready(params)
         return time.perf_counter() - start
@@ -58,7 +58,7 @@ def _overhead(kind: str, num_steps: int, rounds: int) -> dict[str, Any]:
         telemetry = made()
         bare.append(training.seconds(num_steps, None))
         watched.append(training.seconds(num_steps, telemetry))
-    report = telemetry.report()
+    report = telemetry.results()
     row = bar_row(f"telemetry {kind}: overhead", min(watched[1:]) / min(bare[1:]) - 1, KINDS[kind][1])
     return row | {
         "problem": case.name,

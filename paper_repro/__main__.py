@@ -1,6 +1,6 @@
 """`python -m paper_repro`: run the main reproductions, all of them or those named, and write a report.
 
-A reproduction that is done, with the same options and code, is not run again: an interrupted run goes on where it was.
+A reproduction that is done, with the same options and code, is not run again: an interrupted run continues where it was.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(str(error), markup=False)
         return 2
     except KeyboardInterrupt:
-        console.print("interrupted; what is done is kept, and the same command goes on")
+        console.print("interrupted; what is done is kept, and the same command continues")
         return 130
     failed = [(r.reproduction.name, c.text) for r in results for c in r.failed]
     for name, text in failed:

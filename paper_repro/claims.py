@@ -43,7 +43,7 @@ def gain(
     text: str, better: Any, base: Any, *, least: float = 1.0, what: str = "times nearer", **options: Any
 ) -> Claim:
     """The errors `better` are smaller than `base` by more than the factor `least`, in every case."""
-    ratio = np.asarray(base, float) / np.asarray(better, float)
+    ratio: np.ndarray = np.asarray(base, float) / np.asarray(better, float)
     low, high = ratio.min(), ratio.max()
     shown = _factor(low) if ratio.size == 1 else f"{_factor(low)} to {_factor(high)}"
     return Claim(text, f"{shown} {what} (asserted: more than {least:g}).", bool(low > least), **options)

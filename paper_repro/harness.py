@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import pandas as pd
 
-from eomdl.plotting._inline import inked, svg
+from eomdl.plotting._inline import page_colours, svg
 from paper_repro import data, papers
 from paper_repro.claims import Claim
 
@@ -133,7 +133,7 @@ def run(reproduction: Reproduction, options: Options, out: Path) -> Result:
     (folder / "result.json").unlink(missing_ok=True)  # until all is written, nothing is done
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
-    with inked():
+    with page_colours():
         figures = reproduction.pictures(_tables(folder, list(tables)))
         for name, figure in figures.items():
             (folder / f"{name}.svg").write_text(svg(figure, f"{reproduction.name}-{name}"))

@@ -20,7 +20,7 @@ STAGES = ("when clustered", "matched loss", "longer, other as it was", "both lon
 
 
 class Minibatches(eomdl.StepMap):
-    """A step on `size` images drawn anew at every step, by the run's seed and the step number only.
+    """A step on `size` images drawn again at every step, by the run's seed and the step number only.
 
     Args are (data, seed): nothing is stored, and a run that is resumed draws what it would have drawn.
     """
@@ -134,5 +134,5 @@ def _matched(
         if len(down):
             ends = ((m.params[m.at], b), (m.params[m.at + down[0]], w))
             one, other = (jax.tree.map(lambda x, i=i: x[i], params) for params, i in ends)
-            height[n, k] = eomdl.geometry.barrier(loss, one, other, data, points)
+            height[n, k] = eomdl.geometry.barriers(loss, eomdl.runs.stack([one, other]), data, points)[0, 1]
     return height

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eomdl.plotting._lines import legend, panel, positive
+from eomdl.plotting._lines import add_legend, panel, positive_or_nan
 
 
 ODE = "ODE error (estimate)"
@@ -35,16 +35,16 @@ def errors(
     scales = {"xscale": "log", "yscale": "log"} | scales
     figure, axes = panel(xlabel or x, ylabel or y, title, **scales)
     for color, (model, some) in enumerate(table.groupby(by, sort=False)):
-        axes.plot(some[x], positive(some[y]), f"C{color}{marker}-", ms=4, label=label(model))
+        axes.plot(some[x], positive_or_nan(some[y]), f"C{color}{marker}-", ms=4, label=label(model))
         if ode is not None:
-            axes.plot(some[x], positive(some[ode]), f"C{color}:")
+            axes.plot(some[x], positive_or_nan(some[ode]), f"C{color}:")
     if ode is not None:
         axes.plot([], [], "k:", label=ODE)
     values = sorted(table[x].unique())
     if scales["xscale"] == "log" and len(values) < 8:
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.set_xticks([], minor=True)
-    return legend(figure)
+    return add_legend(figure)
 
 
 def points(
@@ -54,9 +54,9 @@ def points(
     figure, axes = panel(xlabel, ylabel, title, yscale="log", width=6.0)
     x = np.arange(len(table))
     for marker, (label, column) in zip("osD^vx", columns.items(), strict=False):
-        axes.plot(x, positive(table[column]), marker, label=label)
+        axes.plot(x, positive_or_nan(table[column]), marker, label=label)
     axes.set_xticks(x, ticks)
-    return legend(figure)
+    return add_legend(figure)
 
 
 def named(values: Mapping[Any, float], what: str) -> Callable[[Any], str]:
@@ -94,4 +94,4 @@ def bars(table: pd.DataFrame, x: str, y: str, error: str, ylabel: str, *, by: st
             axes.errorbar(rows[x], rows[y], 2 * rows[error], fmt=f"C{color}o-", **style)
     axes.set_xscale("symlog", linthresh=10)
     axes.set(xlim=(-1, None), ylim=(0, None))
-    return legend(figure)
+    return add_legend(figure)

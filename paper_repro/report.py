@@ -2,10 +2,12 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from eomdl.reports.page import document, table
+from eomdl.reports.page import Table, document, table
 from paper_repro.claims import Claim
 from paper_repro.harness import Result
 
@@ -76,5 +78,14 @@ def _table(name: str, frame: pd.DataFrame) -> str:
     cut = f", the first {ROWS} here, all in {name}.csv" if len(frame) > ROWS else ""
     shown = frame.head(ROWS)
     count = f"{len(frame)} row{'s' * (len(frame) != 1)}{cut}"
-    columns = [str(column) for column in shown]
-    return table(name, columns, shown.to_numpy(object), count, opened=len(frame) <= 12)
+    columns = tuple(str(column) for column in shown)
+    rows = tuple(tuple(row) for row in shown.to_numpy(object))
+    return table(name, Table(columns, rows, caption=count), _show)
+
+
+def _show(cell: Any, is_fraction: bool) -> str:
+    """Return a cell as text: numbers in six digits."""
+    del is_fraction
+    if isinstance(cell, float):
+        return "" if np.isnan(cell) else f"{cell:.6g}"
+    return str(cell)

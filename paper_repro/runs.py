@@ -22,6 +22,13 @@ def counter_terms(loss: Loss, eta: float, orders: Iterable[int]) -> dict[str, eo
     return {f"EoM {n}" if n else "gradient flow": eomdl.EquationOfMotion(loss, eta, n) for n in orders}
 
 
+def dimension_estimators() -> dict[str, Any]:
+    """TwoNN (Facco et al. 2017) and maximum likelihood (Levina & Bickel 2004), by name."""
+    import skdim  # it takes seconds to import
+
+    return {"TwoNN": skdim.id.TwoNN(), "MLE": skdim.id.MLE()}
+
+
 def solve_all(
     flows: Mapping[str, eomdl.AbstractFlow], params: Any, steps: int, **options: Any
 ) -> dict[str, eomdl.Trajectory]:
@@ -74,7 +81,7 @@ def descend_grid(
 
     `observe(decayed loss)` gives the observables.
     """
-    stacked = eomdl.maps.stack(starts)
+    stacked = eomdl.runs.stack(starts)
     grid = list(itertools.product(rates, rates, range(len(starts))))
     etas, decays, which = (jnp.asarray(column) for column in zip(*grid, strict=True))
 
@@ -189,7 +196,7 @@ class Still(eomdl.AbstractFlow):
 
 
 def curvature_of(flow: eomdl.flows.CentralFlow) -> Callable:
-    """The largest eigenvalue of P^-1 H at a central flow's parameters, found anew and not from the directions that it tracks."""
+    """The largest eigenvalue of P^-1 H at a central flow's parameters, computed again and not from the directions that it tracks."""
 
     def of(t: Any, state: Any, args: Any) -> jax.Array:
         del t

@@ -28,7 +28,7 @@ SOURCE = "Cohen, Damian, Talwalkar, Kolter & Lee 2025 (arXiv 2410.24206)."
 SECONDS = 200
 REAL, CENTRAL, STILL = "real run", "central flow", "without oscillation"
 WINDOW = 32  # steps, over which the real run is averaged: its oscillation swells and dies in as many
-BRIEF = 0.05  # of the rows: a run that oscillates in fewer touches the edge in passing
+BRIEF = 0.05  # of the rows: a run that oscillates in fewer only touches the edge
 
 
 class Size(NamedTuple):
@@ -110,7 +110,7 @@ def _follow(run: Run, size: Size, images: Images) -> Tables:
     columns = {"predicted": predicted.ravel(), "measured": measured.ravel()}
     index = pd.MultiIndex.from_product([steps, range(1, predicted.shape[1] + 1)], names=["step", "direction"])
     variances = pd.DataFrame(columns, index=index).reset_index()
-    notes = pd.DataFrame({"note": [*paths[CENTRAL].warnings, *paths[CENTRAL].notes]})
+    notes = pd.DataFrame({"note": list(paths[CENTRAL].notes)})
     found = {"paths": pd.concat(tables), "variances": variances, "notes": notes}
     return {name: table.assign(run=run.name) for name, table in found.items()}
 
@@ -128,7 +128,7 @@ def _averaged(real: eomdl.Trajectory, steps: np.ndarray) -> dict[str, np.ndarray
 
 
 def claims(tables: Tables) -> list[made.Claim]:
-    """Nearer than without the oscillation; the curvature is held; means and variances are foretold."""
+    """Nearer than without the oscillation; the curvature is held; means and variances are predicted."""
     paths, variances = tables["paths"].groupby("run", sort=False), tables["variances"].groupby("run")
     return [claim for run, some in paths for claim in _claims(str(run), some, variances.get_group(run))]
 
@@ -153,10 +153,10 @@ def _claims(run: str, paths: pd.DataFrame, variances: pd.DataFrame) -> list[made
     text = f"{run}: where it oscillates it holds the curvature at 2."
     found.append(made.law(text, np.abs(held / 2 - 1), 1e-3))
     for name in ("loss", "squared gradient"):
-        foretold, bare = (_apart(real[name], central[column]) for column in (f"mean {name}", name))
+        predicted, bare = (_apart(real[name], central[column]) for column in (f"mean {name}", name))
         text = f"{run}: the mean {name} that it predicts is nearer to the real one than that of its path."
-        what = f"times nearer, off by {foretold:.1%} and {bare:.1%}"
-        found.append(made.gain(text, foretold, bare, least=2, what=what, **options))
+        what = f"times nearer, off by {predicted:.1%} and {bare:.1%}"
+        found.append(made.gain(text, predicted, bare, least=2, what=what, **options))
     text = f"{run}: the variance along the critical directions, all of them and all steps, in units of the predicted one."
     return [*found, made.close(text, ratio, 1.0, within=0.25, **options)]
 
@@ -181,16 +181,16 @@ def pictures(tables: Tables) -> dict[str, Figure]:
             figure, axes = draw.panel("step", f"mean {kind}", str(run), yscale="log")
             lines = [(still, kind, "C1", STILL), (central, kind, "C0:", "its path"), (real, kind, "k", REAL)]
             for some, column, style, label in [*lines, (central, f"mean {kind}", "C0", CENTRAL)]:
-                axes.plot(some["step"], draw.positive(some[column]), style, lw=1, label=label)
-            figures[f"{name}-{kind.replace(' ', '-')}"] = draw.legend(figure)
+                axes.plot(some["step"], draw.positive_or_nan(some[column]), style, lw=1, label=label)
+            figures[f"{name}-{kind.replace(' ', '-')}"] = draw.add_legend(figure)
         figure, axes = draw.panel("step", "largest curvature of P^-1 H", str(run), ylim=(0, 5))
         axes.plot(central["step"], central["curvature"], "C0", lw=1, label=CENTRAL)
         axes.plot(central["step"], central["tracked"], "0.5", lw=1, ls="--", label="directions tracked")
-        figures[f"{name}-curvature"] = draw.legend(figure)
+        figures[f"{name}-curvature"] = draw.add_legend(figure)
         figure, axes = draw.panel("step", "variance along critical directions", str(run))
         for i, some in tables["variances"].query("run == @run").groupby("direction"):
             if some["predicted"].max() > 0:
                 axes.plot(some["step"], some["predicted"], f"C{i - 1}", lw=1, label=f"predicted, {i}")
                 axes.plot(some["step"], some["measured"], f"C{i - 1}.", ms=2, label=f"measured, {i}")
-        figures[f"{name}-variance"] = draw.legend(figure)
+        figures[f"{name}-variance"] = draw.add_legend(figure)
     return figures

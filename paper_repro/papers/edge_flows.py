@@ -189,10 +189,12 @@ def pictures(tables: Tables) -> dict[str, Figure]:
     for run, path in paths.items():
         middle.plot(path["step"], path["loss"], lw=1, label=run)
         top.plot(path["step"], CASE.learning_rate * path["sharpness"], lw=1, label=run)
-        low.plot(path["step"], draw.positive(path["distance"]), lw=1, label=run)
-        lower.plot(path["step"], draw.positive((path["loss"] / path["GD's loss"] - 1).abs()), lw=1, label=run)
+        low.plot(path["step"], draw.positive_or_nan(path["distance"]), lw=1, label=run)
+        lower.plot(
+            path["step"], draw.positive_or_nan((path["loss"] / path["GD's loss"] - 1).abs()), lw=1, label=run
+        )
     middle.plot(real["step"], real["loss"], "k.", ms=3, label="GD")
     top.plot(real["step"], CASE.learning_rate * real["sharpness"], "k.", ms=3, label="GD")
     top.axhline(2, color="0.6", lw=1)
     figures = {"distance": far, "loss": fall, "loss-error": off, "sharpness": sharp}
-    return {name: draw.legend(figure) for name, figure in figures.items()}
+    return {name: draw.add_legend(figure) for name, figure in figures.items()}

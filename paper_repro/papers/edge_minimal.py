@@ -116,4 +116,4 @@ def pictures(tables: Tables) -> dict[str, Figure]:
             elif run != PRINCIPAL:  # it leaves the picture
                 axes.plot(shown["step"], shown[column], f"C{color}", lw=1, label=run)
     top.axhline(2, color="0.6", lw=1)
-    return {"sharpness": draw.legend(sharp), "x": draw.legend(across)}
+    return {"sharpness": draw.add_legend(sharp), "x": draw.add_legend(across)}

@@ -109,7 +109,7 @@ def _follow(case: Case, images: Images, size: Size) -> Tables:
     real = eomdl.descend(loss, start, optimizer, steps, **common)
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda leaf: leaf + PERTURBATION * rng.normal(size=leaf.shape), start)
-    best = eomdl.flows.choose_points(step, start, steps, args=args, stride=2, max_points=6).points
+    best = eomdl.choice.choose_points(step, start, steps, args=args, stride=2, max_points=6).points
     flows: dict[str, Any] = {FLOW: eomdl.GradientFlow(loss, eta)}
     for k in sorted({4, best}):
         flows[f"stride 2, {k} points"] = eomdl.InterpolatingFlow(step, eta, k, stride=2)
@@ -125,7 +125,7 @@ def _follow(case: Case, images: Images, size: Size) -> Tables:
     rows, parts = [], [curves]
     for name, path in paths.items():
         relative, difference = comparison.relative_distance[name], comparison.differences[name]["loss"]
-        cost = 6 * path.stats.num_steps * flows[name].gradients if name in flows else np.nan
+        cost = 6 * path.stats.num_steps * flows[name].gradient_cost if name in flows else np.nan
         rows.append(
             row
             | {
@@ -189,11 +189,11 @@ def pictures(tables: Tables) -> dict[str, Figure]:
             if run != MOVED:
                 top.plot(path["step"], path["eta * sharpness"], ls="-" if run == "GD" else "--", **style)
             if run != "GD":
-                low.plot(path["step"], draw.positive(path["distance"]), **style)
+                low.plot(path["step"], draw.positive_or_nan(path["distance"]), **style)
         top.axhline(2, color="0.6", lw=1)
         real = of_network[of_network["run"] == "GD"]
         fall, axes = draw.panel("step", "training loss", str(network), yscale="log")
         axes.plot(real["step"], real["loss"], "k", lw=1, label="GD")
-        figures |= {f"{name}-sharpness": draw.legend(sharp), f"{name}-loss": draw.legend(fall)}
-        figures[f"{name}-distance"] = draw.legend(apart)
+        figures |= {f"{name}-sharpness": draw.add_legend(sharp), f"{name}-loss": draw.add_legend(fall)}
+        figures[f"{name}-distance"] = draw.add_legend(apart)
     return figures

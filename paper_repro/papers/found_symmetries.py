@@ -64,4 +64,4 @@ def pictures(tables: Tables) -> dict[str, Figure]:
     axes.plot(found["cosine with the gradient"].abs().clip(lower=1e-18), names, "o", label="found")
     axes.axvline(LIMIT, color="k", ls=":", label="limit of the claim")
     axes.invert_yaxis()
-    return {"cosines": draw.legend(figure)}
+    return {"cosines": draw.add_legend(figure)}

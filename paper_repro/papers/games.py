@@ -164,5 +164,5 @@ def pictures(tables: Tables) -> dict[str, Figure]:
         figure, axes = draw.panel("a", "b", f"{game}, {updates} updates")
         draw.plane(axes, paths, real="real")
         axes.set_aspect("equal")
-        figures[f"{game}-{updates}".lower()] = draw.legend(figure)
+        figures[f"{game}-{updates}".lower()] = draw.add_legend(figure)
     return figures

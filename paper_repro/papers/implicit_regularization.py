@@ -107,7 +107,7 @@ def pictures(tables: Tables) -> dict[str, Figure]:
     figure, axes = draw.panel("a", "b", "two parameters", xlim=(0.2, 2.9), ylim=(1.7, 3.6))
     draw.plane(axes, tables["path"], POINT[1], np.linspace(0.2, 3, 200), real="gradient descent")
     style: dict[str, Any] = {"ode": "ODE error", "ylabel": "largest distance to gradient descent"}
-    return {"plane": draw.legend(figure)} | {
+    return {"plane": draw.add_legend(figure)} | {
         problem.replace(" ", "-"): draw.errors(
             some, "learning rate", "largest distance", title=problem, **style
         )

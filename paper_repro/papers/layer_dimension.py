@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import eomdl
 from eomdl import geometry
-from eomdl.plotting import plot_dimensions
-from paper_repro import claims as made, networks, pictures as draw
+from eomdl.plotting import plot
+from paper_repro import claims as made, networks, pictures as draw, runs
 from paper_repro.harness import Images, Tables
 
 
@@ -52,7 +52,7 @@ def measure(size: Size, images: Images) -> Tables:
         for step, params in ((step, run.at(step)) for step in size.checkpoints):
             clouds = dict(zip(LAYERS, networks.relu_activations(params, data[0]), strict=True))
             clouds["gradients"] = geometry.gradient_points(loss, params, data)
-            pairs = itertools.product(clouds.items(), geometry.dimension_estimators().items())
+            pairs = itertools.product(clouds.items(), runs.dimension_estimators().items())
             for (cloud, points), (name, estimator) in pairs:
                 found = geometry.intrinsic_dimension(points, estimator, partitions=size.partitions)
                 key = {"seed": seed, "step": step, "cloud": cloud}
@@ -102,7 +102,7 @@ def pictures(tables: Tables) -> dict[str, Figure]:
                 field.name: row[field.name] for field in dataclasses.fields(geometry.IntrinsicDimension)
             }
             layers[row["cloud"]][row["step"]] = geometry.IntrinsicDimension(**values | {"notes": ()})
-        figures[f"layers-{estimator}"] = plot_dimensions(layers)
+        figures[f"layers-{estimator}"] = plot(layers)
     gradients = table[table["cloud"] == "gradients"]
     label = "dimension of the images' gradients"
     return figures | {

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import eomdl
 from eomdl import geometry
-from eomdl.plotting import plot_regions
+from eomdl.plotting import plot
 from paper_repro import claims as made, networks, pictures as draw
 from paper_repro.harness import Images, Tables
 
@@ -91,4 +91,4 @@ def pictures(tables: Tables) -> dict[str, Figure]:
         maps[f"step {step}"] = geometry.RegionMap(cells.to_numpy(), *sides, corners)
     label = "linear regions between two images"
     lines = draw.bars(tables["regions"], "step", "regions on a line", "error", label, by="learning rate")
-    return {"planes": plot_regions(maps), "lines": lines}
+    return {"planes": plot(maps), "lines": lines}

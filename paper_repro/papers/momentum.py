@@ -139,4 +139,4 @@ def pictures(tables: Tables) -> dict[str, Figure]:
         xlabel="momentum beta",
         ylabel="largest distance to heavy ball",
     )
-    return {"plane": draw.legend(plane), "models": draw.legend(zoom), "distances": distances}
+    return {"plane": draw.add_legend(plane), "models": draw.add_legend(zoom), "distances": distances}

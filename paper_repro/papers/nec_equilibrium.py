@@ -115,4 +115,4 @@ def pictures(tables: Tables) -> dict[str, Figure]:
     angle, axes = draw.panel("step", "angle per step (radians)", "angular update")
     axes.plot(long["step"], long["angle"], "k-", lw=0.6, label="SGD")
     axes.axhline(float(np.arccos(1 - RATE * DECAY)), color="r", ls=":", label="arccos(1 - eta lambda)")
-    return {"norm": draw.legend(norm), "angle": draw.legend(angle)}
+    return {"norm": draw.add_legend(norm), "angle": draw.add_legend(angle)}

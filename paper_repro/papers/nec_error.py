@@ -1,4 +1,4 @@
-"""The discretization error, foretold: predicted against measured, and how large a learning rate may be.
+"""The discretization error, predicted before the run and measured, and how large a learning rate may be.
 
 A tanh network with 16 hidden units, cross entropy + L2 weight decay 1e-3, full-batch gradient descent on 256 images until time 2. The error
 of a flow is predicted along the flow itself, without a run of gradient descent; the real run is made to check it. Rates: the largest one
@@ -97,7 +97,7 @@ def _compared(real: Any, predicted: Any, flow: Any, params: Any, data: Any) -> d
 def _at_largest(
     loss: Any, params: Any, data: Any, order: int, tolerance: float, time: float
 ) -> dict[str, Any]:
-    """The rate that is foretold, and the error measured at it."""
+    """The predicted rate, and the error measured at it."""
     found = eomdl.errors.largest_learning_rate(loss, params, time, tolerance, order, args=data)
     steps = int(np.ceil(time / found.value))
     real = eomdl.descend(loss, params, optax.sgd(found.value), steps, args=data)
@@ -134,7 +134,7 @@ def claims(tables: Tables) -> list[made.Claim]:
             within=0.3,
         ),
         made.Claim(
-            f"At the largest rate foretold the measured error is between 0.5 and 1 times the tolerance (eta lambda_max < {BELOW}).",
+            f"At the largest rate predicted the measured error is between 0.5 and 1 times the tolerance (eta lambda_max < {BELOW}).",
             f"{kept.min():.3f} to {kept.max():.3f} times, {len(kept)} of {len(rates)} rates.",
             bool(len(kept) and kept.min() > 0.5 and kept.max() < 1),
         ),
@@ -147,13 +147,13 @@ def pictures(tables: Tables) -> dict[str, Figure]:
     for color, (model, some) in enumerate(tables["curves"].groupby("model", sort=False)):
         axes.plot(
             some["step"],
-            draw.positive(some["measured"]),
+            draw.positive_or_nan(some["measured"]),
             f"C{color}o",
             ms=3,
             mfc="none",
             label=f"{model}, measured",
         )
-        axes.plot(some["step"], draw.positive(some["predicted"]), f"C{color}", label="predicted")
+        axes.plot(some["step"], draw.positive_or_nan(some["predicted"]), f"C{color}", label="predicted")
     off = draw.errors(
         tables["predictions"],
         "learning rate",
@@ -161,4 +161,4 @@ def pictures(tables: Tables) -> dict[str, Figure]:
         ylabel="relative difference of predicted and measured vectors",
         title=f"at time {Size().time:g}",
     )
-    return {"along-a-run": draw.legend(figure), "vectors": off}
+    return {"along-a-run": draw.add_legend(figure), "vectors": off}

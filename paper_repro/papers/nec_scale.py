@@ -50,7 +50,7 @@ def measure(size: Size, images: Images) -> Tables:
     checks, rows = [], []
     for network, loss in NETWORKS.items():
         check = eomdl.symmetry.check(loss, starts[0], eomdl.symmetry.Scaling(["hidden"]), args=inputs)
-        checks.append({"network": network, "message": check.message, "holds": check.holds})
+        checks.append({"network": network, "message": check.verdict, "holds": check.holds})
         rows += [{"network": network} | row for row in _rows(loss, starts, size, inputs)]
     rates = pd.DataFrame(rows).groupby(KEYS, sort=False).mean().reset_index()
     return {"norm-rate": rates, "symmetry": pd.DataFrame(checks)}

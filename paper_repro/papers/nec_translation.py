@@ -78,7 +78,7 @@ def measure(size: Size, images: Images) -> Tables:
         "symmetric-component": _mean(table, "component"),
         "layer-norm": _mean(table, "norm"),
         "runs": table,
-        "symmetry": pd.DataFrame([{"network": "", "message": check.message, "holds": check.holds}]),
+        "symmetry": pd.DataFrame([{"network": "", "message": check.verdict, "holds": check.holds}]),
     }
 
 

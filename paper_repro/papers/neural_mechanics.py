@@ -186,9 +186,9 @@ def pictures(tables: Tables) -> dict[str, Figure]:
         for i, prediction in enumerate(c.removeprefix("error ") for c in here if c.startswith("error ")):
             style: dict[str, Any] = {"color": f"C{i}", "label": prediction, "ls": "--" if i < 3 else ":"}
             top.plot(one["step"], one[prediction], **style)
-            low.plot(one["step"], draw.positive(one[f"error {prediction}"]), **style)
+            low.plot(one["step"], draw.positive_or_nan(one[f"error {prediction}"]), **style)
         name = f"{network}-{beta}-{charge}"
-        figures |= {name: draw.legend(value), f"{name}-error": draw.legend(error)}
+        figures |= {name: draw.add_legend(value), f"{name}-error": draw.add_legend(error)}
     for (network, beta), case in turns.groupby(["network", "momentum"], sort=False):
         style = {"by": "run", "marker": "", "xscale": "linear", "title": f"{network}, momentum {beta}"}
         for column, name, scale in (

@@ -166,5 +166,5 @@ def pictures(tables: Tables) -> dict[str, Figure]:
             axes.plot(one["steps"], smooth, f"C{i}", label=f"{sweep} {value}")
             axes.plot(one["steps"], one["random_gamma"], f"C{i}:", lw=1)
         axes.plot([], [], "k:", lw=1, label="random directions")
-        figures[title.replace(", ", "-").replace(" ", "-")] = draw.legend(figure)
+        figures[title.replace(", ", "-").replace(" ", "-")] = draw.add_legend(figure)
     return figures

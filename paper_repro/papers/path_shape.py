@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import eomdl
 from eomdl import geometry
-from eomdl.plotting import plot_path_plane, plot_path_shape
+from eomdl.plotting import plot
 from paper_repro import claims as made, networks, runs
 from paper_repro.harness import Images, Tables
 
@@ -75,22 +75,24 @@ def _paths(data: Any, size: Size, seed: int) -> Tables:
     shapes = {name: geometry.path_shape(path) for name, path in paths.items() if name != "SGD"}
     rows = []
     for name, path in paths.items():
-        row = {"seed": seed, "run": name, "length": geometry.path_length(path)[-1]}
-        row["straightness"] = geometry.straightness(path)[-1]
+        shape = shapes[name] if name in shapes else geometry.path_shape(path)
+        row = {"seed": seed, "run": name, "length": shape.length[-1], "straightness": shape.straightness[-1]}
         row["first component"] = axes.explained[0] if name == "GD" else np.nan
         row["effective dimension"] = geometry.participation_ratio(path.params)
         for what in BENDS if name in shapes else ():
             ratio = getattr(shapes[name], what) / getattr(shapes["GD"], what)
             row[f"|log {what} ratio to GD|"] = float(np.nanmedian(np.abs(np.log(ratio))))
         points = geometry.path_points(path, size.points)
-        for label, estimator in geometry.dimension_estimators().items():
+        for label, estimator in runs.dimension_estimators().items():
             found = geometry.intrinsic_dimension(points, estimator, partitions=size.partitions)
             row |= {label: found.dimension, f"{label} error": found.standard_error}
         rows.append(row)
     scores = {
         name: dict(zip(("first", "second"), axes.project(paths[name]).T, strict=True)) for name in shapes
     }
-    course = pd.concat(pd.DataFrame({"run": n} | dataclasses.asdict(shapes[n]) | scores[n]) for n in shapes)
+    course = pd.concat(
+        shapes[n].to_frame().rename(columns={"step": "steps"}).assign(run=n, **scores[n]) for n in shapes
+    )
     return {
         "paths": pd.DataFrame(rows),
         "shape": course,
@@ -146,9 +148,9 @@ def claims(tables: Tables) -> list[made.Claim]:
 def pictures(tables: Tables) -> dict[str, Figure]:
     """Shape of the paths, and the paths on the loss."""
     course = dict(list(tables["shape"].groupby("run", sort=False)))
-    fields = [field.name for field in dataclasses.fields(geometry.PathShape)]
+    fields = [field.name for field in dataclasses.fields(geometry.PathShape) if field.name != "notes"]
     shapes = {name: geometry.PathShape(*rows[fields].to_numpy().T) for name, rows in course.items()}
     grid = tables["plane"].pivot(index="second", columns="first", values="loss")
     plane = geometry.LossPlane(grid.columns.to_numpy(), grid.index.to_numpy(), grid.to_numpy())
     scores = {name: rows[["first", "second"]].to_numpy() for name, rows in course.items()}
-    return {"shape": plot_path_shape(shapes), "plane": plot_path_plane(plane, scores)}
+    return {"shape": plot(shapes), "plane": plane.plot(paths=scores)}

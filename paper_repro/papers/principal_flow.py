@@ -108,5 +108,5 @@ def pictures(tables: Tables) -> dict[str, Figure]:
                 axes.plot(path["step"], path["a"], "k.", label=run)
             elif not str(run).startswith("EoM"):
                 axes.plot(path["step"], path["a"], f"C{color}", lw=1, label=run)
-        figures[f"rate-{rate:g}"] = draw.legend(figure)
+        figures[f"rate-{rate:g}"] = draw.add_legend(figure)
     return figures

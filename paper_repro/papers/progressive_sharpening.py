@@ -91,11 +91,11 @@ def _looked(case: Case, optimizer: str, images: Images, part: float) -> pd.DataF
     rate, steps = case.runs[GD if optimizer == SLOW else optimizer]
     network, init = case.network
     loss, rule = networks.loss(network, criterion), OPTIMIZERS[optimizer](rate)
-    telemetry = eomdl.observe.EdgeTelemetry(loss, rule, along_every=None, edge_every=EVERY, num_matvecs=16)
+    telemetry = eomdl.telemetry.EdgeTelemetry(loss, rule, along_every=None, edge_every=EVERY, num_matvecs=16)
     options: dict[str, Any] = {"args": (inputs, labels), "observe": {"loss": loss}, "save_steps": EVERY}
-    options |= {"save_params": False, "telemetry": telemetry}
+    options |= {"save_params": False, "monitors": [telemetry]}
     run = eomdl.descend(loss, init(inputs.shape[1]), rule, int(part * steps), **options)
-    report = telemetry.report()
+    report = telemetry.results()
     table = {
         "case": case.name,
         "optimizer": optimizer,
@@ -190,5 +190,5 @@ def pictures(tables: Tables) -> dict[str, Figure]:
         for color, (optimizer, looks) in enumerate(some.groupby("optimizer", sort=False)):
             axes.plot(looks["step"], looks["ratio"], f"C{color}", lw=1, label=optimizer)
         axes.axhline(1, color="k", ls=":", lw=1, label="threshold")
-        figures[str(case).replace(",", "").replace(" ", "-")] = draw.legend(figure)
+        figures[str(case).replace(",", "").replace(" ", "-")] = draw.add_legend(figure)
     return figures
