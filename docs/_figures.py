@@ -6,14 +6,14 @@ from typing import Any
 
 import matplotlib
 
-from eomdl.plotting._inline import INKED, svg as inline
+from eomdl.plotting._inline import PAGE_COLOURS, svg as inline
 
 
 def use_docs_style() -> None:
     """Text stays text, sizes suit a narrow page, and two builds make the same file."""
     matplotlib.use("svg")
     matplotlib.rcParams.update(
-        INKED
+        PAGE_COLOURS
         | {
             "svg.fonttype": "none",
             "axes.spines.top": False,

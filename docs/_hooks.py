@@ -63,9 +63,10 @@ _REMOTE = re.compile(
 
 def on_post_build(config, **kwargs) -> None:
     public = {
-        f"eomdl.{space}.{name}"
-        for space in NAMESPACES
-        for name in importlib.import_module(f"eomdl.{space}").__all__
+        f"{space}.{name}"
+        for space in ("eomdl", *(f"eomdl.{space}" for space in NAMESPACES))
+        for name in importlib.import_module(space).__all__
+        if name not in (*NAMESPACES, "__version__")
     }
     missing = sorted(public - _anchors)
     if missing:

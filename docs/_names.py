@@ -1,4 +1,4 @@
-"""The table of the names at the top of the package, and where each is described."""
+"""The table of the names at the top of the package."""
 
 import inspect
 from pathlib import Path
@@ -6,18 +6,20 @@ from pathlib import Path
 import eomdl
 
 
+RESULTS = (
+    "successful",
+    "nonfinite",
+    "max_steps_reached",
+    "interrupted",
+    "batches_exhausted",
+)
 NAMESPACES = sorted(
     name for name in eomdl.__all__ if inspect.ismodule(getattr(eomdl, name))
 )
 
 
-def home(name: str) -> str:
-    """The namespace that describes a name of the top level."""
-    return next(space for space in NAMESPACES if name in getattr(eomdl, space).__all__)
-
-
 def summary(thing: object) -> str:
-    """The first paragraph of its docstring, as a table cell, in which a bar would end the cell."""
+    """Return the first paragraph of its docstring, as a table cell, in which a bar would end the cell."""
     return (
         inspect.getdoc(thing)
         .split("\n\n")[0]
@@ -27,24 +29,26 @@ def summary(thing: object) -> str:
 
 
 def top_level() -> str:
-    """One row per name."""
+    """Return the table, one row per name."""
     rows = ["| name | what it is |", "|---|---|"]
     for name in eomdl.__all__:
         if name not in (*NAMESPACES, "__version__"):
             rows.append(
-                f"| [`eomdl.{name}`][eomdl.{home(name)}.{name}] | {summary(getattr(eomdl, name))} |"
+                f"| [`eomdl.{name}`][eomdl.{name}] | {summary(getattr(eomdl, name))} |"
             )
     return "\n".join(rows)
 
 
 def results() -> str:
-    """How a run can end, with the message that says what to do."""
+    """Return the table of how a run can end, with the message that says what to do."""
     rows = ["| result | message |", "|---|---|"]
-    for name, item in eomdl.RESULTS._name_to_item.items():
-        rows.append(f"| `{name}` | {eomdl.RESULTS[item] or 'All went well.'} |")
+    assert len(RESULTS) == len(eomdl.RESULTS)
+    for name in RESULTS:
+        message = eomdl.RESULTS[getattr(eomdl.RESULTS, name)]
+        rows.append(f"| `{name}` | {message or 'All went well.'} |")
     return "\n".join(rows)
 
 
 def script(name: str) -> str:
-    """The source of a script beside this one."""
+    """Return the source of a script beside this one."""
     return (Path(__file__).parent / name).read_text()

@@ -4,6 +4,7 @@ import inspect
 import itertools
 from typing import Any, NamedTuple
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,7 +20,8 @@ SMALL, LARGE = (
     0.4,
 )  # learning rates: eta * lambda_max is below 0.5, and far above 1
 EPOCH = 0.02  # that of minibatches
-QUICK = {"estimate_error": False, "diagnose": False}
+# One solver for all flows, whatever they recommend: the table counts its evaluations.
+QUICK = {"solver": diffrax.Tsit5(), "estimate_error": False, "diagnose": False}
 
 
 def loss(w, data):
@@ -199,7 +201,7 @@ def reshuffling() -> Row:
 
 
 def rows() -> list[Row]:
-    """All flows of the library."""
+    """Return all flows of the library."""
     found = [
         *descent(),
         any_field(),
@@ -208,14 +210,16 @@ def rows() -> list[Row]:
         *memory(),
         reshuffling(),
     ]
-    things = [getattr(flows, name) for name in flows.__all__]
+    things = [
+        getattr(space, name) for space in (eomdl, flows) for name in space.__all__
+    ]
     kinds = {
         t for t in things if inspect.isclass(t) and issubclass(t, eomdl.AbstractFlow)
     }
     missing = kinds - {eomdl.AbstractFlow} - {type(row.flow) for row in found}
     if missing:
         raise ValueError(
-            f"rows: expected every flow of eomdl.flows, {missing} are missing"
+            f"rows: expected every flow of the library, {missing} are missing"
         )
     return found
 
@@ -235,7 +239,7 @@ def evaluation(flow: eomdl.AbstractFlow) -> float:
     if isinstance(flow, eomdl.InterpolatingFlow):
         return flow.points * flow.stride
     if isinstance(flow, flows.PrincipalFlow | flows.ComplexPrincipalFlow):
-        return flow.gradients
+        return flow.gradient_cost
     if isinstance(flow, flows.ReshufflingFlow):
         body = flows.MomentumFlow(loss, EPOCH, 0.0)  # a penalty on the gradient, too
         part = jax.tree.map(lambda leaf: leaf[0], PARTS)
