@@ -139,12 +139,12 @@ def measured(case: Case) -> dict[str, Any]:
     """The run's row."""
     loss, params, args = NETWORKS[case.network](case.sizes, case.num_examples)
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
-    look = jax.jit(eomdl.sharpness(loss, rtol=0.05))
-    sharpness = float(look(params, args))
+    measure = jax.jit(eomdl.sharpness(loss, rtol=0.05))
+    sharpness = float(measure(params, args))
     eta = case.eta_lambda / sharpness
     reference = by_hand(loss, eta, case.num_steps)
     jax.block_until_ready(reference(params, args))
-    raw, look_seconds = np.inf, np.inf
+    raw, sharpness_seconds = np.inf, np.inf
     options: dict[str, Any] = {"estimate_error": False, "diagnose": False}
     if case.what != "descend":
         options["solver"] = getattr(diffrax, case.solver)()
@@ -155,16 +155,16 @@ def measured(case: Case) -> dict[str, Any]:
     memory = copies(num_bytes)
     grown = (peak_rss() - before) * 2**20 / num_bytes
     seconds = np.inf
-    jax.block_until_ready((reference(params, args), look(params, args)))
+    jax.block_until_ready((reference(params, args), measure(params, args)))
     for _ in range(3):  # interleaved; the shortest of each
         start = time.perf_counter()
         jax.block_until_ready(reference(params, args))
         first = time.perf_counter()
         run = RUNS[case.what](loss, params, eta, case.num_steps, args, **options)
         second = time.perf_counter()
-        jax.block_until_ready(look(params, args))
+        jax.block_until_ready(measure(params, args))
         raw, seconds = min(raw, first - start), min(seconds, second - first)
-        look_seconds = min(look_seconds, time.perf_counter() - second)
+        sharpness_seconds = min(sharpness_seconds, time.perf_counter() - second)
     if run.message:
         raise RuntimeError(run.message)
     step = raw / case.num_steps
@@ -178,7 +178,7 @@ def measured(case: Case) -> dict[str, Any]:
         "num_steps": case.num_steps,
         "ode_steps": int(run.stats.num_steps),
         "steps_per_step": seconds / raw,
-        "look_steps": look_seconds / step,
+        "sharpness_steps": sharpness_seconds / step,
         **memory,
         "rss_copies": grown,
         "raw_step_s": step,

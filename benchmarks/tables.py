@@ -263,7 +263,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
             "num_steps": "GD steps",
             "ode_steps": "ODE steps",
             "steps_per_step": "time per step / step of a hand-written scan",
-            "look_steps": "a look at the sharpness / such a step",
+            "sharpness_steps": "a measurement of the sharpness / such a step",
             "copies": "largest program / parameters",
             "rss_copies": "growth of resident memory / parameters",
         },

@@ -39,7 +39,7 @@ def _run(case: Case) -> dict[str, Any]:
 
 def _case(size: Size, network: str, what: str, solver: str = "Tsit5") -> Case:
     sizes: Sequence[int] = (SMOKE_SIZES if size.smoke else SIZES)[network]
-    # `descend` long enough that what a run takes beside its steps (rows, looks at them: some 30 ms) counts for little.
+    # `descend` long enough that what a run takes beside its steps (records, observables: some 30 ms) counts for little.
     long = 60 if jax.default_backend() == "cpu" else 4_000
     steps = 2 if size.smoke else long if what == "descend" else 4
     return Case(network, what, sizes, EXAMPLES[network], steps, solver)
@@ -86,8 +86,8 @@ class Counted(eqx.Module):
         return self.loss(params, args)
 
 
-def _look(loss: Loss, params: Params, args: Args) -> float:
-    """Flops of a look at the sharpness: what its products share, and each of them."""
+def _sharpness_flops(loss: Loss, params: Params, args: Args) -> float:
+    """Flops of a measurement of the sharpness: what its products share, and each of them."""
     count = jax.jit(Sharpness(loss, 16, SHARPNESS_RTOL).tridiagonal)(params, args).num_products
     grad = jax.grad(loss)
     _, shared = compiled(lambda p, args: jax.linearize(lambda q: grad(q, args), p)[1], params, args)
@@ -118,8 +118,9 @@ def _gradients(sizes: Sequence[int], num_examples: int, num_steps: int) -> list[
     parts = {
         "ODE steps": given * per_field,
         "tolerances, measured before": (unseen - given) * per_field,
-        "the look at the sharpness before": _look(loss, params, args) / one["flops"],
-        "the look at the sharpness at the end": _look(loss, run.final_params, args) / one["flops"],
+        "the measurement of the sharpness before": _sharpness_flops(loss, params, args) / one["flops"],
+        "the measurement of the sharpness at the end": _sharpness_flops(loss, run.final_params, args)
+        / one["flops"],
     }
     parts["everything"] = sum(parts.values())
     num_params = sum(x.size for x in jax.tree.leaves(params))
@@ -142,5 +143,7 @@ def test_where_the_gradients_go(record: Record, size: Size) -> None:
     rows = record("large cost", _gradients, sizes, examples, steps)
     by = {row["part"]: row for row in rows}
     assert size.smoke or by["everything"]["gradients_per_step"] <= GRADIENTS_LIMIT
-    before = by["tolerances, measured before"]["share"] + by["the look at the sharpness before"]["share"]
+    before = (
+        by["tolerances, measured before"]["share"] + by["the measurement of the sharpness before"]["share"]
+    )
     assert size.smoke or before <= BEFORE_LIMIT

@@ -48,7 +48,7 @@ class _Training:
 
 
 def _overhead(kind: str, num_steps: int, rounds: int) -> dict[str, Any]:
-    """The time with looks over that without, the shortest of interleaved rounds; and what the looks have seen."""
+    """Return the time with measurements over that without, the shortest of interleaved rounds, and what was measured."""
     case = digits_mlp(32, 500)
     optimizer = optax.sgd(case.learning_rate)
     training, options = _Training(case, optimizer), KINDS[kind][0]
@@ -63,8 +63,8 @@ def _overhead(kind: str, num_steps: int, rounds: int) -> dict[str, Any]:
     return row | {
         "problem": case.name,
         "bare_ms_a_step": 1e3 * min(bare[1:]) / num_steps,
-        "passes_a_look": float(report.evaluations.mean()) if len(report.steps) else None,
-        "products_a_look": float(report.matvecs.mean()) if len(report.edge_steps) else None,
+        "passes_per_measurement": float(report.evaluations.mean()) if len(report.steps) else None,
+        "products_per_measurement": float(report.matvecs.mean()) if len(report.edge_steps) else None,
         "converged": int(report.converged.sum()),
     }
 

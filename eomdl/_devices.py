@@ -67,7 +67,7 @@ def require_auto(name: str, tree: Any) -> None:
 
 
 def with_shardings(tree: Any, shardings: tuple[NamedSharding | None, ...]) -> Any:
-    """A tree in a compiled program held to a layout, which the compiler else chooses as it likes."""
+    """Return a tree in a compiled program with these shardings, which the compiler otherwise chooses itself."""
     if not shardings:
         return tree
     leaves, structure = jax.tree.flatten(tree)

@@ -1,4 +1,4 @@
-"""How many points the logarithm of a step map needs on a path, and how far the map is from the identity."""
+"""How many points the logarithm of a step map needs on a path, and the multipliers of the map."""
 
 import dataclasses
 from typing import Any
@@ -96,37 +96,6 @@ def _term_sizes(
         )(weights)
 
     return scan_increments(step_map, state, start, args, stride, max_points + 1, count, measure).mean(0)
-
-
-def departure_from_identity(
-    step_map: StepMap | StepFunction,
-    params: Params,
-    *,
-    args: Args = None,
-    stride: int = 1,
-    num_matvecs: int = 16,
-    start: End | None = None,
-) -> float:
-    r"""Return $\max |\mu - 1|$ over the multipliers $\mu$ (eigenvalues of $D\Psi$) of a step map.
-
-    For gradient descent this is $\eta \lambda_{max}$ (or $\eta |\lambda_{min}|$ if that is larger). From 1 on the Taylor
-    series of the logarithm diverges. Use it for the `bound` of `eomdl.flows.minimax_weights`.
-
-    **Arguments:** as in `eomdl.choice.choose_points`; `num_matvecs`: size of the Krylov space.
-
-    **Cost:** `num_matvecs` Jacobian-vector products of the map (Arnoldi iteration), about 2.7
-    gradients each, times the stride.
-
-    **Raises:** `ValueError` for a wrong argument.
-    """
-    step_map = as_step_map(step_map)
-    params = _check.params("params", params)
-    stride = _check.integer("stride", stride, 1)
-    num_matvecs = _check.integer("num_matvecs", num_matvecs, 1)
-    check_step(step_map, params, args)
-    state, first = starting_state(step_map, params, start)
-    depth = min(num_matvecs, _tree.size(state))
-    return float(np.abs(multipliers(step_map, state, first, args, stride, depth) - 1).max())
 
 
 def multipliers(

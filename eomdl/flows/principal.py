@@ -36,7 +36,7 @@ class PrincipalFlow(AbstractDescentFlow):
     ```
 
     **What it predicts:** the iterates where $\eta\lambda < 1$; of modes with $\eta\lambda > 1$, which alternate in sign, the
-    even iterates. On a quadratic loss both are exact. Elsewhere it leaves out the derivatives of H, from the term
+    even iterates. On a quadratic loss both are exact. On other losses it leaves out the derivatives of H, from the term
     $\frac{\eta^2}{12} T[g, g]$ of the equation of motion on: off by $O(\eta^3)$ in one step and $O(\eta^2)$ at a fixed time.
 
     **At** $\eta\lambda = 1$ the rate has a singularity: gradient descent removes such a mode in one step, which no finite rate does.
@@ -145,7 +145,7 @@ class ComplexPrincipalFlow(AbstractDescentFlow):
     $$\dot\theta = \varphi(\eta H)\, g, \qquad \varphi(x) = \frac{\log(1 - x)}{x}$$
 
     A factor $1 - \eta\lambda < 0$ a step is $e^{\log|1 - \eta\lambda| + i\pi}$: between two iterates the path leaves the real
-    parameters, and is real again at each iterate of a quadratic loss, exactly. Elsewhere it is off in the derivatives of H, and the
+    parameters, and is real again at each iterate of a quadratic loss, exactly. On other losses it is off in the derivatives of H, and the
     imaginary part that is left at an iterate shows by how much.
 
     ```python

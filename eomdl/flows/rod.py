@@ -54,7 +54,7 @@ class RodFlow(AbstractFlow):
     **One vector** (derived here). The source has a covariance $\Sigma$ in place of $d d^\top$, with
     $\dot\Sigma = \frac12 \langle \delta f\, \delta f^\top \rangle - 2 \Sigma$, $\delta f = \frac12 (f_+ - f_-)$. Before the onset the drift
     $\bar f$ is far longer than the oscillation, so $\Sigma$'s top eigenvector follows the drift, and misses the onset. Here only the
-    oscillation is followed, and the drift's own share $\frac14 \bar f \bar f^\top$, of third order, is left out. All modes that
+    oscillation is followed, and the part of the drift itself, $\frac14 \bar f \bar f^\top$, of third order, is left out. All modes that
     alternate are parts of one vector d, and u turns between them as d does: a mode with $b_i$ gains on one with $b_j$ at the rate
     $b_i - b_j$, and the plane of a complex pair turns by the imaginary part. So several modes take no more rods.
 

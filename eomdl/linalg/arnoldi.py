@@ -5,7 +5,7 @@ $A V_m = V_{m+p} H$ with an orthonormal basis V. From p start vectors, one produ
 Lanczos with full reorthogonalization.
 
 Where the space ends ("breakdown": nothing but rounding is left of a product, as of a Hessian of low rank) a random vector takes the
-next place, with coefficient 0 in H: the iteration goes on in the rest of the space, and finds multiple eigenvalues.
+next place, with coefficient 0 in H: the iteration continues in the rest of the space, and finds multiple eigenvalues.
 """
 
 from collections.abc import Callable

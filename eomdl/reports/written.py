@@ -117,7 +117,7 @@ def report(
     It trains, integrates the flows that may describe the run, and answers: is $\eta \lambda$ at the optimizer's edge of
     stability, and since when; how far is gradient flow, predicted and measured; up to which rate is it a fair picture; what
     do finite steps add ($\eta |\xi_0| / |g|$); which flow describes the run, at what cost; which symmetries the loss
-    has and how their charges drift; what the path looks like. What cannot be answered says why, and the rest goes on.
+    has and how their charges drift; what the path looks like. What cannot be answered says why, and the rest is answered.
 
     **Arguments:**
 

@@ -131,7 +131,7 @@ def solve(
             max_steps,
             jnp.asarray(dt0),
             flat=not traced and _is_small(one),
-            # Members are laid out by their ensemble.
+            # The ensemble chooses the shardings of its members.
             shardings=() if isinstance(state, EnsembleState) else _devices.shardings(one),
             observe_state=observe_state,
         ),

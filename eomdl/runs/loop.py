@@ -149,7 +149,7 @@ class _Part:
             end = self._diagnose(self._end(int(chunk.end), out.state, counts))
             result = RESULTS.successful if chunk.count == self.planned.count else RESULTS.batches_exhausted
         else:
-            # Back to the last good record, so that the run can go on from what its saved steps end with.
+            # Back to the last good record, so that a run can continue where its saved steps end.
             last = self.end_at(int(steps[good][-1])) if good.any() else None
             end = self._diagnose(last or self.begin)
         times = steps * np.asarray(self.dynamics.step_size)

@@ -122,7 +122,7 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> tuple
             "float64 (jax.config.update('jax_enable_x64', True)) or a lower order.",
             stacklevel=6,
         )
-    # A model that is off by more than it moves needs no looser integration than one that is off by that.
+    # A model that is off by more than it moves needs no larger tolerances than one that is off by that.
     error = min(error, float(distance(end, flow.params(state))))
     return rtol, max(MAX_ERROR_FRACTION * error / int(length) * flow.stride / root, floor)
 

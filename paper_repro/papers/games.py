@@ -152,7 +152,7 @@ def claims(tables: Tables) -> list[made.Claim]:
                 and (still - 1).abs().max() < 0.1
             ),
         ),
-        made.share("The first-order field foretells the last radius.", off, 0.02),
+        made.share("The first-order field predicts the last radius.", off, 0.02),
         *found,
     ]
 

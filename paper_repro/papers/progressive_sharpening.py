@@ -2,7 +2,7 @@
 
 An MLP 64-32-32-10 and a small CNN (tanh) on digits, full batch, by gradient descent, heavy ball (0.9) and Adam (0.9, 0.999). Squared error
 with 500 (MLP) or 300 (CNN) images; cross entropy with 1,000 images, 40 % of whose labels are drawn at random: heavy ball and Adam fit
-the true ones before they come to the edge. `EdgeTelemetry` looks at every tenth step: the largest eigenvalue of R H, with the optimizer's
+the true ones before they come to the edge. `EdgeTelemetry` measures every tenth step: the largest eigenvalue of R H, with the optimizer's
 rate R of each parameter, over the threshold that it finds for the optimizer. Beside it gradient descent with a tenth of the rate.
 """
 
@@ -23,7 +23,7 @@ from paper_repro.harness import Images, Tables
 
 SOURCE = "Cohen et al. 2021 (arXiv 2103.00065); Adam: Cohen et al. 2022 (arXiv 2207.14484)."
 SECONDS = 240
-EVERY = 10  # steps between two looks
+EVERY = 10  # steps between two measurements
 NEAR = 0.9  # of the threshold, from which on a run is at the edge,
 LEAST = 50  # and for how many steps at least
 GD, HEAVY, ADAM, SLOW = "gradient descent", "heavy ball", "Adam", "a tenth of the rate"
@@ -76,13 +76,13 @@ SMOKE = Size(cases=1, optimizers=1, part=0.1)
 def measure(size: Size, images: Images) -> Tables:
     """Every run, with its telemetry."""
     runs = [(case, name) for case in CASES[: size.cases] for name in list(OPTIMIZERS)[: size.optimizers]]
-    looks = pd.concat(_looked(case, name, images, size.part) for case, name in tqdm(runs, desc="runs"))
-    rows = [_summary(some) for _, some in looks.groupby(["case", "optimizer"], sort=False)]
-    return {"looks": looks, "runs": pd.DataFrame(rows)}
+    measured = pd.concat(_measure(case, name, images, size.part) for case, name in tqdm(runs, desc="runs"))
+    rows = [_summary(some) for _, some in measured.groupby(["case", "optimizer"], sort=False)]
+    return {"measurements": measured, "runs": pd.DataFrame(rows)}
 
 
-def _looked(case: Case, optimizer: str, images: Images, part: float) -> pd.DataFrame:
-    """The looks at one run."""
+def _measure(case: Case, optimizer: str, images: Images, part: float) -> pd.DataFrame:
+    """Return what was measured along one run."""
     inputs, labels = images(case.images, None)
     criterion, random_labels = case.criterion
     rng = np.random.default_rng(0)
@@ -110,18 +110,18 @@ def _looked(case: Case, optimizer: str, images: Images, part: float) -> pd.DataF
     return pd.DataFrame(table)
 
 
-def _summary(looks: pd.DataFrame) -> dict[str, Any]:
+def _summary(measured: pd.DataFrame) -> dict[str, Any]:
     """When a run came to the edge from below, for how long it was there, and where it is at the end.
 
-    The first looks at Adam do not count: its second moments are those of few gradients, and the ratio falls at first.
+    The first measurements of Adam do not count: its second moments are those of few gradients, and the ratio falls at first.
     """
-    ratio, step = looks["ratio"].to_numpy(), looks["step"].to_numpy()
+    ratio, step = measured["ratio"].to_numpy(), measured["step"].to_numpy()
     near = np.append(np.flatnonzero(ratio >= NEAR), len(ratio))
     below = np.append(np.flatnonzero(ratio < NEAR), len(ratio))[0]
     first = near[near >= below][0]
     there = slice(first, near[-2] + 1 if first < len(ratio) else first)
     before, hovering = ratio[below:first], ratio[there]
-    return looks.iloc[0][["case", "optimizer", "threshold"]].to_dict() | {
+    return measured.iloc[0][["case", "optimizer", "threshold"]].to_dict() | {
         "lowest before": before.min() if before.size else np.nan,
         "reached": step[first] if hovering.size else np.nan,
         "steps at the edge": step[there][-1] - step[first] if hovering.size else 0,
@@ -129,8 +129,8 @@ def _summary(looks: pd.DataFrame) -> dict[str, Any]:
         "largest": ratio[below:].max() if below < len(ratio) else np.nan,
         "at the end": np.median(ratio[-5:]),
         "steps": step[-1] + EVERY,
-        "loss at the end": looks["loss"].iloc[-1],
-        "converged": looks["converged"].mean(),
+        "loss at the end": measured["loss"].iloc[-1],
+        "converged": measured["converged"].mean(),
     }
 
 
@@ -160,7 +160,7 @@ def claims(tables: Tables) -> list[made.Claim]:
                 fast,
                 fast["median at the edge"].between(0.8, 1.25) & (fast["steps at the edge"] >= LEAST),
                 "{median at the edge:.3f} for {steps at the edge:.0f} of {steps:.0f} steps, {at the end:.2f} at the end "
-                "(loss {loss at the end:.1e}), {converged:.0%} of the looks converged",
+                "(loss {loss at the end:.1e}), {converged:.0%} of the measurements converged",
             ),
             _claim(
                 f"{case}: gradient descent with a tenth of the rate stays below half of its threshold.",
@@ -185,10 +185,10 @@ def _claim(text: str, runs: pd.DataFrame, holds: pd.Series, form: str) -> made.C
 def pictures(tables: Tables) -> dict[str, Figure]:
     """The value over the threshold against the step, one panel for each network and loss."""
     figures = {}
-    for case, some in tables["looks"].groupby("case", sort=False):
+    for case, some in tables["measurements"].groupby("case", sort=False):
         figure, axes = draw.panel("step", "eigenvalue / threshold", str(case), ylim=(0, 2))
-        for color, (optimizer, looks) in enumerate(some.groupby("optimizer", sort=False)):
-            axes.plot(looks["step"], looks["ratio"], f"C{color}", lw=1, label=optimizer)
+        for color, (optimizer, measured) in enumerate(some.groupby("optimizer", sort=False)):
+            axes.plot(measured["step"], measured["ratio"], f"C{color}", lw=1, label=optimizer)
         axes.axhline(1, color="k", ls=":", lw=1, label="threshold")
         figures[str(case).replace(",", "").replace(" ", "-")] = draw.add_legend(figure)
     return figures
