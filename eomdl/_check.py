@@ -5,6 +5,8 @@ Each function returns the argument, converted, or raises. Traced values pass; sh
 
 import operator
 import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,18 @@ import numpy as np
 
 from eomdl import _tree
 from eomdl._types import Args, Array, Loss, Observable, Params, StateObservable
+
+
+# Frames of these packages stand between a warning and the line of the user's code that it is about.
+_BETWEEN = {"eomdl", "equinox", "jax", "jaxtyping", "beartype", "contextlib"}
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's code from which the library was called."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def _wrong(name: str, expected: str, got: Any) -> ValueError:
@@ -42,14 +56,23 @@ def fraction(name: str, value: Any) -> jax.Array:
     return _scalar(name, value, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
+_FOR_OPTIMIZERS = (
+    "; the flow of an optimizer, with its schedule, is eomdl.InterpolatingFlow(eomdl.optimizer_step(loss, optimizer), step_size, "
+    "points=2), where step_size is a number that sets the clock"
+)
+
+
 def _scalar(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> jax.Array:
+    if _is_optimizer(value) or callable(value):
+        raise _wrong(name, expected, f"{value!r:.80}{_FOR_OPTIMIZERS}")
     array = _array(name, value, expected)
     if array.shape != () or jnp.iscomplexobj(array) or array.dtype == bool:
         raise _wrong(name, expected, f"{value!r} (shape {array.shape}, dtype {array.dtype})")
     # One dtype for 0.1, numpy.float32(0.1) and numpy.float64(0.1): else each would compile again.
     array = jax.lax.convert_element_type(array, jnp.result_type(float))
     if not _tree.is_traced(array) and not (np.isfinite(array) and holds(float(array))):
-        raise _wrong(name, expected, repr(value))
+        ascent = name in ("learning_rate", "step_size") and float(array) < 0
+        raise _wrong(name, expected, f"{value!r}{'; for ascent negate the loss' * ascent}")
     return array
 
 
@@ -163,6 +186,12 @@ def integer(name: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> in
     return number
 
 
+_COMPLEX = (
+    "; give real and imaginary part as two real arrays, as optax.contrib.split_real_and_imaginary does: "
+    "lambda p, args: loss(jax.lax.complex(*p), args)"
+)
+
+
 def params(name: str, value: Params) -> Params:
     """Return a pytree of real floating-point arrays; Python floats become arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(value)
@@ -177,7 +206,7 @@ def params(name: str, value: Params) -> Params:
             hint = "; keep the rest out with equinox.partition(model, equinox.is_inexact_array)"
             raise _wrong(where, expected, f"{type(leaf).__name__}{hint}")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise _wrong(where, expected, f"dtype {leaf.dtype}")
+            raise _wrong(where, expected, f"dtype {leaf.dtype}{_COMPLEX * jnp.iscomplexobj(leaf)}")
     return jax.tree.map(jnp.asarray, value)
 
 
@@ -222,7 +251,10 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args")
     call = eqx.filter_eval_shape if traced else _evaluate
     out = _try("loss", expected, call, loss, params, args, names=("params", source))
     if not isinstance(out, float) and getattr(out, "shape", None) != ():
-        raise _wrong("loss", expected, f"output of shape {getattr(out, 'shape', None)}: {out!r:.80}")
+        hint = "; take its mean: lambda p, args: jnp.mean(loss(p, args))" * hasattr(out, "shape")
+        if isinstance(out, tuple):
+            hint = "; of (value, aux) take the value: lambda p, args: loss(p, args)[0]"
+        raise _wrong("loss", expected, f"output of shape {getattr(out, 'shape', None)}: {out!r:.80}{hint}")
     if not jnp.issubdtype(jnp.result_type(out), jnp.floating):
         raise _wrong("loss", expected, f"output of dtype {out.dtype}")
     if not traced and not _tree.is_traced(out) and not np.isfinite(out):
@@ -249,8 +281,14 @@ def observable(name: str, value: Any) -> Observable:
 
 def optimizer(value: Any) -> None:
     """Raise unless the value is an optax optimizer."""
-    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
-        raise _wrong("optimizer", "an optax.GradientTransformation", repr(value))
+    if not _is_optimizer(value):
+        hint = "; of a learning rate or a schedule make one: optax.sgd(learning_rate)"
+        is_rate = callable(value) or isinstance(value, float | int)
+        raise _wrong("optimizer", "an optax.GradientTransformation", f"{value!r:.80}{hint * is_rate}")
+
+
+def _is_optimizer(value: Any) -> bool:
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
 
 
 def observables(

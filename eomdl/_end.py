@@ -18,9 +18,9 @@ class RESULTS(eqx.Enumeration):
 
     successful = ""
     nonfinite = (
-        "The state or its gradient became infinite or NaN, so the run stopped there. Look at the data of that step; "
-        "use a smaller learning rate, a lower order, or "
-        "float64 (jax.config.update('jax_enable_x64', True)); what was computed up to then is returned."
+        "The state or its gradient became infinite or NaN, so the run stopped there; what was computed up to then is returned. "
+        "Use a smaller learning rate, a lower order, or float64 (jax.config.update('jax_enable_x64', True)); if that does not "
+        "help, look at the data of that step."
     )
     max_steps_reached = (
         "The ODE solver used up its step limit, so the run stopped there. Raise `max_steps`, loosen `rtol` "
@@ -76,7 +76,9 @@ class Diagnostic:
 class Stats:
     """What a run has cost from its first step on, and how it was made.
 
-    - `gradient_evaluations`: of `descend`, one a step.
+    - `gradient_evaluations`: gradients of the loss. A step of `descend` is one. For `solve` they are the evaluations of the field
+        in both integrations times its cost (`flow.gradient_cost`), NaN where that or the solver's stages are not known; the
+        measurements of tolerances and diagnostics are not counted.
     - `num_steps`, `num_accepted_steps`, `num_rejected_steps`: ODE steps, of both integrations where the
         error is estimated.
     - `rtol`, `atol`: tolerances of the ODE solver, or None.
@@ -86,6 +88,9 @@ class Stats:
     - `run`: which run, a checksum of its beginning; 0 if it was not written to checkpoints.
     - `data`: the fingerprint of data on the host (`eomdl.losses.OnHost`) in a run written to checkpoints, else empty.
     - `diagnostics`: `{name: Diagnostic}` measured along the path.
+    - `warmup`: how many real steps of the optimizer came before the flow began (`warmup=` of `eomdl.solve`).
+    - `first_step`, `first_length`: the step at which a flow's tolerances were measured, and the length of the stride that the
+        optimizer then takes according to the flow; None where the flow does not know the optimizer's own step.
     """
 
     gradient_evaluations: Any = 0
@@ -100,6 +105,9 @@ class Stats:
     run: Any = 0
     data: str = dataclasses.field(metadata=STATIC, default="")
     diagnostics: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
+    warmup: Any = 0
+    first_step: Any = None
+    first_length: Any = None
 
     def with_counts(self, counts: Mapping[str, Any]) -> "Stats":
         """Return these stats with counts added, by the names of fields."""

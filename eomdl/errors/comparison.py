@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,9 @@ from eomdl._types import Params
 from eomdl.runs.rows_on_disk import block_length
 from eomdl.runs.trajectory import Trajectory, summary
 from eomdl.storage.values import decode
+
+
+_SAME_STEP = 1e-4  # relative difference of two lengths of a step that rounding explains, also of float32 and of schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,12 +340,38 @@ def _notes(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> tup
     """Return the notes of every run; warn of the models that left their validity."""
     notes = [Note(reference.message, is_fault=True).about("reference")] if reference.message else []
     for name, run in trajectories.items():
-        found = [note.about(name) for note in run.notes]
+        found = [note.about(name) for note in (*run.notes, *_mismatches(reference, run))]
         notes += found
         for note in found:
             if note.is_fault and note != f"{name}: {run.message}":
-                warnings.warn(note, stacklevel=3)
+                _check.warn(note)
     return tuple(notes)
+
+
+def _mismatches(reference: Trajectory, run: Trajectory) -> list[Note]:
+    """Return what tells that a model is not of the reference: other steps of the optimizer, another length."""
+    notes = []
+    last, expected = int(run.end.step), int(reference.end.step)
+    if last != expected and not run.message and not reference.message:
+        notes.append(
+            Note(f"it has {last} steps and the reference {expected}; the steps that both have are compared.")
+        )
+    first, length = run.stats.first_step, run.stats.first_length
+    steps = np.asarray(reference.steps)
+    there = [] if first is None else [int(first), int(first) + run.stats.stride]
+    if first is None or reference.params is None or not np.isin(there, steps).all():
+        return notes
+    a, b = (reference.at(k) for k in there)
+    real, size = float(_tree.norm(_tree.sub(b, a))), float(_tree.norm(a))
+    eps = float(np.finfo(_tree.dtype(a)).eps)
+    if abs(real - length) > _SAME_STEP * max(real, length) + 100 * eps * size:
+        notes.append(
+            Note(
+                f"it is of another run: from step {there[0]} its optimizer moves by {length:.3g}, the reference by {real:.3g} "
+                f"to step {there[1]}. The learning rate, the optimizer, the loss, the data or the start differ."
+            )
+        )
+    return notes
 
 
 def top_level_blocks(params: Params) -> dict[str, Params]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from typing_extensions import override
 
-from eomdl import _check, _costs
+from eomdl import _check, _costs, _tree
 from eomdl._autodiff import descent_field
+from eomdl._end import Diagnostic
 from eomdl._types import Args, Loss, Params
 from eomdl.flows.averages import average_along_flow
 from eomdl.flows.descent import AbstractDescentFlow
@@ -82,6 +83,26 @@ class AdamFlow(AbstractDescentFlow):
     @override
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         del t
+        leading, correction = self._terms(state, args, self.order)
+        return leading if correction is None else _tree.add(leading, correction)
+
+    @override
+    def diagnostics(self, t: ArrayLike, state: Params, args: Args) -> dict[str, Diagnostic]:
+        leading, correction = self._terms(state, args, 1)
+        size = _tree.norm(leading)
+        ratio = _tree.norm(correction) / jnp.where(size > 0, size, 1)
+        return {
+            "the first correction / the leading term": Diagnostic(
+                ratio,
+                limit=1.0,
+                meaning="From 1 on the series in the learning rate says nothing. Where a gradient changes its sign the correction "
+                "grows like 1/eps: take a larger eps (1e-4), a smaller learning rate, or "
+                "eomdl.InterpolatingFlow(eomdl.optimizer_step(loss, optimizer), learning_rate, points=2).",
+            )
+        }
+
+    def _terms(self, state: Params, args: Args, order: int) -> tuple[Params, Params | None]:
+        """Return the leading term, and the correction of first order where it is asked for."""
         field = descent_field(self.loss, args)
         f = field(state)
 
@@ -98,20 +119,22 @@ class AdamFlow(AbstractDescentFlow):
 
         parts = jax.tree.map(scales, f)
         leading, fraction, d = jax.tree.transpose(jax.tree.structure(f), jax.tree.structure((0, 0, 0)), parts)
-        if self.order == 0:
-            return leading
+        if order == 0:
+            return leading, None
         _, product = jax.jvp(field, (state,), (leading,))  # H g/d: twice a sign
         first, second = ((1 + b) / (1 - b) for b in (self.b1, self.b2))
 
-        def correct(u: jax.Array, s: jax.Array, d: jax.Array, p: jax.Array) -> Any:
-            factor = (0.5 * self.learning_rate * (first - second * s)).astype(u.dtype)
-            return u - factor * p / d
+        def correct(s: jax.Array, d: jax.Array, p: jax.Array) -> Any:
+            factor = (-0.5 * self.learning_rate * (first - second * s)).astype(p.dtype)
+            return factor * p / d
 
-        return jax.tree.map(correct, leading, fraction, d, product)
+        return leading, jax.tree.map(correct, fraction, d, product)
 
 
 class _AdamStep(StepMap):
     """A step of the optimizer whose averages have filled along the flow's own path."""
+
+    is_model: ClassVar[bool] = True
 
     flow: AdamFlow
 

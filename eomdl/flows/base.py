@@ -124,6 +124,11 @@ class AbstractFlow(eqx.Module):
         return None
 
     @property
+    def warmup(self) -> int:
+        """How many real steps `solve` takes first where the optimizer's memory is empty and scales its steps, as Adam's."""
+        return 0
+
+    @property
     def next_order(self) -> "AbstractFlow | None":
         """The same model with one term (or point) more, None if there is none: `predict_error` checks itself by it."""
         return None
@@ -146,6 +151,8 @@ class AbstractFlow(eqx.Module):
 
 class AbstractStateStep(StepMap):
     """A step on the state of a flow that is made by `flow.init(params, args)`, not from the parameters only."""
+
+    is_model: ClassVar[bool] = True
 
     @override
     def init(self, params: Params) -> State:

@@ -1,7 +1,6 @@
 """The flow of any step map: the interpolating vector field."""
 
 import dataclasses
-import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
@@ -27,6 +26,7 @@ from eomdl.series.weights import (
 )
 
 
+_STRIDE_TWO = "try stride=2, which follows what alternates, "
 RELAXATION = 0.7  # contracts for multipliers up to 2.85: gradient descent of stride 2 up to eta*lambda = 2.69
 
 
@@ -129,6 +129,12 @@ class InterpolatingFlow(AbstractFlow):
 
     @property
     @override
+    def warmup(self) -> int:
+        # After n steps averages change like 1/(n + 1): there the series of K points falls like (K m / (n + 1))^j.
+        return 2 * self.points * self.stride
+
+    @property
+    @override
     def gradient_cost(self) -> float:
         return float((self.points + self.backward) * self.stride)
 
@@ -158,12 +164,11 @@ class InterpolatingFlow(AbstractFlow):
             return
         ratio = float(_start_ratio(self, params, args))
         if ratio >= 1:
-            warnings.warn(
+            _check.warn(
                 f"step_map: expected a map near the identity, got second differences {ratio:.2f} times the "
                 f"first at the start (stride {self.stride}), where the series of the logarithm does not "
-                "converge. Lower the learning rate, try stride=2, or start after a few real steps "
-                "(resume=eomdl.iterate(...)); an update by signs has no flow.",
-                stacklevel=3,
+                f"converge. Lower the learning rate, {_STRIDE_TWO * (self.stride == 1)}or start after a few real steps "
+                "(warmup=10); an update by signs has no flow."
             )
 
     @override
@@ -172,8 +177,8 @@ class InterpolatingFlow(AbstractFlow):
             "the last difference over the first": Diagnostic(
                 self.last_difference(t, state, args),
                 limit=1.0,
-                meaning="From 1 on the series of the logarithm has stopped converging, and more points make it "
-                "worse: see eomdl.choice.choose_points, try stride=2, or start after a few real steps.",
+                meaning="From 1 on the series of the logarithm has stopped converging, and more points make it worse: lower "
+                f"the learning rate, {_STRIDE_TWO * (self.stride == 1)}or start after a few real steps (warmup=10).",
             )
         }
 

@@ -79,6 +79,8 @@ class MomentumFlow(AbstractFlow):
 class _MomentumStep(StepMap):
     """A step of the optimizer whose memory has filled along the flow's own path."""
 
+    is_model: ClassVar[bool] = True
+
     flow: MomentumFlow
 
     @override

@@ -225,6 +225,8 @@ class ComplexPrincipalFlow(AbstractDescentFlow):
 class _ComplexDescentStep(StepMap):
     """One step of gradient descent, from complex parameters if they are."""
 
+    is_model: ClassVar[bool] = True
+
     loss: Loss
     learning_rate: jax.Array
 

@@ -78,6 +78,8 @@ class _EpochStep(StepMap):
     Every order comes with its reverse, so that each minibatch is before each other one in half of them.
     """
 
+    is_model: ClassVar[bool] = True
+
     step: GradientDescentStep
 
     @override

@@ -17,6 +17,7 @@ from eomdl.maps.counters import discrete_leaves
 from eomdl.maps.step_map import StepMap
 
 
+_NONLINEAR = 0.1  # part of a step by which two steps of twice the gradient differ from twice as long ones
 ExtraArgs = Callable[[Params, Args], dict[str, Any]]
 
 
@@ -49,6 +50,26 @@ class OptimizerStep(StepMap):
     def increment(self, state: State, args: Args, k: ArrayLike) -> State:
         updates, new = self._update(state, args, k)
         return updates, _tree.sub(new, state[1])
+
+    @override
+    def starts_cold(self, params: Params, args: Args) -> bool | jax.Array:
+        """Whether a memory, empty at first, makes two steps of twice the gradient other than twice as long."""
+        if not jax.tree.leaves(self.init(params)[1]):
+            return False
+        gradient = jax.grad(self.loss)(params, args)
+        extra = {} if self.extra_args is None else self.extra_args(params, args)
+        update = optax.with_extra_args_support(self.optimizer).update
+
+        def two_steps(factor: jax.Array) -> Params:
+            scaled = _tree.scale(factor, gradient)
+            first, state = update(scaled, self.optimizer.init(params), params, **extra)
+            return _tree.add(
+                first, update(scaled, state, params, **extra)[0]
+            )  # a schedule may begin at a rate of 0
+
+        none, once, twice = (two_steps(jnp.asarray(factor)) for factor in (0.0, 1.0, 2.0))
+        bend = _tree.sub(_tree.sub(twice, once), _tree.sub(once, none))
+        return _tree.norm(bend) > _NONLINEAR * _tree.norm(_tree.sub(once, none))
 
     def _update(self, state: State, args: Args, k: ArrayLike) -> tuple[Params, Any]:
         params, floats = state

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import equinox as eqx
 import jax
@@ -38,6 +38,9 @@ class StepMap(eqx.Module):
     $\Psi(x, k) - x$ is known without the rounding of that subtraction.
     """
 
+    # Whether no real run takes this step: it has a state of a flow's own, or averages as they are after a transient.
+    is_model: ClassVar[bool] = False
+
     @abc.abstractmethod
     def __call__(self, state: State, args: Args, k: ArrayLike) -> State:
         r"""Return $\Psi(x, k)$. It is a pure function; the step number k is a real number."""
@@ -65,6 +68,11 @@ class StepMap(eqx.Module):
             return params
         hint = "begin with the state of a new run by `resume.without_state()`"
         return _structure.restore("end.state", real_part(state), start, hint)
+
+    def starts_cold(self, params: Params, args: Args) -> bool | jax.Array:
+        """Whether a new run begins with an empty memory that scales its steps, as Adam does: they then follow no smooth path."""
+        del params, args
+        return False
 
     def increment(self, state: State, args: Args, k: ArrayLike) -> State:
         r"""Return the change of the state in a step, $\Psi(x, k) - x$."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +158,7 @@ class Checkpoints:
                 damaged.append(str(error))
         if damaged:
             on = "none before is whole" if found is None else f"going on from step {found.step}"
-            warnings.warn(f"damaged checkpoints, {on}: {'; '.join(damaged)}", stacklevel=2)
+            _check.warn(f"damaged checkpoints, {on}: {'; '.join(damaged)}")
         return found
 
     @property

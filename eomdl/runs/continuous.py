@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from eomdl import _check, _devices, _structure, _tree
-from eomdl._end import Stats, real_part
+from eomdl._end import Stats, real_part, succeeded
 from eomdl._fingerprint import fingerprint
 from eomdl._types import Params, State, StateObservable
 from eomdl.flows.base import AbstractFlow
@@ -24,6 +24,7 @@ from eomdl.runs.ode import FlowState, OdeRequest
 from eomdl.runs.options import RunOptions, set_up
 from eomdl.runs.run import Run
 from eomdl.runs.trajectory import Trajectory
+from eomdl.runs.warmup import choose_warmup, warm_up
 
 
 MAX_FLAT_SIZE = 2**20  # numbers in a state up to which it is integrated as one vector
@@ -44,6 +45,7 @@ def solve(
     max_steps: int = 16384,
     estimate_error: bool = True,
     diagnose: bool = True,
+    warmup: int | None = None,
     **options: Unpack[RunOptions],
 ) -> Trajectory:
     r"""Integrate $\dot x = F(t, x)$ from $t = 0$ to `num_steps` * step_size.
@@ -87,6 +89,11 @@ def solve(
     - `diagnose`: measure the flow's diagnostics at the start, every 64 to 1024 steps, and at the end. For
         `eomdl.EquationOfMotion` a measurement takes 2 to 11 Hessian-vector products; its `eta*lambda_max` is a lower bound.
 
+    - `warmup`: how many real steps of the optimizer come first, with an ODE error of 0. From an empty memory the steps of Adam
+        and of what else is scaled by its memory follow no smooth path. By default a flow that asks for it takes as many as its
+        `warmup` says, at most half of the run, where the optimizer begins with such a memory; the notes say so. 0 begins at once.
+        With `observe_state` those steps are not saved.
+
     **Returns:** `eomdl.Trajectory`; `stats` holds the ODE steps taken and rejected by both
     runs together, the tolerances, and the flow's diagnostics along the path (such as
     `eta*lambda_max`); `notes` says which of them left their limits. If the solver reaches
@@ -115,7 +122,14 @@ def solve(
     run = set_up("solve", params, num_steps, options, model.stride)
     members.check_params(run.params)
     example = members.first_args(run.data.example)
-    model.validate(members.first(run.params), example)
+    count = choose_warmup(model, members, run, warmup)
+    if count:
+        real = warm_up(model, members, run, count)
+        if not succeeded(real.result) or count == run.num_steps:
+            return real
+        run = run.after(real, keep_saved=not observe_state)
+    else:
+        model.validate(members.first(run.params), example)
     given = (rtol, atol, dt0, stepsize_controller)
     run, state, traced = _starting_state(run, members, estimate_error and stepsize_controller is None, given)
     one = members.first(state.members if isinstance(state, EnsembleState) else state).flow
@@ -204,8 +218,15 @@ def _starting_state(
         error = np.zeros(len(steps)) if before.ode_error is None else before.ode_error
         times = steps * np.asarray(flow.step_size)
         before = dataclasses.replace(before, times=times, ode_error=error if estimate else None)
-    end = dataclasses.replace(end, stats=Stats())
+    end = dataclasses.replace(end, stats=_only_counts(end.stats))
     return dataclasses.replace(run, begin=end, before=before), fresh, traced
+
+
+def _only_counts(stats: Stats) -> Stats:
+    """What a real run before a flow leaves in its stats: the gradients and steps of its warm-up."""
+    if not stats.warmup:
+        return Stats()
+    return Stats(gradient_evaluations=stats.gradient_evaluations, warmup=stats.warmup)
 
 
 def _with_members(end: State, fresh: State, state: FlowState) -> State:

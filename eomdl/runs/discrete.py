@@ -6,16 +6,18 @@ from typing import Any, ClassVar, Unpack
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from typing_extensions import override
 
-from eomdl import _check, _devices, _structure
-from eomdl._end import RESULTS
+from eomdl import _check, _devices, _structure, _tree
+from eomdl._end import RESULTS, Diagnostic
 from eomdl._fingerprint import fingerprint
 from eomdl._types import STATIC, Args, Loss, Params, State, record_type
 from eomdl.maps.optimizer import ExtraArgs, gradient_update
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
+from eomdl.observe.curvature import sharpness
 from eomdl.runs.chunk import Chunk
 from eomdl.runs.data import ChunkData
 from eomdl.runs.dynamics import AbstractDynamics, Advanced, first_record, scan_records
@@ -68,7 +70,25 @@ def descend(
         _check.function("extra_args", extra_args, "a function (params, args) -> dict")
     run = set_up("descend", params, num_steps, options)
     _check.loss_is_scalar(loss, run.params, run.data.example, run.data.source)
-    return _run(Single(_Descent(loss, optimizer, extra_args)), run, step_size, gradients=1)
+    trajectory = _run(Single(_Descent(loss, optimizer, extra_args)), run, step_size, gradients=1)
+    if _tree.is_traced(trajectory.result) or not bool(trajectory.result == RESULTS.nonfinite):
+        return trajectory
+    return _with_stable_rate(trajectory, loss, run)
+
+
+def _with_stable_rate(trajectory: Trajectory, loss: Loss, run: Run) -> Trajectory:
+    """A run that diverged, with the largest stable rate of gradient descent where it began."""
+    try:
+        largest = float(sharpness(loss, rtol=0.05)(run.starting_params, run.data.example))
+    except Exception:  # a loss without second derivatives, a device without memory: the run is worth more
+        return trajectory
+    if not largest > 0 or not np.isfinite(largest):
+        return trajectory
+    meaning = "Gradient descent is stable on a quadratic with that curvature below this rate; adaptive optimizers have another limit."
+    rate = Diagnostic(np.array([2 / largest]), limit=0.0, meaning=meaning, is_fault=False)
+    found = trajectory.stats.diagnostics | {"2 / sharpness at the start": rate}
+    stats = dataclasses.replace(trajectory.stats, diagnostics=found)
+    return dataclasses.replace(trajectory, end=dataclasses.replace(trajectory.end, stats=stats))
 
 
 def iterate(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from eomdl import _devices, _tree
+from eomdl import _costs, _devices, _tree
 from eomdl._end import RESULTS, result_where
 from eomdl._types import Args, Params, State, StateObservable
 from eomdl._upstream import no_callbacks
@@ -174,16 +174,16 @@ def integrate_at_once(
     last, *saved = cast(list, solution.ys)
     final = integration.from_solver(jax.tree.map(lambda x: x[0], last))
     if chunk.has_one_record:
-        return _integrated(final, first_record(_read(problem, steps[0], state, chunk)), solution)
+        return _integrated(problem, final, first_record(_read(problem, steps[0], state, chunk)), solution)
     # The solver saves the start when it has taken a step, and then as the step rounds it.
     first = save(None, integration.to_solver(state), data.args)
     rows = jax.tree.map(lambda row, x: row.at[0].set(x), saved[0], first)
     if params_only:
-        return _integrated(final, (rows, {}), solution)
+        return _integrated(problem, final, (rows, {}), solution)
     records = jax.lax.map(
         lambda at: _read(problem, at[0], integration.from_solver(at[1]), chunk), (steps, rows)
     )
-    return _integrated(final, records, solution)
+    return _integrated(problem, final, records, solution)
 
 
 @eqx.filter_jit
@@ -211,7 +211,7 @@ def integrate_by_strides(
             lambda leaf: jnp.where(failed, jnp.nan, leaf) if eqx.is_inexact_array(leaf) else leaf, new
         )
         result = result_where(result == RESULTS.successful, _result(solution), result)
-        return new, result, jax.tree.map(jnp.add, counts, _counts(solution))
+        return new, result, jax.tree.map(jnp.add, counts, _counts(problem, solution))
 
     def stride(k: jax.Array, carry: tuple) -> tuple:
         return step(k, carry) if m == 1 else jax.lax.cond(k % m == m - 1, step, lambda k, c: c, k, carry)
@@ -219,8 +219,10 @@ def integrate_by_strides(
     def read(k: jax.Array, carry: tuple) -> Any:
         return _read(problem, k, carry[0], chunk)
 
-    zero = jnp.zeros((), jnp.asarray(0).dtype)
-    carry = (state, jax.tree.map(jnp.asarray, RESULTS.successful), dict.fromkeys(_COUNTS, zero))
+    zeros = dict.fromkeys(_COUNTS, jnp.zeros((), jnp.asarray(0).dtype)) | {
+        "gradient_evaluations": jnp.zeros(())
+    }
+    carry = (state, jax.tree.map(jnp.asarray, RESULTS.successful), zeros)
     (state, result, counts), records = scan_records(stride, carry, read, chunk)
     return Integrated(state, records, result, counts)
 
@@ -283,12 +285,15 @@ def diagnostics_at(flow: AbstractFlow, k: Any, x: State, data: ChunkData) -> dic
 _COUNTS = ("num_steps", "num_accepted_steps", "num_rejected_steps")
 
 
-def _integrated(final: State, records: Any, solution: diffrax.Solution) -> Integrated:
-    return Integrated(final, records, _result(solution), _counts(solution))
+def _integrated(problem: OdeProblem, final: State, records: Any, solution: diffrax.Solution) -> Integrated:
+    return Integrated(final, records, _result(solution), _counts(problem, solution))
 
 
-def _counts(solution: diffrax.Solution) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(solution.stats[name], jnp.asarray(0).dtype) for name in _COUNTS}
+def _counts(problem: OdeProblem, solution: diffrax.Solution) -> dict[str, jax.Array]:
+    counts = {name: jnp.asarray(solution.stats[name], jnp.asarray(0).dtype) for name in _COUNTS}
+    evaluations = _costs.field_evaluations(problem.solver, counts["num_steps"])
+    gradients = jnp.asarray(evaluations * problem.flow.gradient_cost, jnp.zeros(()).dtype)
+    return counts | {"gradient_evaluations": gradients}
 
 
 def _result(solution: diffrax.Solution) -> Any:

@@ -13,6 +13,7 @@ from typing_extensions import override
 from eomdl import _tree
 from eomdl._end import RESULTS, Diagnostic, Stats, is_finite
 from eomdl._types import STATIC, Args, Params, State, record_type
+from eomdl.flows.base import map_of
 from eomdl.runs.chunk import Chunk
 from eomdl.runs.data import ChunkData
 from eomdl.runs.dynamics import AbstractDynamics, AbstractPreparation, Advanced, first_record
@@ -26,9 +27,20 @@ from eomdl.runs.integrator import (
     predict,
     tolerance_control,
 )
-from eomdl.runs.tolerances import default_tolerances, distances, measure_scales, measure_tolerances
+from eomdl.runs.tolerances import (
+    Measured,
+    default_tolerances,
+    distances,
+    measure_scales,
+    measure_tolerances,
+)
 
 
+_DEPARTURE = "error in the first step / that step"
+_MEANING = (
+    "The model is farther from the optimizer after its first step than the optimizer moves in it, so it says nothing about "
+    "this run: lower the learning rate or the order, or begin where the optimizer's steps change little from one to the next."
+)
 TOLERANCE_FACTOR = 16.0  # of the second run: about twice as long steps of a solver of order 5
 
 
@@ -75,15 +87,17 @@ class OdeRequest(AbstractPreparation):
         scales = measure_scales(self.problem.flow, flow_state, chunk)
         problem = dataclasses.replace(self.problem, scales=scales)
         rtol, atol = self._given_tolerances()
-        dtype = _tree.dtype(flow_state)
+        dtype, measured = _tree.dtype(flow_state), None
         if self.controller is None and (rtol is None or atol is None):
             measured = measure_tolerances(problem, flow_state, chunk)
             rtol, atol = (
                 jnp.asarray(default if given is None else given, dtype)
-                for given, default in zip((rtol, atol), measured, strict=True)
+                for given, default in zip((rtol, atol), measured[:2], strict=True)
             )
         dynamics = self._dynamics(problem, rtol, atol, dtype)
-        return dynamics.as_member() if self.is_member else dynamics
+        if self.is_member:
+            return dynamics.as_member()
+        return dataclasses.replace(dynamics, start=int(chunk.start), measured=measured)
 
     def with_default_tolerances(self, params: Params) -> "OdeDynamics":
         """The dynamics with the tolerances that they have where nothing can be measured."""
@@ -122,7 +136,10 @@ def _controls(rtol: Any, atol: Any, dtype: Any) -> tuple[StepControl, StepContro
 
 @record_type
 class OdeDynamics(AbstractDynamics):
-    """A flow and how it is integrated; `coarse` is the control of the run that estimates the error."""
+    """A flow and how it is integrated; `coarse` is the control of the run that estimates the error.
+
+    `measured`: what was measured at the step `start`, where tolerances were.
+    """
 
     problem: OdeProblem
     control: StepControl
@@ -131,6 +148,8 @@ class OdeDynamics(AbstractDynamics):
     atol: Any
     name: str = dataclasses.field(metadata=STATIC)
     diagnosed: bool = dataclasses.field(metadata=STATIC)
+    start: int = dataclasses.field(metadata=STATIC, default=0)
+    measured: Measured | None = dataclasses.field(metadata=STATIC, default=None)
 
     @property
     @override
@@ -182,9 +201,17 @@ class OdeDynamics(AbstractDynamics):
         # Diagnostics of another flow are dropped.
         if stats.flow != self.name:
             stats = dataclasses.replace(stats, diagnostics={})
-        flow = self.problem.flow
+        flow, measured = self.problem.flow, self.measured
         stats = dataclasses.replace(stats, flow=self.name, rtol=self.rtol, atol=self.atol)
-        return dataclasses.replace(stats, stride=flow.stride, target=flow.target)
+        stats = dataclasses.replace(stats, stride=flow.stride, target=flow.target)
+        if measured is None or measured.step_length is None:
+            return stats
+        if not map_of(flow).is_model:
+            stats = dataclasses.replace(stats, first_step=self.start, first_length=measured.step_length)
+        if self.diagnosed and _DEPARTURE not in stats.diagnostics:
+            found = Diagnostic(np.atleast_1d(measured.departure), limit=1.0, meaning=_MEANING)
+            stats = dataclasses.replace(stats, diagnostics=stats.diagnostics | {_DEPARTURE: found})
+        return stats
 
 
 @record_type

@@ -1,6 +1,7 @@
 """The options that `descend`, `iterate` and `solve` share: declared, documented and checked once."""
 
 import dataclasses
+import difflib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -78,12 +79,24 @@ _DEFAULTS = RunOptions(
 )
 
 
+# What other libraries call these options.
+_MEANT = {
+    "data": "args",
+    "batch": "batches",
+    "loader": "batches",
+    "callbacks": "monitors",
+    "save_every": "save_steps",
+}
+
+
 def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, stride: int = 1) -> Run:
     """The options of a run, checked. **Raises:** `ValueError`; `TypeError` for an option there is none of."""
     unknown = sorted(set(options) - set(_DEFAULTS))
     if unknown:
+        meant = _MEANT.get(unknown[0]) or next(iter(difflib.get_close_matches(unknown[0], _DEFAULTS)), None)
         raise TypeError(
-            f"{verb}() got an unexpected keyword argument {unknown[0]!r}; there is {list(_DEFAULTS)}"
+            f"{verb}() got an unexpected keyword argument {unknown[0]!r}; "
+            + (f"did you mean {meant!r}?" if meant else f"there is {list(_DEFAULTS)}")
         )
     given: Any = {**_DEFAULTS, **options}
     num_steps = _check.integer("num_steps", num_steps, 1)

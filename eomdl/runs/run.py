@@ -55,6 +55,22 @@ class Run:
             return self.params
         return _structure.restore("resume.end.params", self.begin.params, self.params)
 
+    def until(self, step: int) -> "Run":
+        """The first steps of this run only, in memory and without checkpoints."""
+        record = dataclasses.replace(
+            self.loop.record, steps=self.loop.record.steps[self.loop.record.steps <= step]
+        )
+        loop = dataclasses.replace(self.loop, record=record, checkpoints=None)
+        return dataclasses.replace(self, num_steps=step, loop=loop, disk=None)
+
+    def after(self, first: Trajectory, keep_saved: bool) -> "Run":
+        """The rest of this run, after its first steps; their saved ones come first, or are left out."""
+        record = self.loop.record
+        loop = dataclasses.replace(
+            self.loop, record=dataclasses.replace(record, steps=record.steps[record.steps > first.end.step])
+        )
+        return dataclasses.replace(self, loop=loop, begin=first.end, before=first if keep_saved else None)
+
     def run(
         self, prepared: AbstractPreparation, state: State, state_columns: Iterable[str] = ()
     ) -> Trajectory:

@@ -1,15 +1,14 @@
 """How accurately to integrate: the scales of a state, and tolerances from the flow's own local error."""
 
 import dataclasses
-import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eomdl import _tree
+from eomdl import _check, _tree
 from eomdl._end import real_part
 from eomdl._types import Params, State
 from eomdl.flows.base import AbstractFlow
@@ -85,7 +84,21 @@ def _sizes(
     return jax.tree.map(jnp.max, sizes)
 
 
-def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> tuple[float, float]:
+class Measured(NamedTuple):
+    """What is measured at the start of a flow's run.
+
+    - `rtol`, `atol`: the tolerances.
+    - `step_length`: the length of the first step (stride, epoch) of the discrete map; None where the flow has no map.
+    - `departure`: the distance of the flow from the map after that, over that length.
+    """
+
+    rtol: float
+    atol: float
+    step_length: float | None = None
+    departure: float | None = None
+
+
+def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Measured:
     """Tolerances from the flow's local error: its distance after one step (stride, epoch) to the discrete map.
 
     The tolerance is lowered until the local error stands clear of the error of the ODE solver. It begins where one
@@ -95,8 +108,9 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> tuple
     mapped = _map_params(flow, chunk.start, state, chunk.data)
     dtype = _tree.dtype(real_part(state))
     if mapped is None:
-        return default_tolerances(dtype)
+        return Measured(*default_tolerances(dtype))
     target, length, size = mapped
+    step_length = float(distance(target, flow.params(state)))
     first_stride = _first_steps(chunk, flow.stride, int(length))
     integrate = integrator_for(problem, chunk)
     root = np.sqrt(_tree.size(flow.params(state)))
@@ -104,27 +118,28 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> tuple
     noise = float(jnp.finfo(dtype).eps) * float(size)
     floor = max(noise / root, float(jnp.finfo(dtype).tiny))
     rtol = 4 * float(jnp.finfo(dtype).eps)
-    tol = max(FIRST_TOLERANCE * float(distance(target, flow.params(state))) / root, floor)
+    tol = max(FIRST_TOLERANCE * step_length / root, floor)
     while True:
         # Twice the first step: all of it in one ODE step, where the tolerances allow it.
         control = tolerance_control(rtol, tol, dtype, 2.0)
         end = flow.params(integrate(problem, control, state, first_stride).state)
         error = float(distance(end, target))
         if not np.isfinite(error):
-            return default_tolerances(dtype)
+            return Measured(*default_tolerances(dtype), step_length, np.nan)
         if error / root > 20 * tol or tol == floor:
             break
         tol = max(tol / 100, floor)
     if dtype != jnp.float64 and error <= noise:
-        warnings.warn(
+        _check.warn(
             f"{dtype} cannot carry this order here: the one-step error of {type(flow).__name__} is "
             f"{error:.1e}, and the rounding noise of one step is {noise:.1e} (Euclidean norms). Use "
-            "float64 (jax.config.update('jax_enable_x64', True)) or a lower order.",
-            stacklevel=6,
+            "float64 (jax.config.update('jax_enable_x64', True)) or a lower order."
         )
+    departure = error / step_length if error > noise and step_length > 0 else 0.0
     # A model that is off by more than it moves needs no larger tolerances than one that is off by that.
     error = min(error, float(distance(end, flow.params(state))))
-    return rtol, max(MAX_ERROR_FRACTION * error / int(length) * flow.stride / root, floor)
+    atol = max(MAX_ERROR_FRACTION * error / int(length) * flow.stride / root, floor)
+    return Measured(rtol, atol, step_length, departure)
 
 
 def _first_steps(chunk: Chunk, stride: int, length: int) -> Chunk:

@@ -15,6 +15,7 @@ from eomdl._end import RESULTS, Diagnostic, End, Stats
 from eomdl._result import AbstractResult, Note, Table, series_table
 from eomdl._target import ITERATES, Target
 from eomdl._types import STATIC, Array, Params, record_type
+from eomdl.runs.lost import LOST, MAX_PART, WARMUP, is_lost
 from eomdl.storage.files import Tree, read_meta, write_npz
 
 
@@ -106,6 +107,12 @@ class Trajectory(AbstractResult):
             notes.append(
                 Note(f"the flow predicts the {target.name} of a real run, and is compared with that.")
             )
+        if self.stats.warmup:
+            notes.append(Note(WARMUP.format(self.stats.warmup)))
+        if self.ode_error is not None and np.ndim(self.steps) == 1:
+            largest = float(np.max(self.ode_error, initial=0.0))
+            if self.params is not None and is_lost(largest, self.params):
+                notes.append(Note(LOST.format(largest, MAX_PART), is_fault=True))
         found = sorted(self.stats.diagnostics.items(), key=lambda item: not item[1].is_fault)
         return (*notes, *(Note(d.note(name), d.is_fault) for name, d in found if d.exceeded))
 
