@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,15 @@ from jax.typing import ArrayLike
 from optax.tree import add, norm, size, sub, zeros_like
 
 
+Function = TypeVar("Function", bound=Callable)
+
 __all__ = [
     "add",
     "combine",
     "dtype",
     "gram",
     "is_traced",
+    "nonfinite_is_data",
     "norm",
     "random_normal",
     "row_norms",
@@ -28,6 +32,11 @@ __all__ = [
     "vdot",
     "zeros_like",
 ]
+
+
+def nonfinite_is_data(function: Function) -> Function:
+    """Decorate a function on the host that takes runs which may have diverged: infinities and NaN are results, not warnings."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")(function)
 
 
 def scale(a: ArrayLike, x: Any) -> Any:

@@ -148,7 +148,8 @@ def test_nothing_to_plot_is_said():
 def test_a_failed_run_is_noted():
     real = eomdl.descend(lambda y, args: y**4 / 4, jnp.array(4.0), optax.sgd(0.2), 40)
     comparison = eomdl.compare(real, {"itself": real})
-    assert [note.split(":")[0] for note in comparison.notes] == ["reference", "itself"]
+    assert [note.split(":")[0] for note in comparison.notes] == ["reference", "itself", "itself"]
+    assert comparison.notes[2].startswith("itself: 2 / sharpness at the start: 0.0416667.")  # 2 / (3 * 4**2)
     assert all("use a smaller learning rate" in note for note in comparison.notes)
     assert comparison.notes[0] in comparison.table()
 
@@ -227,7 +228,7 @@ def test_notes_survive_saving(tmp_path):
     comparison.save(tmp_path / "c.npz")
     loaded = eomdl.Comparison.load(tmp_path / "c.npz")
     assert loaded.notes == comparison.notes != ()
-    assert [note.is_fault for note in loaded.notes] == [True, True]
+    assert [note.is_fault for note in loaded.notes] == [True, True, False]
 
 
 # -------------------------------------------------------------------- validity
@@ -250,6 +251,70 @@ def test_warns_where_the_series_has_no_limit():
             assert comparison.notes[0] in comparison.table()
         else:
             assert eomdl.compare(real, models).notes == ()
+
+
+# --------------------------------------------------------- one rate, one run
+
+
+def another(params, args):
+    return 1.5 * net_loss(params, args)
+
+
+MODELLED = {"args": NET_ARGS}
+OTHER_RUNS = {
+    "another rate": (net_loss, NET, optax.sgd(0.11), MODELLED),
+    "another loss": (another, NET, SGD, MODELLED),
+    "other data": (net_loss, NET, SGD, {"args": (NET_ARGS[0][:3], NET_ARGS[1][:3])}),
+    "other batches": (net_loss, NET, SGD, {"batches": NET_BATCHES}),
+    "momentum": (net_loss, NET, optax.sgd(0.2, momentum=0.9), MODELLED),
+    "another start": (net_loss, jax.tree.map(lambda x: 1.1 * x, NET), SGD, MODELLED),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RUNS)
+def test_a_model_of_another_run_is_said_to_be_one(runs, name):
+    loss, params, optimizer, options = OTHER_RUNS[name]
+    other = eomdl.descend(loss, params, optimizer, 12, **options)
+    notes = eomdl.compare(other, {"EoM 1": runs[1]["EoM 1"]}).notes
+    assert [note for note in notes if note.startswith("EoM 1: it is of another run: from step 0")]
+
+
+def test_a_model_of_this_run_is_not(runs):
+    real, models = runs
+    assert eomdl.compare(real, models).notes == ()
+    # Nor where it cannot be known: the reference did not save its first step.
+    few = eomdl.descend(another, NET, SGD, 12, args=NET_ARGS, save_steps=[0, 6, 12])
+    assert eomdl.compare(few, {"EoM 1": models["EoM 1"]}).notes == ()
+    # Nor of a flow that begins at the end of a real run.
+    half = eomdl.descend(net_loss, NET, SGD, 6, args=NET_ARGS)
+    later = eomdl.solve(eomdl.EquationOfMotion(net_loss, 0.1, 1), NET, 12, args=NET_ARGS, resume=half)
+    assert later.stats.first_step == 6
+    assert eomdl.compare(real, {"EoM 1": later}).notes == ()
+
+
+def test_runs_of_two_lengths_are_said_to_be(runs):
+    _, models = runs
+    short = eomdl.descend(net_loss, NET, SGD, 8, args=NET_ARGS)
+    (note,) = eomdl.compare(short, {"EoM 1": models["EoM 1"]}).notes
+    assert note == "EoM 1: it has 12 steps and the reference 8; the steps that both have are compared."
+    assert not note.is_fault
+
+
+def test_a_run_that_diverged_is_compared_without_warnings():
+    def steep(params, args):
+        return jnp.sum(params**4)
+
+    start = jnp.full(3, 10.0)
+    real = eomdl.descend(steep, start, optax.sgd(1e-2), 40)
+    assert real.result == eomdl.RESULTS.nonfinite
+    gentle = eomdl.descend(steep, start, optax.sgd(1e-5), 40)
+    comparison = eomdl.compare(real, {"another": gentle})  # warnings are errors here
+    assert np.isinf(comparison.travelled[-1])
+    assert comparison.table()
+    assert np.isnan(comparison.relative_distance["another"][0])
+    eomdl.geometry.path_shape(real).table()
+    real.smoothed(2)
+    real.table()
 
 
 # ---------------------------------------------------------------------- orders

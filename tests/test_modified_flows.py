@@ -100,6 +100,18 @@ def test_adam_on_a_quadratic(eps, eps_root):
         )
 
 
+def test_adam_with_a_small_eps_says_that_its_path_says_nothing():
+    """Near a zero of a gradient the correction is as large as 1/eps."""
+    params, hessian = jnp.array([1e-3, 1.0]), jnp.diag(jnp.array([1.0, 0.2]))
+    args = (hessian, jnp.zeros(2))
+    for eps, fails in ((1e-8, True), (1.0, False)):
+        path = eomdl.solve(eomdl.flows.AdamFlow(quadratic_loss, 0.02, eps=eps), params, 30, args=args)
+        assert (
+            any(note.startswith("the first correction / the leading term reached") for note in path.notes)
+            == fails
+        )
+
+
 def test_adam_is_the_equation_of_cattaneo():
     # eps inside the root: the correction is a gradient of the smoothed 1-norm of the gradient
     h, b1, b2, eps = 0.02, 0.8, 0.9, 0.05

@@ -334,6 +334,50 @@ def test_nonfinite_field_returns_the_part_computed():
     np.testing.assert_allclose(run.params, 0.1 * run.steps, rtol=1e-6, atol=1e-9)
 
 
+def test_a_path_that_the_solver_does_not_resolve_says_so():
+    flow = eomdl.GradientFlow(lambda y, args: 10 * jnp.sum(jnp.cos(5 * y)), 0.1)
+    coarse = eomdl.solve(flow, jnp.array([0.3]), 20, rtol=3.0, atol=3.0)
+    assert any(note.is_fault and note.startswith("The ODE error reaches") for note in coarse.notes)
+    fine = eomdl.solve(flow, jnp.array([0.3]), 20, rtol=1e-6, atol=1e-6)
+    assert fine.notes == ()
+
+
+class Ascent(eomdl.GradientFlow):
+    """A model that is wrong: it climbs where gradient descent falls."""
+
+    def __call__(self, t, state, args):
+        return jax.tree.map(jnp.negative, super().__call__(t, state, args))
+
+
+def test_a_model_that_is_off_by_a_whole_step_says_so():
+    flow = Ascent(lambda y, args: 0.5 * jnp.sum(y**2), 0.1)
+    path = eomdl.solve(flow, jnp.array([1.0]), 4)
+    ((name, found),) = path.stats.diagnostics.items()
+    assert name == "error in the first step / that step"
+    np.testing.assert_allclose(found.value, [(np.exp(0.1) - 0.9) / 0.1], rtol=1e-4)
+    assert [note.is_fault for note in path.notes] == [True]
+
+
+def test_gradients_of_a_flow_are_counted():
+    def counted(order, **options):
+        flow = eomdl.EquationOfMotion(valley_loss, 0.1, order)
+        return eomdl.solve(flow, VALLEY, 20, rtol=1e-6, atol=1e-6, **options).stats
+
+    # Six evaluations in a step of Tsit5, and the first of each of the two integrations.
+    stats = counted(0)
+    assert stats.gradient_evaluations == 6 * stats.num_steps + 2
+    one = counted(0, estimate_error=False)
+    assert one.gradient_evaluations == 6 * one.num_steps + 1
+    first = counted(1)
+    np.testing.assert_allclose(first.gradient_evaluations, 2.7 * (6 * first.num_steps + 2), rtol=1e-12)
+    heun = counted(0, solver=diffrax.Heun())
+    assert heun.gradient_evaluations == 2 * heun.num_steps
+    batches = jnp.zeros((20, 1))
+    steps = counted(0, batches=batches, estimate_error=False)
+    assert steps.gradient_evaluations == 6 * steps.num_steps + 20
+    assert np.isnan(counted(0, solver=diffrax.Kvaerno3()).gradient_evaluations)
+
+
 def test_float32_that_cannot_carry_the_order_warns():
     params = jax.tree.map(lambda x: x.astype(jnp.float32), VALLEY)
     flow = eomdl.EquationOfMotion(valley_loss, jnp.float32(1e-3), 2)

@@ -62,6 +62,7 @@ class Comparison(AbstractResult):
         return tuple(self.differences)
 
     @property
+    @_tree.nonfinite_is_data
     def relative_distance(self) -> dict[str, Float[np.ndarray, " n"]]:
         """`distance / travelled`; NaN where the reference has not moved."""
         moved = np.where(self.travelled > 0, self.travelled, np.nan)
@@ -80,6 +81,7 @@ class Comparison(AbstractResult):
         return dataclasses.replace(self, **jax.tree.map(lambda x: x[keep], arrays))
 
     @override
+    @_tree.nonfinite_is_data
     def _tables(self) -> tuple[Table, ...]:
         # One row for each model: a few steps, and the largest of all.
         at = np.unique(np.linspace(0, len(self.steps) - 1, 4).round().astype(int))[
@@ -116,6 +118,7 @@ class Comparison(AbstractResult):
         return [float(np.abs(found[name]).max()) if name in found else None for name in names]
 
     @override
+    @_tree.nonfinite_is_data
     def to_frame(self) -> Any:
         """Return a pandas DataFrame with one row for each model and step; of an array observable the norm of the difference."""
         import pandas as pd
@@ -173,6 +176,7 @@ def _from_first_format(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> Co
     )
 
 
+@_tree.nonfinite_is_data
 def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, smooth: int = 1) -> Comparison:
     """Return the errors of `trajectories` (models, usually flows) against the `reference` run.
 

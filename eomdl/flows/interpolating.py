@@ -177,8 +177,9 @@ class InterpolatingFlow(AbstractFlow):
             "the last difference over the first": Diagnostic(
                 self.last_difference(t, state, args),
                 limit=1.0,
-                meaning="From 1 on the series of the logarithm has stopped converging, and more points make it worse: lower "
-                f"the learning rate, {_STRIDE_TWO * (self.stride == 1)}or start after a few real steps (warmup=10).",
+                meaning="From 1 on the series of the logarithm has stopped converging, and more points make it worse: see "
+                f"eomdl.choice.choose_points, lower the learning rate, {_STRIDE_TWO * (self.stride == 1)}or start after a few "
+                "real steps (warmup=10).",
             )
         }
 

@@ -97,6 +97,7 @@ class PathShape(AbstractResult):
         return self.distance / np.where(self.length > 0, self.length, np.nan)
 
 
+@_tree.nonfinite_is_data
 def path_shape(trajectory: Trajectory) -> PathShape:
     r"""Return length, distance from the start, curvature and torsion of a path at its saved steps.
 
@@ -217,6 +218,7 @@ class PathComponents(AbstractResult):
         return (path - mean) @ as_matrix(self.directions).T
 
 
+@_tree.nonfinite_is_data
 def principal_components(trajectory: Trajectory, k: int = 2) -> PathComponents:
     r"""Return the k directions in which the path varies most: singular vectors of $\theta_j - \bar\theta$.
 
@@ -234,6 +236,10 @@ def principal_components(trajectory: Trajectory, k: int = 2) -> PathComponents:
     if k > largest:
         raise ValueError(f"k: expected at most {largest} for {path.shape} rows and parameters, got {k}")
     mean = path.mean(axis=0)
+    if not np.isfinite(np.linalg.norm(path)):
+        raise ValueError(
+            "trajectory: expected a path of finite length, got one whose squares overflow; cut it by `rows`"
+        )
     left, sizes, right = np.linalg.svd(path - mean, full_matrices=False)
     if sizes[0] <= len(path) * np.finfo(float).eps * np.linalg.norm(path):
         raise ValueError("trajectory: expected a path that moves, got one that stands still")
@@ -281,14 +287,13 @@ def _frenet(
     # The rounding of the saved parameters, in their own dtype; that of this arithmetic is no larger.
     sizes = np.lib.stride_tricks.sliding_window_view(np.linalg.norm(path, axis=1), _STENCIL)
     d1, d2, d3 = epsilon * np.einsum("jwi,wi->jw", np.abs(weights), sizes)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        d2 += d1 * r[:, 0, 1] / r1
-        d3 += d1 * r[:, 0, 2] / r1 + d2 * r[:, 1, 2] / r2
-        # Derivatives are with respect to the mean spacing, so r2 / r1 is the angle from one saved step to the next.
-        moves = d2 / r1 <= 0.1
-        curvature = np.where(moves, np.where(r2 > d2, r2, 0.0) / r1**2, np.nan)
-        torsion = r3 / (r1 * r2)
-        is_resolved = (curvature > 0) & (d3 / (r1 * r2) <= 0.1 * np.hypot(curvature, torsion))
+    d2 += d1 * r[:, 0, 1] / r1
+    d3 += d1 * r[:, 0, 2] / r1 + d2 * r[:, 1, 2] / r2
+    # Derivatives are with respect to the mean spacing, so r2 / r1 is the angle from one saved step to the next.
+    moves = d2 / r1 <= 0.1
+    curvature = np.where(moves, np.where(r2 > d2, r2, 0.0) / r1**2, np.nan)
+    torsion = r3 / (r1 * r2)
+    is_resolved = (curvature > 0) & (d3 / (r1 * r2) <= 0.1 * np.hypot(curvature, torsion))
     margin = np.full(_STENCIL // 2, np.nan)
     torsion = np.where(is_resolved, torsion, np.nan)
     return np.concatenate([margin, curvature, margin]), np.concatenate([margin, torsion, margin])

@@ -3,7 +3,8 @@
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -141,6 +142,7 @@ class StreamedBatches(AbstractData):
             # Of a finished run the last one, as the example.
             batches = itertools.islice(batches, min(start, num_steps - 1), None)
         self.args = args
+        _refuse_used(batches, start)
         self._iterator: Iterator[Any] = iter(batches)
         head = list(itertools.islice(self._iterator, 1))
         if not head:
@@ -169,6 +171,22 @@ class StreamedBatches(AbstractData):
                 f"{start + len(taken) - 1} that differ ({error})"
             ) from error
         return ChunkData(self.args, stacked, np.asarray(start)), len(taken)
+
+
+# Generators that a run has read from. Other iterators (zip, map) cannot be held weakly.
+_USED: "weakref.WeakSet[Iterator[Any]]" = weakref.WeakSet()
+
+
+def _refuse_used(batches: Iterable[Any], start: int) -> None:
+    """Raise for a generator from which another run has read, in a run from step 0: it would give other batches."""
+    if not isinstance(batches, Generator):
+        return
+    if start == 0 and batches in _USED:
+        raise ValueError(
+            "batches: expected an iterator that begins at step 0, got one that another run has read from; a list of batches can be "
+            "read twice, or give each run an iterator of its own"
+        )
+    _USED.add(batches)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ LOST = (
 )
 
 
+@_tree.nonfinite_is_data
 def is_lost(error: float, params: Params) -> bool:
     """Whether an ODE error is more than `MAX_PART` of the distance that saved parameters (n, ...) travel, and than rounding."""
     count = len(jax.tree.leaves(params)[0])
@@ -28,7 +29,6 @@ def is_lost(error: float, params: Params) -> bool:
         return False
     at = np.unique(np.linspace(0, count - 1, _ROWS).round().astype(int))
     few = jax.tree.map(lambda x: np.asarray(x[at]), params)
-    with np.errstate(over="ignore", invalid="ignore"):
-        travelled = _tree.row_norms(jax.tree.map(lambda x: x - x[:1], few)).max()
-        rounding = 100 * np.finfo(_tree.dtype(few)).eps * _tree.row_norms(few).max()
+    travelled = _tree.row_norms(jax.tree.map(lambda x: x - x[:1], few)).max()
+    rounding = 100 * np.finfo(_tree.dtype(few)).eps * _tree.row_norms(few).max()
     return bool(error > max(MAX_PART * travelled, rounding))

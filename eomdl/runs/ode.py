@@ -208,9 +208,9 @@ class OdeDynamics(AbstractDynamics):
             return stats
         if not map_of(flow).is_model:
             stats = dataclasses.replace(stats, first_step=self.start, first_length=measured.step_length)
-        if self.diagnosed and _DEPARTURE not in stats.diagnostics:
-            found = Diagnostic(np.atleast_1d(measured.departure), limit=1.0, meaning=_MEANING)
-            stats = dataclasses.replace(stats, diagnostics=stats.diagnostics | {_DEPARTURE: found})
+        departure = Diagnostic(np.atleast_1d(measured.departure), limit=1.0, meaning=_MEANING)
+        if self.diagnosed and departure.exceeded:
+            stats = dataclasses.replace(stats, diagnostics=stats.diagnostics | {_DEPARTURE: departure})
         return stats
 
 

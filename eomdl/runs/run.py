@@ -65,10 +65,9 @@ class Run:
 
     def after(self, first: Trajectory, keep_saved: bool) -> "Run":
         """The rest of this run, after its first steps; their saved ones come first, or are left out."""
-        record = self.loop.record
-        loop = dataclasses.replace(
-            self.loop, record=dataclasses.replace(record, steps=record.steps[record.steps > first.end.step])
-        )
+        step, record = int(first.end.step), self.loop.record
+        rest = record.steps[record.steps > step if keep_saved else record.steps >= step]
+        loop = dataclasses.replace(self.loop, record=dataclasses.replace(record, steps=rest))
         return dataclasses.replace(self, loop=loop, begin=first.end, before=first if keep_saved else None)
 
     def run(

@@ -117,6 +117,7 @@ class Trajectory(AbstractResult):
         return (*notes, *(Note(d.note(name), d.is_fault) for name, d in found if d.exceeded))
 
     @override
+    @_tree.nonfinite_is_data
     def _tables(self) -> tuple[Table, ...]:
         if np.ndim(self.steps) != 1:  # a batch of runs, from `jax.vmap`
             return ()
@@ -177,6 +178,7 @@ class Trajectory(AbstractResult):
 
         return self.averaged(Target("means", tuple((j, 1 / window) for j in range(window))))
 
+    @_tree.nonfinite_is_data
     def averaged(self, target: Target) -> "Trajectory":
         r"""The means of an `eomdl.flows.Target`: row k is $\sum_j a_j \theta_{k+j}$, observables likewise.
 

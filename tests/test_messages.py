@@ -1,0 +1,134 @@
+"""Wrong inputs that people give, and the way out that the answer must name."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import QUADRATIC, VALLEY, assert_close, quadratic_loss, symmetric, valley_loss
+
+import eomdl
+
+
+SGD, RATE = optax.sgd(0.05), 0.05
+SCHEDULE = optax.cosine_decay_schedule(0.1, 10)
+FOR_OPTIMIZERS = r"InterpolatingFlow\(eomdl\.optimizer_step\(loss, optimizer\)"
+
+
+def with_aux(params, args):
+    return valley_loss(params, args), params
+
+
+def per_example(params, args):
+    return jnp.ones(3) * valley_loss(params, args)
+
+
+def descend(loss=valley_loss, params=VALLEY, optimizer=SGD, **options):
+    return eomdl.descend(loss, params, optimizer, 4, **options)
+
+
+CASES = {
+    "an optimizer for a rate": (lambda: eomdl.GradientFlow(valley_loss, SGD), FOR_OPTIMIZERS),
+    "a schedule for a rate": (lambda: eomdl.EquationOfMotion(valley_loss, SCHEDULE, 1), FOR_OPTIMIZERS),
+    "a schedule for a clock": (lambda: eomdl.flows.AdamFlow(valley_loss, SCHEDULE), FOR_OPTIMIZERS),
+    "a negative rate": (
+        lambda: eomdl.GradientFlow(valley_loss, -0.1),
+        "learning_rate: .* > 0, got -0.1; for ascent negate",
+    ),
+    "no rate": (
+        lambda: eomdl.GradientFlow(valley_loss, 0.0),
+        "learning_rate: expected a finite number > 0, got 0.0",
+    ),
+    "a rate for an optimizer": (lambda: descend(optimizer=0.1), r"optimizer: .*optax\.sgd\(learning_rate\)"),
+    "a schedule for an optimizer": (
+        lambda: descend(optimizer=SCHEDULE),
+        r"optimizer: .*optax\.sgd\(learning_rate\)",
+    ),
+    "a loss with aux": (lambda: descend(with_aux), r"loss: .*\(value, aux\) .*\[0\]"),
+    "a flow of a loss with aux": (
+        lambda: eomdl.solve(eomdl.GradientFlow(with_aux, RATE), VALLEY, 4),
+        r"\(value, aux\)",
+    ),
+    "losses for a loss": (lambda: descend(per_example), r"loss: .*shape \(3,\).*take its mean"),
+    "data for args": (lambda: descend(data=1), "'data'; did you mean 'args'"),
+    "batch for batches": (lambda: descend(batch=1), "'batch'; did you mean 'batches'"),
+    "a misspelt option": (lambda: descend(save_step=2), "'save_step'; did you mean 'save_steps'"),
+    "complex parameters": (lambda: descend(params=jnp.ones(2) * 1j), "split_real_and_imaginary"),
+    "a warm-up of a run that continues": (
+        lambda: eomdl.solve(eomdl.GradientFlow(valley_loss, RATE), VALLEY, 4, warmup=2, resume=descend().end),
+        "warmup: expected 0 or None for a run that continues",
+    ),
+    "a warm-up without the optimizer's step": (
+        lambda: eomdl.solve(eomdl.flows.AdamFlow(valley_loss, RATE), VALLEY, 4, warmup=2),
+        r"warmup: .*AdamFlow does not know .*resume=eomdl\.descend",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_answer_names_a_way_out(case):
+    call, expected = CASES[case]
+    with pytest.raises((ValueError, TypeError), match=expected) as caught:
+        call()
+    assert not re.search(r"<function .* at 0x[^>]*> *$", str(caught.value))
+
+
+def test_the_way_out_for_complex_parameters_is_one():
+    def loss(z, args):
+        return jnp.sum(jnp.abs(z - (1 + 2j)) ** 2)
+
+    run = eomdl.descend(
+        lambda p, args: loss(jax.lax.complex(*p), args), (jnp.zeros(2), jnp.zeros(2)), optax.sgd(0.25), 60
+    )
+    np.testing.assert_allclose(run.final_params, [[1, 1], [2, 2]], rtol=1e-12)
+
+
+def test_a_run_that_diverges_gives_the_largest_stable_rate():
+    hessian = jnp.asarray(symmetric([0.5, 2.0, 8.0]))
+    run = eomdl.descend(quadratic_loss, jnp.ones(3), optax.sgd(1e40), 10, args=(hessian, jnp.zeros(3)))
+    assert run.result == eomdl.RESULTS.nonfinite
+    rate = run.stats.diagnostics["2 / sharpness at the start"]
+    np.testing.assert_allclose(rate.value, [2 / 8], rtol=2e-3)
+    # The rate comes before the data.
+    assert re.search("smaller learning rate.*look at the data", run.message)
+    assert any(note.startswith("2 / sharpness at the start: 0.25") for note in run.notes)
+
+
+def test_a_stable_run_says_nothing_of_rates():
+    assert descend().notes == ()
+
+
+def test_a_warning_points_at_the_users_line():
+    steep = (40 * jnp.eye(3), jnp.zeros(3))
+    for stride, advice in ((1, True), (2, False)):
+        flow = eomdl.InterpolatingFlow(
+            eomdl.optimizer_step(quadratic_loss, optax.sgd(0.1)), 0.1, 2, stride=stride
+        )
+        with pytest.warns(UserWarning, match="near the identity") as caught:
+            path = eomdl.solve(flow, jnp.ones(3), 4, args=steep, estimate_error=False)
+        assert caught[0].filename == __file__
+        said = " ".join([str(caught[0].message), *path.notes])
+        assert ("try stride=2" in said) == advice
+
+
+def test_a_generator_that_a_run_has_read_is_refused():
+    def batches(pulls):
+        yield from pulls
+
+    source = batches([QUADRATIC.args] * 9)
+    eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 4, batches=source)
+    flow = eomdl.GradientFlow(quadratic_loss, RATE)
+    with pytest.raises(
+        ValueError, match=r"^batches: expected an iterator that begins at step 0, got one that another run"
+    ):
+        eomdl.solve(flow, QUADRATIC.params, 4, batches=source)
+
+
+def test_a_generator_may_go_through_a_run_and_its_continuation():
+    source = (args for args in [QUADRATIC.args] * 9)
+    first = eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 4, batches=source)
+    whole = eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 9, batches=source, resume=first)
+    expected = eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 9, args=QUADRATIC.args)
+    assert_close(whole.final_params, expected.final_params, rtol=1e-14)
