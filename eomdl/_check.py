@@ -181,6 +181,15 @@ def params(name: str, value: Params) -> Params:
     return jax.tree.map(jnp.asarray, value)
 
 
+def floating(name: str, value: Any) -> None:
+    """Raise for a leaf that is no real floating-point number or array; none is read or moved."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise _wrong(where, "real floating-point arrays", f"dtype {dtype}")
+
+
 def wide_enough(name: str, state: Any) -> None:
     """Raise for a floating-point leaf of 16 bits or less, whose rounding is larger than an ODE solver's steps."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
