@@ -8,6 +8,7 @@ import builtins
 import dataclasses
 import html
 import html.parser
+import io
 import itertools
 import os
 import pickle
@@ -28,6 +29,7 @@ from eomdl.choice.candidates import Candidate
 from eomdl.curvature.parts import OverBatches
 from eomdl.errors.convergence import Convergence
 from eomdl.geometry.regions import RegionsOnLine
+from eomdl.plotting._lines import as_label
 from eomdl.storage.files import write_npz
 from eomdl.storage.values import encode
 from eomdl.symmetry.checks import SymmetryCheck
@@ -340,6 +342,49 @@ def test_a_notebook_without_matplotlib_shows_the_table(monkeypatch):
     assert "<img" not in shown
     with pytest.raises(ModuleNotFoundError):
         make_comparison().plot()
+
+
+NAMES = ("[red]", "[/red]", "_hidden", "a$b$c", r"$\no formula$", "<b>", ":smile:")
+
+
+def legends(figure):
+    found = [axes.get_legend() for axes in figure.axes]
+    return {text.get_text() for legend in found if legend for text in legend.get_texts()}
+
+
+@pytest.mark.parametrize("make", ["comparison", "runs", "shapes", "predicted", "edge"])
+def test_names_are_shown_as_they_are(make):
+    """No markup, no formula, and an entry in the legend for each, drawn."""
+    if make == "comparison":
+        c = make_comparison()
+        columns = dict.fromkeys(NAMES, FALLING)
+        c = dataclasses.replace(
+            c,
+            distance=columns,
+            block_distance={name: {} for name in NAMES},
+            ode_error={},
+            differences={name: {name: FALLING} for name in NAMES},
+        )
+        rows = c.table(rows=20)
+        assert all(f"│ {name} " in rows for name in NAMES)
+        assert html.escape("<b>") in c._repr_html_()
+        figure = c.plot()
+        drawn = {axes.get_ylabel() for axes in figure.axes}
+        assert {f"|difference in {as_label(name)}|" for name in NAMES} <= drawn
+    elif make == "runs":
+        run = make_run()
+        run = dataclasses.replace(run, observables=dict.fromkeys(NAMES[:3], FALLING))
+        figure = eomdl.plotting.plot(dict.fromkeys(NAMES, run))
+    elif make == "shapes":
+        figure = eomdl.plotting.plot(dict.fromkeys(NAMES, MAKE["PathShape"]()))
+    elif make == "predicted":
+        figure = dataclasses.replace(make_predicted(), block_norm=dict.fromkeys(NAMES, FALLING)).plot()
+    else:
+        report = dataclasses.replace(make_edge(), fractions=dict.fromkeys(NAMES[:6], FALLING))
+        figure = report.plot()
+    names = NAMES[:6] if make == "edge" else NAMES
+    assert set(names) <= {label.replace(r"\$", "$").strip() for label in legends(figure)}
+    figure.savefig(io.BytesIO())  # a name that were read as a formula would raise
 
 
 # ---------------------------------------------------------------------------- file
