@@ -61,6 +61,7 @@ class Crossing:
 
         NaN is no value: what comes after it is compared with the last one that is.
         """
+        values = _check.numbers("values", values, "numbers, shape (n,)", lambda x: True, ndim=1)
         sign = 1.0 if self.rising else -1.0
         last = _filled(np.asarray(values, float))[:-1]
         return (sign * values[1:] >= sign * self.level) & (sign * last < sign * self.level)
@@ -210,6 +211,7 @@ class Checkpoints:
 
         **Returns:** a `Trajectory` without parameters. **Cost:** the observables, once a checkpoint.
         """
+        progress = _check.flag("progress", progress)
         steps = self.steps
         if len(steps) == 0:
             raise ValueError(f"folder: expected checkpoints, got none in {self.folder}")

@@ -83,6 +83,7 @@ _DEFAULTS = RunOptions(
 
 def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, stride: int = 1) -> Run:
     """The options of a run, checked. **Raises:** `ValueError`; `TypeError` for an option there is none of."""
+    _processes.require_own_threads()
     unknown = sorted(set(options) - set(_DEFAULTS))
     if unknown:
         raise TypeError(

@@ -126,6 +126,7 @@ class Trajectory(AbstractResult):
 
     def map_columns(self, function: Callable[[Any], Any]) -> "Trajectory":
         """A function of arrays with leading axis n applied to every column."""
+        _check.function("function", function, "a function of one array")
         return dataclasses.replace(
             self, **{name: jax.tree.map(function, getattr(self, name)) for name in _COLUMNS}
         )
@@ -218,6 +219,10 @@ class Trajectory(AbstractResult):
 
         `events`: names to find it by, see `eomdl.Checkpoints`.
         """
+        path = _check.path("path", path)
+        events = _check.kind("events", events, list | tuple, "a list of names")
+        for i, event in enumerate(events):
+            _check.kind(f"events[{i}]", event, str, "a name")
         arrays, meta = self._contents()
         write_npz(path, arrays, meta | {"format": self._names()[-1], "events": list(events)})
 
