@@ -61,7 +61,7 @@ class Crossing:
 
         NaN is no value: what comes after it is compared with the last one that is.
         """
-        values = _check.numbers("values", values, "numbers, shape (n,)", lambda x: True, ndim=1)
+        values = np.asarray(_check.numbers("values", values, "numbers, shape (n,)", lambda x: True, ndim=1))
         sign = 1.0 if self.rising else -1.0
         last = _filled(np.asarray(values, float))[:-1]
         return (sign * values[1:] >= sign * self.level) & (sign * last < sign * self.level)
@@ -123,7 +123,7 @@ class Checkpoints:
         sharded: bool = False,
     ):
         self.folder = _check.path("folder", folder)
-        if np.ndim(schedule) == 0:
+        if _check.makes_array(schedule) and np.ndim(schedule) == 0:
             _check.integer("schedule", schedule, 1)
         else:
             _check.step_numbers("schedule", schedule)
