@@ -115,7 +115,9 @@ def main() -> int:
     )
     options = parser.parse_args()
     if options.readme:
-        Console().print(*[f"wrote {path}" for path in publish.write()], sep="\n", soft_wrap=True)
+        Console().print(
+            *[f"wrote {path}" for path in publish.write()], sep="\n", soft_wrap=True, markup=False
+        )
         return 0
     raw, code = (merged(options.sources), 0) if options.sources else run_suite(options.smoke, options.data)
     results = condense(raw, options.smoke) | {"note": options.note}

@@ -36,6 +36,22 @@ def _wrong(name: str, expected: str, got: Any) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got}")
 
 
+def _show(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return f"a {type(value).__name__} that is too long to print"
+
+
+def makes_array(value: Any) -> bool:
+    """Return whether NumPy makes an array of a value: not of rows of several lengths, nor of random keys."""
+    try:
+        np.asarray(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def finite_scalar(name: str, value: Any) -> jax.Array:
     """Return a finite scalar as a floating-point array."""
     return _scalar(name, value, "a finite number", lambda x: True)
@@ -64,23 +80,28 @@ _FOR_OPTIMIZERS = (
 
 def _scalar(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> jax.Array:
     if _is_optimizer(value) or callable(value):
-        raise _wrong(name, expected, f"{value!r:.80}{_FOR_OPTIMIZERS}")
+        raise _wrong(name, expected, f"{_show(value)}{_FOR_OPTIMIZERS}")
     array = _array(name, value, expected)
-    if array.shape != () or jnp.iscomplexobj(array) or array.dtype == bool:
-        raise _wrong(name, expected, f"{value!r} (shape {array.shape}, dtype {array.dtype})")
+    if array.shape != () or not _is_real(array):
+        raise _wrong(name, expected, f"{_show(value)} (shape {array.shape}, dtype {array.dtype})")
     # One dtype for 0.1, numpy.float32(0.1) and numpy.float64(0.1): else each would compile again.
     array = jax.lax.convert_element_type(array, jnp.result_type(float))
     if not _tree.is_traced(array) and not (np.isfinite(array) and holds(float(array))):
         ascent = name in ("learning_rate", "step_size") and float(array) < 0
-        raise _wrong(name, expected, f"{value!r}{'; for ascent negate the loss' * ascent}")
+        raise _wrong(name, expected, f"{_show(value)}{'; for ascent negate the loss' * ascent}")
     return array
+
+
+def _is_real(array: Array) -> bool:
+    """Return whether an array is of real numbers: no truth values, complex numbers, objects or random keys."""
+    return jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, np.integer)
 
 
 def _array(name: str, value: Any, expected: str) -> jax.Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
-        raise _wrong(name, expected, repr(value)) from None
+        raise _wrong(name, expected, _show(value)) from None
 
 
 def numbers(
@@ -94,17 +115,15 @@ def numbers(
 
     What is no JAX array becomes a NumPy array: without x64 JAX would cut it to float32.
     """
-    try:
-        array = value if isinstance(value, jax.Array) else np.asarray(value)
-    except ValueError:  # rows of several lengths
-        raise _wrong(name, expected, f"{value!r:.80}") from None
-    real = jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"
-    if array.size == 0 or not real or ndim not in (None, array.ndim):
-        raise _wrong(name, expected, f"{value!r:.80} (shape {array.shape}, dtype {array.dtype})")
-    if array.dtype.kind in "iu":
+    if not isinstance(value, jax.Array) and not makes_array(value):
+        raise _wrong(name, expected, _show(value))
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if array.size == 0 or not _is_real(array) or ndim not in (None, array.ndim):
+        raise _wrong(name, expected, f"{_show(value)} (shape {array.shape}, dtype {array.dtype})")
+    if jnp.issubdtype(array.dtype, np.integer):
         array = array.astype(float if isinstance(array, np.ndarray) else jnp.result_type(float))
     if not _tree.is_traced(array) and not np.all(holds(np.asarray(array))):
-        raise _wrong(name, expected, f"{value!r:.80}")
+        raise _wrong(name, expected, _show(value))
     return array
 
 
@@ -126,32 +145,29 @@ def fractions(name: str, value: Any) -> Array:
 def flag(name: str, value: Any) -> bool:
     """Return True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise _wrong(name, "True or False", f"{value!r:.80}")
+        raise _wrong(name, "True or False", _show(value))
     return bool(value)
 
 
 def kind(name: str, value: Any, cls: Any, expected: str) -> Any:
     """Return the value, an instance of a class."""
     if not isinstance(value, cls):
-        raise _wrong(name, expected, f"{type(value).__name__}: {value!r:.80}")
+        raise _wrong(name, expected, f"{type(value).__name__}: {_show(value)}")
     return value
 
 
 def mapping(name: str, value: Any, cls: Any, expected: str) -> Mapping[str, Any]:
     """Return the value, a dict of instances of a class that is not empty."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(v, cls) for v in value.values()):
-        raise _wrong(name, f"a dict {{name: {expected}}}", f"{value!r:.80}")
+        raise _wrong(name, f"a dict {{name: {expected}}}", _show(value))
     return value
 
 
 def step_numbers(name: str, value: Any) -> list[int]:
     """Return step numbers, at least one."""
-    try:
-        steps = np.asarray(value)
-    except ValueError:  # rows of several lengths
-        raise _wrong(name, "a sequence of step numbers", f"{value!r:.80}") from None
+    steps = np.asarray(value if makes_array(value) else ())
     if steps.ndim != 1 or steps.size == 0 or steps.dtype.kind not in "iu" or steps.min() < 0:
-        raise _wrong(name, "a sequence of step numbers", f"{value!r:.80}")
+        raise _wrong(name, "a sequence of step numbers", _show(value))
     return steps.tolist()
 
 
@@ -168,7 +184,7 @@ def path(name: str, value: Any) -> Path:
 def where(name: str, value: Any) -> Any:
     """Return the name of a block of the parameters, or a function that selects it."""
     if not isinstance(value, str) and not callable(value):
-        raise _wrong(name, "the name of a block, or a function params -> block", f"{value!r:.80}")
+        raise _wrong(name, "the name of a block, or a function params -> block", _show(value))
     return value
 
 
@@ -176,13 +192,13 @@ def integer(name: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> in
     """Return a Python integer from `minimum` to `maximum`."""
     expected = f"an integer >= {minimum}" + (f" and <= {maximum}" if maximum < 2**31 - 1 else "")
     if isinstance(value, bool | np.bool_):
-        raise _wrong(name, expected, repr(value))
+        raise _wrong(name, expected, _show(value))
     try:
         number = operator.index(value)
     except TypeError:
-        raise _wrong(name, expected, repr(value)) from None
+        raise _wrong(name, expected, _show(value)) from None
     if not minimum <= number <= maximum:
-        raise _wrong(name, expected, number)
+        raise _wrong(name, expected, _show(number))
     return number
 
 
@@ -197,7 +213,7 @@ def params(name: str, value: Params) -> Params:
     leaves = jax.tree_util.tree_leaves_with_path(value)
     expected = "a pytree of real floating-point arrays"
     if not leaves:
-        raise _wrong(name, expected, f"no leaves in {value!r}")
+        raise _wrong(name, expected, f"no leaves in {_show(value)}")
     for path, leaf in leaves:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if isinstance(leaf, float):
@@ -208,6 +224,15 @@ def params(name: str, value: Params) -> Params:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise _wrong(where, expected, f"dtype {leaf.dtype}{_COMPLEX * jnp.iscomplexobj(leaf)}")
     return jax.tree.map(jnp.asarray, value)
+
+
+def floating(name: str, value: Any) -> None:
+    """Raise for a leaf that is no real floating-point number or array; none is read or moved."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise _wrong(where, "real floating-point arrays", f"dtype {dtype}")
 
 
 def wide_enough(name: str, state: Any) -> None:
@@ -270,7 +295,7 @@ def _evaluate(loss: Loss, params: Params, args: Args) -> Any:
 def function(name: str, value: Any, expected: str = "a function (params, args) -> real scalar") -> Any:
     """Return the value, something to call."""
     if not callable(value):
-        raise _wrong(name, expected, f"{value!r:.80}")
+        raise _wrong(name, expected, _show(value))
     return value
 
 
@@ -284,7 +309,7 @@ def optimizer(value: Any) -> None:
     if not _is_optimizer(value):
         hint = "; of a learning rate or a schedule make one: optax.sgd(learning_rate)"
         is_rate = callable(value) or isinstance(value, float | int)
-        raise _wrong("optimizer", "an optax.GradientTransformation", f"{value!r:.80}{hint * is_rate}")
+        raise _wrong("optimizer", "an optax.GradientTransformation", f"{_show(value)}{hint * is_rate}")
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -306,7 +331,7 @@ def observables(
 def _named_functions(argument: str, value: Any, expected: str) -> None:
     """Raise for anything but None or a dict of functions by name."""
     if value is not None and not isinstance(value, Mapping):
-        raise _wrong(argument, f"a dict {{name: {expected.removeprefix('a ')}}}", repr(value))
+        raise _wrong(argument, f"a dict {{name: {expected.removeprefix('a ')}}}", _show(value))
     for name, function in (value or {}).items():
         if not isinstance(name, str):
             raise _wrong(argument, "names that are strings", repr(name))
@@ -339,7 +364,7 @@ def num_examples(name: str, value: Any) -> int:
     expected = "arrays whose leading axis counts the examples"
     leaves = jax.tree_util.tree_leaves_with_path(value)
     if not leaves:
-        raise _wrong(name, expected, f"none in {value!r:.80}; was the data not passed?")
+        raise _wrong(name, expected, f"none in {_show(value)}; was the data not passed?")
     lengths = {f"{name}{jax.tree_util.keystr(path)}": np.shape(leaf)[:1] for path, leaf in leaves}
     for place, length in lengths.items():
         if not length or length[0] == 0:

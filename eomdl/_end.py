@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eomdl import _check
 from eomdl._target import ITERATES, Target
 from eomdl._types import STATIC, Params, State, record_type
 
@@ -148,6 +149,27 @@ class End:
     def without_state(self) -> "End":
         """The same step and parameters, to begin another optimizer at."""
         return dataclasses.replace(self, state=None)
+
+
+def require_end(name: str, end: End) -> None:
+    """Raise unless an end that was made by hand, or read from a file, is where a run can be.
+
+    **Raises:** `ValueError` that names the field.
+    """
+    _check.integer(f"{name}.step", end.step, 0, 2**63 - 1)
+    _check.floating(f"{name}.params", end.params)
+    _check.kind(f"{name}.stats", end.stats, Stats, "the stats of a run")
+    for field in dataclasses.fields(Stats):
+        value, place = getattr(end.stats, field.name), f"{name}.stats.{field.name}"
+        if field.name in _OTHER_STATS:
+            _check.kind(place, value, _OTHER_STATS[field.name], f"a {_OTHER_STATS[field.name].__name__}")
+        elif field.name == "stride":
+            _check.integer(place, value, 1)
+        elif value is not None or field.name not in ("rtol", "atol"):
+            _check.numbers(place, value, "a number >= 0", lambda x: np.isfinite(x) & (x >= 0), ndim=0)
+
+
+_OTHER_STATS: dict[str, type] = {"flow": str, "data": str, "diagnostics": dict, "target": Target}
 
 
 def real_part(state: Any) -> Any:

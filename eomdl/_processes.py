@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,29 @@ from eomdl import _upstream
 
 TIMEOUT = 300.0  # seconds that a process waits for the others, at most
 _numbers = itertools.count()
+
+
+_forks: list[int] = []  # processes forked after JAX had started, of which this is one
+
+
+def _note_fork() -> None:
+    if _upstream.backends_are_initialized():
+        _forks.append(os.getpid())
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def require_own_threads() -> None:
+    """Raise in a process that was forked after JAX was used: the threads of JAX stayed behind, and it would wait for them for ever.
+
+    **Raises:** `RuntimeError`.
+    """
+    if _forks:
+        raise RuntimeError(
+            "this process was forked after JAX was used, and would wait for JAX's threads for ever: start it with "
+            'multiprocessing.get_context("spawn"), or fork before JAX is used'
+        )
 
 
 def is_distributed() -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from eomdl import _check
 from eomdl._types import Numbers
 from eomdl.storage.files import DamagedFile, read_npz, write_npz
-from eomdl.storage.values import decode, encode, fields, make_storable
+from eomdl.storage.values import decode, encode, fields, make_storable, require_kinds
 
 
 Result = TypeVar("Result", bound="AbstractResult")
@@ -47,7 +47,14 @@ class Estimate:
     standard_error: float
 
 
-make_storable(Note, lambda note: [str(note), note.is_fault], lambda found: Note(*found))
+def _read_note(found: Any) -> Note:
+    text, is_fault = found
+    if not isinstance(text, str) or not isinstance(is_fault, bool):
+        raise ValueError(f"note: expected a text, and whether it is a fault, got {found!r:.80}")
+    return Note(text, is_fault)
+
+
+make_storable(Note, lambda note: [str(note), note.is_fault], _read_note)
 make_storable(Estimate)
 
 
@@ -233,7 +240,8 @@ class AbstractResult(abc.ABC):
     def load(cls: type[Result], path: str | Path) -> Result:
         """Read what `save` wrote.
 
-        **Raises:** `ValueError` that names the file if it is something else or damaged.
+        **Raises:** `ValueError` that names the file if it is something else or damaged, or its fields are of other kinds, shapes or
+        names; `FileNotFoundError`.
         """
         return cls._read_file(path)
 
@@ -241,7 +249,10 @@ class AbstractResult(abc.ABC):
     def _read_file(cls: type[Result], path: str | Path) -> Result:
         arrays, meta = read_npz(_check.path("path", path), *cls._names())
         try:
-            return cls._from_file(arrays, meta)
+            result = cls._from_file(arrays, meta)
+            if arrays:
+                raise ValueError(f"arrays {sorted(arrays)} have no place")
+            return result
         except Exception as error:
             raise DamagedFile(
                 f"path: expected the contents of a {cls.__name__}, got others in {path} ({type(error).__name__}: {error})"
@@ -259,11 +270,11 @@ class AbstractResult(abc.ABC):
     @classmethod
     def _unpack(cls: type[Result], found: Any) -> Result:
         """Return the result of which `_pack` made this."""
-        return cls(**found)
+        return require_kinds(cls(**found))
 
     @classmethod
-    def _from_file(cls: type[Result], arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> Result:
-        """Return the result from the contents of its file."""
+    def _from_file(cls: type[Result], arrays: dict[str, Any], meta: Mapping[str, Any]) -> Result:
+        """Return the result from the contents of its file, its arrays taken out of `arrays`."""
         return cls._unpack(decode(meta["value"], arrays))
 
 

@@ -6,7 +6,7 @@ description of what it stands for.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -104,8 +104,28 @@ def _decode(encoded: Any) -> Any:
     return decoders[kind](value)
 
 
-def rebuild(description: Any, leaves: Iterator[Any]) -> Any:
-    """Return the pytree of a description, its leaves taken in order."""
+def unique(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return a dict of these items. **Raises:** `ValueError` for a key that comes twice."""
+    items = list(items)
+    found = dict(items)
+    if len(found) != len(items):
+        raise ValueError(f"a key twice in {[key for key, _ in items]!r:.200}")
+    return found
+
+
+def rebuild(description: Any, leaves: Sequence[Any]) -> Any:
+    """Return the pytree of a description, its leaves taken in order. **Raises:** `ValueError` for more or fewer leaves."""
+    remaining = iter(leaves)
+    try:
+        tree = _rebuild(description, remaining)
+    except StopIteration:
+        raise ValueError(f"more than {len(leaves)} leaves") from None
+    if left := len(list(remaining)):
+        raise ValueError(f"{left} of {len(leaves)} leaves have no place")
+    return tree
+
+
+def _rebuild(description: Any, leaves: Iterator[Any]) -> Any:
     if description is None:
         return None
     if description == LEAF:
@@ -115,9 +135,9 @@ def rebuild(description: Any, leaves: Iterator[Any]) -> Any:
     if kind.removeprefix("eomdl.") in _MOVED:
         place, renamed = _MOVED[kind.removeprefix("eomdl.")]
         kind, keys = f"eomdl.{place}", [renamed.get(key, key) for key in keys]
-    children = [rebuild(child, leaves) for _, child in items]
+    children = [_rebuild(child, leaves) for _, child in items]
     if kind == "dict":
-        return dict(zip(keys, children, strict=True))
+        return unique(zip(keys, children, strict=True))
     if kind in ("list", "tuple"):
         return children if kind == "list" else tuple(children)
     found = _named_tuple(kind)
@@ -131,7 +151,8 @@ def _named_tuple(kind: str) -> Any:
     module, _, name = kind.partition(":")
     found: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
+        # Not `getattr`, by which some modules import their submodules.
+        found = getattr(found, "__dict__", {}).get(part)
     is_named = isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields")
     return found if is_named else None
 

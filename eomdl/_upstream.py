@@ -25,6 +25,16 @@ def coordination_client() -> Any:
     return distributed.global_state.client
 
 
+def backends_are_initialized() -> bool:
+    """Return whether JAX has looked for its devices, and so has threads of its own.
+
+    **Until** JAX says so publicly without looking for them, or runs in forked processes.
+    """
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
+
+
 @contextlib.contextmanager
 def no_callbacks() -> Iterator[None]:
     """Trace the run-time checks of equinox (`eqx.error_if`, and so diffrax's) without a callback to the host.

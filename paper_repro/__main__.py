@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.readme:
             written = publish.write(list(known.values()), args.out)
-            console.print(*[f"wrote {path}" for path in written], sep="\n", soft_wrap=True)
+            console.print(*[f"wrote {path}" for path in written], sep="\n", soft_wrap=True, markup=False)
             return 0
         results = _run(chosen, options, args.out, args.fresh, console)
     except ValueError as error:
@@ -87,7 +87,7 @@ def _run(
         results.append(result)
         _tell(result, done, console)
         path.write_text(report.page(results, harness.environment()))
-    console.print(f"report: {path.resolve()}", soft_wrap=True)
+    console.print(f"report: {path.resolve()}", soft_wrap=True, markup=False)
     return results
 
 

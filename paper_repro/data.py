@@ -1,7 +1,9 @@
 """Real data: scikit-learn's digits by default, any folder of IDX files by option."""
 
 import gzip
+import math
 import struct
+import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,14 +18,16 @@ _IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049  # unsigned bytes in 3 and 1 dimension
 def read_idx(path: str | Path, magic: int) -> np.ndarray:
     """An array of unsigned bytes from an IDX file, gzipped or not.
 
-    Raises `ValueError` if the magic number is another one or the file is truncated.
+    Raises `ValueError` with the file's name if the magic number or the shape is another one or the file is damaged.
     """
     path = Path(path)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             content = file.read()
-    except EOFError:
-        raise ValueError(f"{path}: expected a whole gzip file, got a truncated one") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}: expected a whole gzip file, got a damaged one ({error}); download it again"
+        ) from None
     if len(content) < 4 or struct.unpack(">I", content[:4])[0] != magic:
         raise ValueError(f"{path}: expected an IDX file with magic number {magic}, got {content[:4]!r}")
     rank = magic % 256
@@ -31,9 +35,11 @@ def read_idx(path: str | Path, magic: int) -> np.ndarray:
     if len(content) < header:
         raise ValueError(f"{path}: expected an IDX header of {header} bytes, got {len(content)}")
     shape = struct.unpack(f">{rank}I", content[4:header])
-    expected = header + int(np.prod(shape))
+    expected = header + math.prod(shape)  # in Python's integers: a damaged header has any
     if len(content) != expected:
-        raise ValueError(f"{path}: expected {expected} bytes for shape {shape}, got {len(content)}")
+        raise ValueError(
+            f"{path}: expected {expected} bytes for shape {shape}, got {len(content)}; download it again"
+        )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -62,6 +68,8 @@ def load(folder: str | Path | None, subset: int, seed: int | None = 0) -> tuple[
 def read_folder(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of the training IDX files in `folder`, as bytes: shapes (n, pixels) and (n,)."""
     images = read_idx(_only(folder, _IMAGES), _IMAGES_MAGIC)
+    if not images.size:
+        raise ValueError(f"{_only(folder, _IMAGES)}: expected images, got shape {images.shape}")
     labels = read_idx(_only(folder, _LABELS), _LABELS_MAGIC)
     if len(images) != len(labels):
         raise ValueError(f"{folder}: expected as many labels as images, {len(images)}, got {len(labels)}")

@@ -33,6 +33,20 @@ from paper_repro.claims import Claim
 
 Tables = dict[str, pd.DataFrame]
 ROOT = Path(__file__).parent
+_AGAIN = "`python -m paper_repro NAME --fresh` runs it again"
+_KEYS = {
+    "name",
+    "title",
+    "source",
+    "setting",
+    "options",
+    "code",
+    "environment",
+    "seconds",
+    "tables",
+    "pictures",
+    "claims",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +164,10 @@ def run(reproduction: Reproduction, options: Options, out: Path) -> Result:
         "pictures": list(figures),
         "claims": [dataclasses.asdict(c) for c in _judged(reproduction.claims(tables), options)],
     }
-    (folder / "result.json").write_text(json.dumps(record, indent=1) + "\n")
+    # As a whole or not at all: what is there counts as done.
+    aside = folder / "result.json.part"
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    aside.replace(folder / "result.json")
     return read(reproduction, out)
 
 
@@ -163,12 +180,33 @@ def _judged(claims: list[Claim], options: Options) -> list[Claim]:
 
 
 def read(reproduction: Reproduction, out: Path) -> Result:
-    """The result in the reproduction's folder."""
+    """The result in the reproduction's folder.
+
+    Raises `ValueError` with the file's name if one of its files is damaged or missing.
+    """
     folder = out / reproduction.name
-    record = json.loads((folder / "result.json").read_text())
-    pictures = {name: (folder / f"{name}.svg").read_text() for name in record["pictures"]}
+    record = _record(folder)
+    pictures = {name: _read(folder / f"{name}.svg", Path.read_text) for name in record["pictures"]}
     claims = [Claim(**c) for c in record["claims"]]
     return Result(reproduction, _tables(folder, record["tables"]), claims, pictures, record)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What result.json holds, whole."""
+    path = folder / "result.json"
+    record = _read(path, lambda path: json.loads(path.read_text()))
+    if not isinstance(record, dict) or not record.keys() >= _KEYS:
+        raise ValueError(f"{path}: expected a record with {', '.join(sorted(_KEYS))}, got another; {_AGAIN}")
+    return record
+
+
+def _read(path: Path, how: Callable[[Path], Any]) -> Any:
+    try:
+        return how(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected what a run writes, got {type(error).__name__}: {error}; {_AGAIN}"
+        ) from error
 
 
 def is_done(reproduction: Reproduction, options: Options, out: Path) -> bool:
@@ -179,11 +217,11 @@ def is_done(reproduction: Reproduction, options: Options, out: Path) -> bool:
 def is_kept(reproduction: Reproduction, options: Options, out: Path) -> bool:
     """Whether a result is there, with these options, of this or an earlier version of the code."""
     path = out / reproduction.name / "result.json"
-    return path.exists() and json.loads(path.read_text())["options"] == dataclasses.asdict(options)
+    return path.exists() and _record(path.parent)["options"] == dataclasses.asdict(options)
 
 
 def _tables(folder: Path, names: list[str]) -> Tables:
-    return {name: pd.read_csv(folder / f"{name}.csv") for name in names}
+    return {name: _read(folder / f"{name}.csv", pd.read_csv) for name in names}
 
 
 def code_version() -> str:

@@ -3,6 +3,7 @@
 Whatever has to be computed is `Lazy`: importing this file runs nothing.
 """
 
+import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -91,6 +92,21 @@ RUN_OPTIONS = dict(
 )
 
 MATRICES, LABELS = np.zeros((3, 2, 2)), np.array([0, 0])
+COMPARISON = Lazy(lambda: eomdl.compare(RUN.value, {"flow": PATH.value}))
+DENSITY = Lazy(lambda: eomdl.curvature.spectral_density(valley_loss, VALLEY, None, 2, 2))
+COMPONENTS = Lazy(lambda: eomdl.geometry.principal_components(RUN.value, 1))
+SECANTS = Lazy(lambda: eomdl.geometry.secants(runner, {"loss": valley_loss}, num_random=2)["loss"])
+
+
+def checkpoints():
+    folder = tempfile.TemporaryDirectory()
+    store = eomdl.Checkpoints(folder.name, 12)
+    runner(checkpoints=store)
+    store.temporary = folder  # removed with the store
+    return store
+
+
+STORE = Lazy(checkpoints)
 DIMENSION = Lazy(lambda: eomdl.geometry.intrinsic_dimension(CLOUD))
 PLANE = eomdl.geometry.LossPlane(np.linspace(0, 1, 3), np.linspace(0, 1, 3), np.ones((3, 3)))
 
@@ -480,4 +496,36 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         dict(target=eomdl.flows.Target("midpoints", ((0, 0.5), (1, 0.5)))),
     ),
     "runs.Trajectory.load": (eomdl.Trajectory.load, dict(path="nowhere", like=None)),
+    "runs.Trajectory.save": (Lazy(lambda: RUN.value.save), dict(path="run.npz", events=())),
+    "runs.Trajectory.map_columns": (Lazy(lambda: RUN.value.map_columns), dict(function=np.asarray)),
+    "runs.Trajectory.table": (Lazy(lambda: RUN.value.table), dict(rows=3)),
+    "runs.End": (
+        lambda **fields: runner(resume=eomdl.runs.End(**fields)),
+        dict(step=3, state=None, params=VALLEY, stats=Lazy(lambda: RUN.value.stats)),
+    ),
+    "runs.stacked": (lambda batches: runner(batches=eomdl.runs.stacked(batches)), dict(batches=np.ones(12))),
+    "runs.stream": (lambda batches: runner(batches=eomdl.runs.stream(batches)), dict(batches=[1.0] * 12)),
+    "runs.Crossing.__call__": (eomdl.runs.Crossing("loss", 1.0), dict(values=np.array([3.0, 2.0]))),
+    "Checkpoints.at": (Lazy(lambda: STORE.value.at), dict(step=0)),
+    "Checkpoints.observe": (
+        Lazy(lambda: STORE.value.observe),
+        dict(observe={"loss": valley_loss}, args=None, progress=False),
+    ),
+    "Comparison.load": (eomdl.Comparison.load, dict(path="nowhere")),
+    "Comparison.save": (Lazy(lambda: COMPARISON.value.save), dict(path="comparison.npz")),
+    "Comparison.table": (Lazy(lambda: COMPARISON.value.table), dict(rows=3)),
+    "Comparison.at_multiples_of": (Lazy(lambda: COMPARISON.value.at_multiples_of), dict(stride=2)),
+    "curvature.SpectralDensity.at": (
+        Lazy(lambda: DENSITY.value.at),
+        dict(points=np.linspace(0, 1, 3), width=0.5),
+    ),
+    "curvature.SpectralDensity.mean": (Lazy(lambda: DENSITY.value.mean), dict(function=np.square)),
+    "geometry.PathComponents.direction": (Lazy(lambda: COMPONENTS.value.direction), dict(i=0)),
+    "geometry.PathComponents.project": (Lazy(lambda: COMPONENTS.value.project), dict(trajectory=RUN)),
+    "geometry.Secants.parts_from": (
+        Lazy(lambda: SECANTS.value.parts_from),
+        dict(other=SECANTS, tolerance=0.1),
+    ),
+    "series.ButcherTableau": (eomdl.series.ButcherTableau, dict(a=((),), b=(1,))),
+    "series.modified_equation": (eomdl.series.modified_equation, dict(n=3, method=eomdl.series.HEUN)),
 }

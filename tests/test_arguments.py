@@ -8,9 +8,12 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from calls import CALLS, WRONG, evaluate
+from calls import CALLS, SGD, WRONG, evaluate
+from helpers import VALLEY, valley_loss
 
 import eomdl
+from eomdl import _check
+from eomdl._result import AbstractResult
 
 
 # ------------------------------------------------- what is accepted, and means something
@@ -77,6 +80,13 @@ ACCEPTED: dict[str, set[str]] = {
     "runs.Trajectory.rows.index": {"empty"},
     "runs.Trajectory.load.path": {"a string"},  # no such file
     "runs.Trajectory.load.like": set(WRONG),  # looked at when there is a file
+    "runs.Trajectory.save.path": {"a string"},
+    "runs.Trajectory.save.events": {"empty"},
+    "Comparison.load.path": {"a string"},
+    "Comparison.save.path": {"a string"},
+    "runs.Crossing.__call__.values": {"an array"},
+    "Checkpoints.observe.observe": {"None"},
+    "curvature.SpectralDensity.at.points": {"an array"},
 }
 ACCEPTED |= {
     f"symmetry.{law}.{name}": ARRAYS
@@ -131,8 +141,7 @@ def test_wrong_values_are_refused_by_the_argument_s_name(call, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []  # nothing written before it is refused
 
 
-# `stacked` and `stream` take what a run then reads: test_run_data.py.
-NO_CALLS = "RESULTS AbstractFlow AbstractMonitor StepMap RunOptions Eigenpairs stacked stream"
+NO_CALLS = "RESULTS AbstractFlow AbstractMonitor StepMap RunOptions Eigenpairs"
 
 
 def test_every_public_function_is_here():
@@ -150,8 +159,32 @@ def test_every_public_function_is_here():
                 assert known <= set(options), f"arguments of {name} left out: {known - set(options)}"
 
 
-# The tableaus of `series` are data.
-SPACES = [name for name in eomdl.__all__ if inspect.ismodule(getattr(eomdl, name)) and name != "series"]
+# What a run calls, and `with_runs`, which takes what `choose_flow` gives.
+NO_METHODS = [
+    "Checkpoints.begin",
+    "Checkpoints.due",
+    "Checkpoints.write",
+    "Choice.with_runs",
+    "Trajectory.events_in",
+]
+
+
+def test_every_method_of_a_result_is_here():
+    tried = {".".join(name.split(".")[-2:]) for name in CALLS}
+    shared = {"load", "save", "table", "plot"}  # of every result: tried of two
+    for space in [eomdl, *(getattr(eomdl, space) for space in SPACES)]:
+        for thing in (getattr(space, name) for name in space.__all__):
+            if not isinstance(thing, type) or not issubclass(thing, AbstractResult | eomdl.Checkpoints):
+                continue
+            for name, method in inspect.getmembers(thing, inspect.isroutine):
+                has_arguments = not name.startswith("_") and set(inspect.signature(method).parameters) - {
+                    "self"
+                }
+                if has_arguments and name not in shared and f"{thing.__name__}.{name}" not in NO_METHODS:
+                    assert f"{thing.__name__}.{name}" in tried, f"{thing.__name__}.{name} is not in CALLS"
+
+
+SPACES = [name for name in eomdl.__all__ if inspect.ismodule(getattr(eomdl, name))]
 
 
 def is_result(thing: Any) -> bool:
@@ -167,3 +200,36 @@ def test_numbers_of_the_host_keep_their_digits_without_x64():
         order = eomdl.errors.observed_order([0.1, 0.05], [4e-50, 1e-50])
     np.testing.assert_allclose(rate, 1e-9, rtol=1e-6)
     assert order == pytest.approx(2)
+
+
+UNUSUAL: dict[str, Any] = {
+    "unprintable": 10**5000,
+    "ragged": [[1.0], [1.0, 2.0]],
+    "objects": np.array([None, 1]),
+    "a date": np.datetime64("2020-01-01"),
+    "a key": jax.random.key,
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_values_are_refused_by_name_too(kind, tmp_path):
+    """What cannot be printed, compared or made an array: by each of the checks that the others are made of."""
+    value = jax.random.key(0) if kind == "a key" else UNUSUAL[kind]
+    for check in (
+        _check.positive_scalar,
+        _check.positive_numbers,
+        _check.seed,
+        _check.step_numbers,
+        _check.flag,
+    ):
+        with pytest.raises(ValueError, match=r"^size: expected "):
+            check("size", value)
+    for name, call in {
+        "save_steps": lambda: eomdl.descend(valley_loss, VALLEY, SGD, 3, save_steps=value),
+        "num_steps": lambda: eomdl.descend(valley_loss, VALLEY, SGD, value),
+        "schedule": lambda: eomdl.Checkpoints(tmp_path, value),
+        "learning_rate": lambda: eomdl.GradientFlow(valley_loss, value),
+        "n": lambda: eomdl.series.modified_equation(value),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected "):
+            call()

@@ -1,6 +1,8 @@
 """Means over chunks: the plain mean in value and every derivative, in the memory of one chunk, from device, host and file."""
 
+import gc
 import threading
+import weakref
 
 import equinox as eqx
 import jax
@@ -285,3 +287,23 @@ def test_wrong_losses_and_weights():
         MeanOverChunks(squares, 4, lambda args: args[0])(X, UNEVEN)
     with pytest.raises(ValueError, match=r"arrays\[0\]: expected numbers, got dtype <U1"):
         OnHost((np.array(["a", "b"]),))
+
+
+def test_data_on_the_host_are_let_go():
+    """JAX keeps the object with its programs, as long as it keeps those; what the object holds goes at `close`."""
+    threads = {thread.name for thread in threading.enumerate()}
+    with OnHost(np.zeros((11, 3))) as data:
+        array = weakref.ref(data._arrays)
+        loss = MeanOverChunks(lambda params, x: jnp.mean((x - params) ** 2), 4)
+        program = jax.jit(loss)
+        assert program(1.0, data) == 1.0
+        assert loss(1.0, data) == 1.0
+    gc.collect()
+    assert array() is None
+    assert {thread.name for thread in threading.enumerate()} <= threads
+    data.close()
+    for use in (loss, jax.jit(lambda params, args: loss(params, args)), lambda _, args: args.fingerprint):
+        with pytest.raises(ValueError, match=r"^args: expected data on the host .* after `close`"):
+            use(2.0, data)
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="after `close`"):
+        jax.block_until_ready(program(2.0, data))

@@ -1,12 +1,16 @@
 """Files and folders of runs: every flipped bit is found, every name and dtype comes back, one folder is one run."""
 
+import dataclasses
 import enum
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import types
+import warnings
 import zipfile
 
 import jax
@@ -96,6 +100,20 @@ HAND_MADE = {
     ),
     "a structure in words": lambda arrays, meta: meta.update(params="two arrays"),
     "members of no observable": lambda arrays, meta: meta.update(per_member=["none"]),
+    "an observable in words": lambda arrays, meta: arrays.update({"observables:0": np.array(["a"] * 4)}),
+    "complex times": lambda arrays, meta: arrays.update({"times:0": arrays["times:0"] * 1j}),
+    "complex parameters": lambda arrays, meta: arrays.update({"params:1": arrays["params:1"] * 1j}),
+    "an array of no name": lambda arrays, meta: arrays.update({"speed:0": np.ones(4)}),
+    "an array too many": lambda arrays, meta: arrays.update({"params:2": np.ones(4)}),
+    "two leaves at one key": lambda arrays, meta: meta.update(params=["dict", [["x", "*"], ["x", "*"]]]),
+    "a negative count": lambda arrays, meta: meta["stats"].update(gradient_evaluations=-3),
+    "a count that is none": lambda arrays, meta: meta["stats"].update(num_steps=None),
+    "a tolerance that is no number": lambda arrays, meta: meta["stats"].update(rtol=float("nan")),
+    "a stride of 0": lambda arrays, meta: meta["stats"].update(stride=0),
+    "a limit in words": lambda arrays, meta: (
+        meta.update({"diagnostics": {"x": ["far", "", True]}, "diagnostics values": ["dict", [["x", "*"]]]}),
+        arrays.update({"diagnostics values:0": np.ones(1)}),
+    ),
     "no format": lambda arrays, meta: meta.pop("format"),
     "an older format": lambda arrays, meta: meta.update(format="eomdl.Trajectory 3"),
 }
@@ -141,6 +159,152 @@ def test_a_compressed_file_is_refused(run, tmp_path):
     assert bomb.stat().st_size < 10**6
     with pytest.raises(ValueError, match=r"bomb\.npz.*compressed"):
         load(bomb)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    for path in (tmp_path, tmp_path / "pipe.npz"):
+        with pytest.raises(ValueError, match=rf"^path: expected a file, got {path}, which is"):
+            load(path)
+
+
+def with_text(path, change):
+    """Change the text of a file, and its checksum with it."""
+    with np.load(path) as file:
+        members = {name: file[name] for name in file.files}
+    text = change(members["text"].tobytes().decode()).encode()
+    digest = hashlib.blake2b(text, digest_size=16).digest()
+    members |= {"text": np.frombuffer(text, np.uint8), "checksum": np.frombuffer(digest, np.uint8)}
+    np.savez(path, **members)
+
+
+def test_no_array_is_unpacked_twice(run, tmp_path):
+    """A small file must not fill the memory: by names of one array, or by members that share their bytes."""
+    path = tmp_path / "many.npz"
+    run.save(path)
+    with_text(path, lambda text: text)
+    assert_identical(load(path).params, run.params)
+
+    def name_many_times(text):
+        whole = json.loads(text)
+        whole["arrays"] |= {f"copy{i}": whole["arrays"]["steps:0"] for i in range(600)}
+        return json.dumps(whole)
+
+    with_text(path, name_many_times)
+    with pytest.raises(ValueError, match=r"many\.npz.*listed"):
+        load(path)
+    run.save(path)
+    with zipfile.ZipFile(path, "a") as file:
+        file.filelist.extend(file.filelist * 100)
+        file.writestr("more", b"")
+    with pytest.raises(ValueError, match=r"many\.npz.*members that overlap"):
+        load(path)
+
+
+def test_a_key_that_is_written_twice_is_refused(run, tmp_path):
+    path = tmp_path / "twice.npz"
+    run.save(path)
+    with_text(path, lambda text: text.replace('"events": []', '"events": [], "events": ["x"]'))
+    with pytest.raises(ValueError, match=r"twice\.npz.*a key twice"):
+        load(path)
+
+
+def test_reading_a_structure_imports_nothing(run, tmp_path, monkeypatch):
+    """A module may import what is asked of it (scipy does); a file asks modules for nothing."""
+    lazy = types.ModuleType("lazy_module")
+    lazy.__getattr__ = lambda name: pytest.fail(f"{name} was asked for")
+    monkeypatch.setitem(sys.modules, "lazy_module", lazy)
+    path = tmp_path / "run.npz"
+    run.save(path)
+    arrays, meta = meta_of(path)
+    meta["params"][0] = "lazy_module:submodule.Class"
+    write_npz(path, arrays, meta)
+    assert load(path).params.kind == "lazy_module:submodule.Class"
+
+
+# -------------------------------------------------------------------- writing
+
+
+def other_run():
+    return eomdl.descend(valley_loss, VALLEY, ADAM, 5, observe={"loss": valley_loss})
+
+
+def test_two_writers_of_one_path_do_not_meet(run, tmp_path, monkeypatch):
+    path, other, savez = tmp_path / "run.npz", other_run(), np.savez
+    inside = []
+
+    def savez_with_another_in_between(file, **members):
+        savez(file, **members)
+        if not inside:
+            inside.append(True)
+            other.save(path)
+            assert_identical(load(path).params, other.params)
+
+    monkeypatch.setattr(np, "savez", savez_with_another_in_between)
+    run.save(path)
+    assert_identical(load(path).params, run.params)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(run, tmp_path, monkeypatch):
+    path = tmp_path / "run.npz"
+    other_run().save(path)
+    before, fsync = path.read_bytes(), os.fsync
+    synced = []
+
+    def sync(number):
+        fsync(number)
+        synced.append((path.read_bytes() == before, os.fstat(number).st_size))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    run.save(path)
+    assert synced == [(True, path.stat().st_size)]
+
+
+def test_no_link_is_followed_in_writing(run, tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_text("of another user")
+    monkeypatch.setattr("secrets.token_hex", lambda length: "abc")
+    for name in ("run.npz.part", "run.npz.abc.part"):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(FileExistsError, match=r"run\.npz"):
+        run.save(tmp_path / "run.npz")
+    assert victim.read_text() == "of another user"
+    monkeypatch.undo()
+    run.save(tmp_path / "run.npz")
+    assert victim.read_text() == "of another user"
+    assert_identical(load(tmp_path / "run.npz").params, run.params)
+
+
+def test_others_may_read_what_is_written(run, tmp_path):
+    run.save(tmp_path / "run.npz")
+    (tmp_path / "plain").write_text("made by open")
+    assert (tmp_path / "run.npz").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# ------------------------------------------------------------ ends made by hand
+
+
+ENDS = {
+    "step -3": lambda end: dataclasses.replace(end, step=-3),
+    "step 2.5": lambda end: dataclasses.replace(end, step=2.5),
+    "step True": lambda end: dataclasses.replace(end, step=True),
+    "parameters NaN": lambda end: eomdl.runs.End(2, None, {**end.params, "x": np.nan}),
+    "parameters in words": lambda end: eomdl.runs.End(2, None, {**end.params, "x": "one"}),
+    "parameters complex": lambda end: eomdl.runs.End(2, None, {**end.params, "x": 1j}),
+    "stats None": lambda end: dataclasses.replace(end, stats=None),
+    "stats of a negative count": lambda end: dataclasses.replace(
+        end, stats=dataclasses.replace(end.stats, num_steps=-1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_an_end_made_by_hand_is_checked(run, kind):
+    with pytest.raises(ValueError, match=rf"^resume\.{kind.split()[0][:5]}.*: expected "):
+        eomdl.descend(valley_loss, VALLEY, ADAM, 5, resume=ENDS[kind](run.end))
+    by_hand = eomdl.runs.End(np.int64(3), None, dict(run.end.params))
+    assert eomdl.descend(valley_loss, VALLEY, ADAM, 4, resume=by_hand).end.step == 4
 
 
 # ------------------------------------------------------------ names and dtypes
@@ -244,14 +408,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(tmp_path):
     for k in (30, 40):
         path = tmp_path / f"step-{k:010d}.npz"
         path.write_bytes(path.read_bytes()[:-40])
-    with pytest.warns(UserWarning, match=r"damaged checkpoints, going on from step 20: .*40\.npz.*30\.npz"):
+    with pytest.warns(UserWarning, match=r"no whole checkpoints, continuing from step 20: .*40\.npz.*30\.npz"):
         end = store.latest
     assert end.step == 20
-    resumed = descend(store, resume=end)
+    with pytest.warns(UserWarning, match=r"moved aside in .*: step-0000000030\.npz\.aside, .*40\.npz\.aside"):
+        resumed = descend(store, resume=end)
     assert_identical(resumed.final_params, whole.final_params)
     assert list(store.steps) == [0, 10, 20, 30, 40]
     assert store.latest.step == 40
-    assert len(list(tmp_path.glob("*.damaged"))) == 2
+    assert len(list(tmp_path.glob("*.aside"))) == 2
 
 
 def test_a_folder_with_damaged_files_only_begins_anew(tmp_path):
@@ -259,8 +424,62 @@ def test_a_folder_with_damaged_files_only_begins_anew(tmp_path):
     store = eomdl.Checkpoints(tmp_path, 10)
     with pytest.warns(UserWarning, match="none before is whole"):
         assert store.latest is None
-    descend(store)
+    with pytest.warns(UserWarning, match="moved aside"):
+        descend(store)
     assert list(store.steps) == [0, 10, 20, 30, 40]
+
+
+LOOK_ALIKES = {
+    "a run saved by hand": lambda path, store, run: run.save(path),
+    "its last row, saved by hand": lambda path, store, run: run.rows([-1]).save(path),
+    "a folder": lambda path, store, run: (path / "with").mkdir(parents=True),
+    "a broken link": lambda path, store, run: path.symlink_to("nowhere"),
+    "a pipe": lambda path, store, run: os.mkfifo(path),
+    "the only checkpoint, damaged": lambda path, store, run: path.write_bytes(b"PK"),
+}
+
+
+@pytest.mark.parametrize("step", [0, 10, 15])
+@pytest.mark.parametrize("kind", LOOK_ALIKES)
+def test_a_look_alike_does_not_block_a_folder(tmp_path, kind, step):
+    store = eomdl.Checkpoints(tmp_path, 10)
+    path = tmp_path / f"step-{step:010d}.npz"
+    LOOK_ALIKES[kind](path, store, descend(None, num_steps=max(step, 1)))
+    (tmp_path / "step-7.npz").write_text("not even the name of one")
+    (tmp_path / "step-0000000020.npz.abcd.part").write_text("of a process that was killed in writing")
+    is_file = path.is_file()
+    assert list(store.steps) == [step] * is_file
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resume = store.latest
+    assert resume is None
+    with pytest.warns(UserWarning, match=rf"moved aside in .*: {path.name}\.aside$"):
+        whole = descend(store, resume=resume)
+    assert list(store.steps) == [0, 10, 20, 30, 40]
+    assert_identical(store.latest.params, whole.final_params)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *(f"step-{k:010d}.npz" for k in range(0, 41, 10)),
+        *(".lock", f"{path.name}.aside", "step-7.npz"),
+    }
+
+
+def test_what_was_moved_aside_before_is_kept(tmp_path):
+    store, path = eomdl.Checkpoints(tmp_path, 40), tmp_path / "step-0000000040.npz"
+    for content in ("first", "second"):
+        path.write_text(content)
+        with pytest.warns(UserWarning, match="moved aside"):
+            descend(store, resume=store.at(0).end if len(store) > 1 else None)
+        path.unlink()
+    assert [(tmp_path / f"{path.name}.aside{i}").read_text() for i in ("", 1)] == ["first", "second"]
+
+
+def test_a_folder_of_another_run_is_refused_and_its_damaged_files_stay(tmp_path):
+    store = eomdl.Checkpoints(tmp_path, 10)
+    descend(store)
+    (tmp_path / "step-0000000020.npz").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"^checkpoints: expected a folder without checkpoints after step 0"):
+        descend(store, optax.adam(0.03))
+    assert not list(tmp_path.glob("*.aside"))
 
 
 def test_a_mislabelled_checkpoint(tmp_path):

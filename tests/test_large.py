@@ -1,5 +1,6 @@
 """Large states: row by row, with few looks, from rows on disk. The limits are lowered, so that the problems stay small."""
 
+import shutil
 import tracemalloc
 import warnings
 
@@ -148,6 +149,110 @@ def test_a_folder_with_rows_is_refused(tmp_path):
     assert_identical(run.params, descended(3).params)
     with pytest.raises(ValueError, match="save_params: expected a run outside jit"):
         jax.jit(lambda p: eomdl.descend(valley_loss, p, SGD, 3, save_params=store).final_params)(VALLEY)
+
+
+class Stop(Exception):
+    """What a user's own code raises."""
+
+
+def fill_the_disk(folder):
+    (folder / "leaf0.npy").unlink()
+    (folder / "leaf0.npy").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("raised", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("fault", [shutil.rmtree, fill_the_disk])
+def test_a_fault_of_the_disk_takes_neither_the_error_nor_the_rows(tmp_path, monkeypatch, fault, raised):
+    monkeypatch.setattr("eomdl.runs.chunk.MAX_SCALARS", 4 * 2)
+    folder = tmp_path / "rows"
+    store = eomdl.runs.RowsOnDisk(folder)
+
+    def batches(last):
+        yield from [jnp.zeros(())] * 9
+        fault(folder)
+        yield from [jnp.zeros(())] * last
+        raise raised
+
+    def run(last):
+        options = dict(batches=batches(last), save_params=store, observe={"loss": valley_loss})
+        return eomdl.descend(valley_loss, VALLEY, SGD, 30, args=jnp.zeros(()), **options)
+
+    # The user's own error, or Ctrl-C, before another row is written; then the error of the disk, which names the file.
+    kept = []
+    try:
+        kept.append(run(0))
+    except Stop as error:
+        kept.append(error.trajectory)
+    shutil.rmtree(folder, ignore_errors=True)
+    with pytest.raises(OSError, match=r"(leaf0|steps)\.npy") as caught:
+        run(20)
+    assert caught.value.filename.startswith(str(folder))
+    kept.append(caught.value.trajectory)
+    for found in kept:
+        assert len(found.steps) >= 8
+        assert_identical(found.params, descended(30).rows(slice(len(found.steps))).params)
+        assert len(found.observables["loss"]) == len(found.steps)
+
+
+def test_a_folder_of_checkpoints_that_is_gone_does_not_take_the_user_s_error(tmp_path):
+    store = eomdl.Checkpoints(tmp_path / "store", 5)
+
+    def batches():
+        yield from [jnp.zeros(())] * 8
+        shutil.rmtree(store.folder)
+        raise Stop
+
+    with pytest.raises(Stop) as caught:
+        eomdl.descend(valley_loss, VALLEY, SGD, 20, batches=batches(), checkpoints=store)
+    assert_identical(caught.value.trajectory.params, descended(8).params)
+    assert isinstance(caught.value.__context__, FileNotFoundError)
+
+
+def test_the_same_line_continues_after_a_crash(tmp_path, monkeypatch):
+    monkeypatch.setattr("eomdl.runs.chunk.MAX_SCALARS", 4 * 2)
+    checkpoints = eomdl.Checkpoints(tmp_path / "checkpoints", 5)
+    rows = tmp_path / "rows"
+
+    def line(fails_at=None):
+        def batches():
+            start = 0 if checkpoints.latest is None else checkpoints.latest.step
+            for k in range(start, 20):
+                if k == fails_at:
+                    raise Stop
+                yield jnp.zeros(())
+
+        resume, disk = checkpoints.latest, eomdl.runs.RowsOnDisk(rows)
+        options = dict(batches=batches(), resume=resume, checkpoints=checkpoints, save_params=disk)
+        return eomdl.descend(valley_loss, VALLEY, SGD, 20, args=jnp.zeros(()), **options)
+
+    whole = descended(20)
+    for fails_at in (12, 13):
+        with pytest.raises(Stop):
+            line(fails_at)
+    last = line()
+    assert_identical(last.params, whole.rows(slice(int(last.steps[0]), None)).params)
+    # Any program reads what is whole, and of which steps it is.
+    folders = [rows, *sorted(rows.glob("from-*"), key=lambda path: path.stat().st_mtime_ns)]
+    assert [folder.name for folder in folders] == ["rows", "from-10", "from-10-2"]
+    for folder in folders:
+        steps, x = np.load(folder / "steps.npy"), np.load(folder / "leaf0.npy")
+        assert len(steps) > 1
+        np.testing.assert_array_equal(x, whole.params["x"][steps])
+    with pytest.raises(
+        ValueError, match=r"rows with 1[0-9] whole rows, the last one of step 1[0-9]; give each"
+    ):
+        descended(20, save_params=eomdl.runs.RowsOnDisk(rows))
+
+
+def test_rows_of_short_floats_and_of_no_step(tmp_path):
+    params = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.zeros(())}
+
+    def loss(params, args):
+        return jnp.sum((params["w"].astype(float) - 0.5) ** 2) + params["b"] ** 2
+
+    run = eomdl.descend(loss, params, SGD, 3, save_params=eomdl.runs.RowsOnDisk(tmp_path / "a"))
+    assert run.params["w"].dtype == jnp.bfloat16
+    assert_identical(run.params, eomdl.descend(loss, params, SGD, 3).params)
 
 
 def quadratic(params, args):

@@ -12,6 +12,7 @@ from helpers import VALLEY, assert_close, valley_loss
 import eomdl
 from eomdl.flows import ModifiedFlow
 from eomdl.series import HEUN, MIDPOINT, RK4, ButcherTableau, modified_equation
+from eomdl.series.euler import modified_field
 from eomdl.series.trees import EULER
 
 
@@ -134,13 +135,51 @@ def test_heun_on_a_loss_is_followed_to_fourth_order():
         ({"step_size": 0.0}, "step_size: expected"),
         ({"order": 11}, "order: expected"),
         ({"method": "RK4"}, "method: expected an eomdl.series.ButcherTableau"),
-        ({"method": ButcherTableau(((), ()), (1, 0))}, "method: expected rows of a with 0, 1"),
-        ({"method": ButcherTableau(((),), (Fraction(1, 2),))}, "method: expected weights b that sum to 1"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ModifiedFlow(**{"field": rotation, "step_size": 0.1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (((1,),), (1,), r"^a: expected rows with 0, 1, \.\.\. numbers, one for each of b \(1\): an explicit"),
+        (((), ()), (1, 0), "^a: expected rows with 0, 1"),
+        (((),), (Fraction(1, 2),), "^b: expected weights that sum to 1"),
+        (
+            ((), (0.5,)),
+            (1 / 6, 5 / 6),
+            "^b: expected weights that sum to 1, .* `fractions.Fraction` is exact",
+        ),
+        (((),), (), "^b: expected weights that sum to 1"),
+        (((), ("half",)), (0, 1), r"^a\[1\]: expected numbers"),
+        (((),), (float("nan"),), "^b: expected numbers"),
+        (3, (1,), "^a: expected rows of numbers"),
+    ],
+)
+def test_a_tableau_that_is_not_explicit_or_not_consistent_is_refused(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        ButcherTableau(a, b)
+
+
+def test_sizes_that_nobody_can_wait_for_are_refused():
+    for n in (2**30, 13, 0, -1, 2.5, True):
+        with pytest.raises(ValueError, match=r"^n: expected an integer >= 1 and <= 12, got"):
+            modified_equation(n)
+    with pytest.raises(ValueError, match=r"^method: expected an eomdl\.series\.ButcherTableau"):
+        modified_equation(2, [[], [1]])
+    with pytest.raises(ValueError, match=r"^order: expected an integer >= 0 and <= 10"):
+        modified_field(lambda x: -x, jnp.ones(2), 0.1, 10**400)
+    run = eomdl.descend(valley_loss, VALLEY, optax.sgd(0.05), 12)
+    with pytest.raises(ValueError, match="about which 1073741826 steps were saved"):
+        eomdl.errors.variances_along(run, [6], [[[1.0, 0.0]]], 2**30)
+
+
+def test_what_is_done_with_the_coefficients_changes_no_others():
+    modified_equation(3).clear()
+    assert modified_equation(3)
 
 
 def test_a_velocity_unlike_the_state_is_refused():

@@ -57,8 +57,25 @@ def test_idx_errors_say_what_is_wrong(idx_folder, tmp_path):
         read_idx(path, 2051)
     cut = tmp_path / "cut.gz"
     cut.write_bytes(gzip.compress(whole)[:-9])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(ValueError, match=r"cut\.gz: expected a whole gzip file"):
         read_idx(cut, 2051)
+    for name, content in {
+        "no gzip at all": whole,
+        "another checksum": gzip.compress(whole)[:-8] + bytes(8),
+        "another body": gzip.compress(whole)[:20] + bytes(40) + gzip.compress(whole)[60:],
+    }.items():
+        (tmp_path / f"{name}.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.gz: expected a whole gzip file.*download it again"):
+            read_idx(tmp_path / f"{name}.gz", 2051)
+    # Sizes whose product is 2^64, which is 0 in 64 bits.
+    huge = struct.pack(">4I", 2051, 2**31, 2**31, 4)
+    path.write_bytes(huge)
+    with pytest.raises(ValueError, match=rf"broken: expected {2**64 + 16} bytes for shape"):
+        read_idx(path, 2051)
+    path.write_bytes(_idx(np.zeros((0, 4, 5), np.uint8)))
+    path.rename(tmp_path / "train-images-idx3-ubyte")
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte: expected images, got shape"):
+        load(tmp_path, 1)
     with pytest.raises(ValueError, match=r"subset: expected 1 to 1797 images, got 2000"):
         load(None, 2000)
     with pytest.raises(ValueError, match="expected a folder with a file train-images"):
@@ -182,6 +199,44 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(fakes, tmp_path, monke
     assert "Weight-norm rates" in (tmp_path / "report.html").read_text()
     assert main(["nec-scale", "nec-sgd", "--out", str(tmp_path)]) == 0
     assert fakes == ["nec-scale", "nec-sgd", "nec-sgd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", b'{"name": "nec-'),
+        ("result.json", b'{"options": {}}'),
+        ("result.json", b"[]"),
+        ("result.json", b"\xff\xfe"),
+        ("table.csv", b""),
+        ("line.svg", None),
+    ],
+)
+def test_a_damaged_result_is_named_and_how_to_go_on(fakes, tmp_path, capsys, name, content):
+    assert main(["nec-sgd", "--out", str(tmp_path)]) == 0
+    path = tmp_path / "nec-sgd" / name
+    path.unlink() if content is None else path.write_bytes(content)
+    capsys.readouterr()
+    assert main(["nec-sgd", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().out.replace("\n", "")
+    assert str(path) in said
+    assert "--fresh` runs it again" in said
+    assert main(["nec-sgd", "--fresh", "--out", str(tmp_path)]) == 0
+    assert main(["nec-sgd", "--out", str(tmp_path)]) == 0
+
+
+def test_a_result_that_is_being_written_is_not_there(fakes, tmp_path, monkeypatch):
+    """A run that is killed in writing its record begins again."""
+
+    def killed(record, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.json, "dumps", killed)
+        assert main(["nec-sgd", "--out", str(tmp_path)]) == 130
+    assert main(["nec-sgd", "--out", str(tmp_path)]) == 0
+    assert fakes == ["nec-sgd"] * 2
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_claims_not_for_the_smoke_size_or_single_precision(fakes, tmp_path, monkeypatch):

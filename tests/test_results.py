@@ -8,7 +8,11 @@ import builtins
 import dataclasses
 import html
 import html.parser
+import io
+import itertools
+import os
 import pickle
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +29,8 @@ from eomdl.choice.candidates import Candidate
 from eomdl.curvature.parts import OverBatches
 from eomdl.errors.convergence import Convergence
 from eomdl.geometry.regions import RegionsOnLine
+from eomdl.plotting._lines import as_label
+from eomdl.storage.files import write_npz
 from eomdl.storage.values import encode
 from eomdl.symmetry.checks import SymmetryCheck
 
@@ -338,6 +344,49 @@ def test_a_notebook_without_matplotlib_shows_the_table(monkeypatch):
         make_comparison().plot()
 
 
+NAMES = ("[red]", "[/red]", "_hidden", "a$b$c", r"$\no formula$", "<b>", ":smile:")
+
+
+def legends(figure):
+    found = [axes.get_legend() for axes in figure.axes]
+    return {text.get_text() for legend in found if legend for text in legend.get_texts()}
+
+
+@pytest.mark.parametrize("make", ["comparison", "runs", "shapes", "predicted", "edge"])
+def test_names_are_shown_as_they_are(make):
+    """No markup, no formula, and an entry in the legend for each, drawn."""
+    if make == "comparison":
+        c = make_comparison()
+        columns = dict.fromkeys(NAMES, FALLING)
+        c = dataclasses.replace(
+            c,
+            distance=columns,
+            block_distance={name: {} for name in NAMES},
+            ode_error={},
+            differences={name: {name: FALLING} for name in NAMES},
+        )
+        rows = c.table(rows=20)
+        assert all(f"│ {name} " in rows for name in NAMES)
+        assert html.escape("<b>") in c._repr_html_()
+        figure = c.plot()
+        drawn = {axes.get_ylabel() for axes in figure.axes}
+        assert {f"|difference in {as_label(name)}|" for name in NAMES} <= drawn
+    elif make == "runs":
+        run = make_run()
+        run = dataclasses.replace(run, observables=dict.fromkeys(NAMES[:3], FALLING))
+        figure = eomdl.plotting.plot(dict.fromkeys(NAMES, run))
+    elif make == "shapes":
+        figure = eomdl.plotting.plot(dict.fromkeys(NAMES, MAKE["PathShape"]()))
+    elif make == "predicted":
+        figure = dataclasses.replace(make_predicted(), block_norm=dict.fromkeys(NAMES, FALLING)).plot()
+    else:
+        report = dataclasses.replace(make_edge(), fractions=dict.fromkeys(NAMES[:6], FALLING))
+        figure = report.plot()
+    names = NAMES[:6] if make == "edge" else NAMES
+    assert set(names) <= {label.replace(r"\$", "$").strip() for label in legends(figure)}
+    figure.savefig(io.BytesIO())  # a name that were read as a formula would raise
+
+
 # ---------------------------------------------------------------------------- file
 
 
@@ -382,6 +431,76 @@ def test_a_damaged_file_is_refused(tmp_path):
         eomdl.Comparison.load(path)
 
 
+WRONG_ARRAYS = (
+    lambda x: np.full(x.shape, "a"),
+    lambda x: x * 1j,
+    lambda x: x[None],
+    lambda x: np.concatenate([x, x, np.ones_like(x[:1])] if x.size else [np.ones((3, *x.shape[1:]))]),
+)
+# Axes that no other field has.
+ALONE = {("PathComponents", "scores"), ("RegionsOnLine", "breakpoints")}
+
+
+def test_a_field_of_another_kind_shape_or_name_is_refused(result, tmp_path, monkeypatch):
+    """Every array of every result, and every field: a file that was changed by hand says where."""
+    if name_of(result) not in NO_FILE | {"Trajectory"}:  # test_files.py has those
+        change_every_field(result, tmp_path, monkeypatch)
+
+
+def change_every_field(result, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda number: None)  # many small files
+    path, kind, arrays = tmp_path / "changed.npz", type(result), {}
+    value = encode(result._pack(), "", arrays)
+    hints, ways = typing.get_type_hints(kind), itertools.cycle(WRONG_ARRAYS[::-1])
+
+    def refused(arrays, value):
+        write_npz(path, arrays, {"format": kind._names()[-1], "value": value})
+        with pytest.raises(ValueError, match=r"^path: expected .*changed\.npz"):
+            kind.load(path)
+
+    def fields_with(name, content):
+        return ["dict", [[key, content if key == name else item] for key, item in value[1]]]
+
+    for name, item in value[1]:
+        if name != "notes":
+            refused(arrays, ["dict", [field for field in value[1] if field[0] != name]])
+        refused(arrays, ["dict", [*value[1], [name, item]]])
+        if hints[name] is not typing.Any:
+            refused({}, fields_with(name, {"by": "hand"}))
+        # Each array is changed in two of the ways, and over the results all ways meet all kinds.
+        changes = [next(ways), next(ways)] if isinstance(item, list) and item[0] == "array" else []
+        for change in changes:
+            if change is not WRONG_ARRAYS[-1] or (name_of(result), name) not in ALONE:
+                refused({**arrays, item[1]: change(arrays[item[1]])}, value)
+    refused({**arrays, "extra": np.ones(1)}, value)
+    if "notes" in [name for name, _ in value[1]]:
+        refused(arrays, fields_with("notes", ["tuple", ["no note"]]))
+
+
+def test_a_comparison_of_models_that_are_not_there_is_refused(tmp_path):
+    path, made = tmp_path / "changed.npz", make_comparison()
+    for change in (
+        dict(distance={"other": FALLING}),
+        dict(ode_error={"other": FALLING}),
+        dict(distance={}),
+        dict(differences={"flow": {"loss": FALLING[:3]}}),
+    ):
+        arrays: dict = {}
+        value = encode({**vars(made), **change}, "", arrays)
+        write_npz(path, arrays, {"format": "eomdl.Comparison 2", "value": value})
+        with pytest.raises(ValueError, match=r"^path: expected the contents of a Comparison.*changed\.npz"):
+            eomdl.Comparison.load(path)
+
+
+def test_a_path_that_is_a_number_is_refused_and_closes_nothing():
+    reader, writer = os.pipe()
+    for kind in (eomdl.Comparison, eomdl.Trajectory, geometry.LossPlane):
+        with pytest.raises(ValueError, match=r"^path: expected a path"):
+            kind.load(reader)
+    os.close(writer)
+    os.close(reader)
+
+
 def test_what_no_file_can_hold_is_named():
     for value in (lambda: 0, {"a": [object()]}, {1.5: 1}):
         with pytest.raises(ValueError, match=r"^here.*: expected numbers, text and arrays"):
@@ -390,8 +509,6 @@ def test_what_no_file_can_hold_is_named():
 
 def write_first_format(path):
     """What version 0.1 wrote of a comparison."""
-    from eomdl.storage.files import write_npz
-
     c = make_comparison()
     arrays = {"steps": c.steps, "times": c.times, "travelled": c.travelled}
     index = {

@@ -39,7 +39,7 @@ PLAIN = {
 
 def through_json(tree):
     description = json.loads(json.dumps(_structure.describe(tree)))
-    return _structure.rebuild(description, iter(jax.tree.leaves(tree)))
+    return _structure.rebuild(description, jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -1,7 +1,10 @@
 """Private names of other packages do, in the versions that are installed, what `eomdl` takes them for."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import equinox as eqx
 import jax
@@ -9,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eomdl import _upstream
+import eomdl
+from eomdl import _processes, _upstream
 
 
 def checked(x):
@@ -72,7 +76,8 @@ def test_what_the_user_has_set_holds(monkeypatch):
 
 SCRIPT = """
 import socket, jax
-from eomdl import _upstream
+import eomdl
+from eomdl import _processes, _upstream
 assert _upstream.coordination_client() is None
 with socket.socket() as listener:
     listener.bind(("localhost", 0))
@@ -94,3 +99,37 @@ def test_the_coordinator_keeps_strings_and_has_barriers_and_time_limits():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["text", "no key"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_in_a_forked_process_is_refused_before_it_hangs():
+    jnp.ones(1).block_until_ready()
+    assert _upstream.backends_are_initialized()
+    assert _processes._forks == []
+    child = os.fork()
+    if child == 0:  # it has none of JAX's threads: nothing but this may be called in it
+        code = 1
+        try:
+            eomdl.iterate(lambda w, args, k: w, np.ones(2), 3)
+        except RuntimeError as error:
+            code = 0 if "spawn" in str(error) else 2
+        finally:
+            os._exit(code)
+    for _ in range(200):
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert eomdl.iterate(lambda w, args, k: w, jnp.ones(2), 3).end.step == 3  # the parent goes on
+
+
+def test_a_fork_before_jax_is_used_is_none(monkeypatch):
+    monkeypatch.setattr(_upstream, "backends_are_initialized", lambda: False)
+    _processes._note_fork()
+    _processes.require_own_threads()

@@ -16,7 +16,7 @@ from eomdl._target import ITERATES, Target
 from eomdl._types import Params
 from eomdl.runs.rows_on_disk import block_length
 from eomdl.runs.trajectory import Trajectory, summary
-from eomdl.storage.values import decode
+from eomdl.storage.values import decode, require_kinds
 
 
 _SAME_STEP = 1e-4  # relative difference of two lengths of a step that rounding explains, also of float32 and of schedules
@@ -144,36 +144,45 @@ class Comparison(AbstractResult):
 
     @classmethod
     @override
-    def _from_file(cls, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> "Comparison":
-        if meta["format"] == cls._names()[0]:
-            return _from_first_format(arrays, meta)
-        return cls._unpack(decode(meta["value"], arrays))
+    def _from_file(cls, arrays: dict[str, Any], meta: Mapping[str, Any]) -> "Comparison":
+        is_first = meta["format"] == cls._names()[0]
+        return cls._unpack(_from_first_format(arrays, meta) if is_first else decode(meta["value"], arrays))
+
+    @classmethod
+    @override
+    def _unpack(cls, found: Any) -> "Comparison":
+        result = require_kinds(cls(**found))
+        models = set(result.models)
+        if set(result.distance) != set(result.block_distance) or not models >= {
+            *result.distance,
+            *result.ode_error,
+        }:
+            raise ValueError(
+                f"distance: expected models of differences, {sorted(models)}, got {sorted(result.distance)}"
+            )
+        return result
 
 
-def _from_first_format(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> Comparison:
-    """Return the comparison from a file of the format of version 0.1, in which every mapping has a list of its keys."""
+def _from_first_format(arrays: dict[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a comparison from a file of the format of version 0.1, in which every mapping has a list of its keys."""
     nested: dict[str, dict[str, dict[str, np.ndarray]]] = {
         field: {model: {} for model in meta["models"]} for field in ("block_distance", "differences")
     }
     flat: dict[str, dict[str, np.ndarray]] = {"distance": {}, "ode_error": {}}
     for field, keys in meta["index"].items():
         for i, (model, name) in enumerate(keys):
-            value = arrays[f"{field}:{i}"]
+            value = arrays.pop(f"{field}:{i}")
             if field in flat:
                 flat[field][model] = value
             else:
                 nested[field][model][name] = value
-    return Comparison(
-        steps=arrays["steps"],
-        times=arrays["times"],
-        travelled=arrays["travelled"],
-        block_distance={
-            model: b for model, b in nested["block_distance"].items() if model in flat["distance"]
-        },
-        differences=nested["differences"],
-        notes=tuple(Note(note) for note in meta["notes"]),
-        **flat,
-    )
+    blocks = nested.pop("block_distance")
+    columns = {name: arrays.pop(name) for name in ("steps", "times", "travelled")}
+    return {
+        **(columns | flat | nested),
+        "block_distance": {model: b for model, b in blocks.items() if model in flat["distance"]},
+        "notes": tuple(Note(note) for note in meta["notes"]),
+    }
 
 
 @_tree.nonfinite_is_data

@@ -63,7 +63,8 @@ def variances_along(
         first = step - window // 2 - 1
         at = int(np.searchsorted(saved, first))
         there = saved[at : at + window + 2]
-        if np.array_equal(there, np.arange(first, first + window + 2)):
+        # They increase: as many as there are from the first to the last, these are all.
+        if len(there) == window + 2 and (there[0], there[-1]) == (first, first + window + 1):
             measured[i] = np.mean(_beside(leaves, at, window + 2, along[i]) ** 2, axis=0)
     if np.isnan(measured).all():
         raise ValueError(

@@ -204,6 +204,7 @@ class PathComponents(AbstractResult):
 
     def direction(self, i: int) -> Params:
         """Return direction i as a pytree like `params`."""
+        i = _check.integer("i", i, 0, len(self.explained) - 1)
         return jax.tree.map(lambda leaf: leaf[i], self.directions)
 
     def project(self, trajectory: Trajectory) -> Float[np.ndarray, "m k"]:

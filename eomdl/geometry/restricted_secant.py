@@ -57,6 +57,8 @@ class Secants(AbstractResult):
 
         **Raises:** `ValueError` if there is no such step.
         """
+        _check.kind("other", other, Secants, "an eomdl.geometry.Secants")
+        tolerance = float(_check.nonnegative_scalar("tolerance", tolerance))
         steps, own, others = np.intersect1d(self.steps, other.steps, return_indices=True)
         difference = np.abs(self.gamma[own] - other.gamma[others])
         steps, difference = steps[~np.isnan(difference)], difference[~np.isnan(difference)]

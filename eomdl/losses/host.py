@@ -42,11 +42,15 @@ class OnHost:
     value is asked for beside the gradient) reads all of them once. Two objects with the same arrays compile twice, and
     JAX's persistent cache keeps no program that calls back.
 
+    **Memory:** JAX keeps programs, and with them this object, its arrays and its thread, until `jax.clear_caches()`. `close()` lets
+    arrays and thread go at once, and so does the end of a block `with eomdl.losses.OnHost(arrays) as data:`; what uses the
+    object afterwards raises.
+
     **Devices:** the chunks go to one device. Data for several devices fit in their memories together: `jax.device_put`
     with a sharding.
 
     **Raises:** `ValueError` if `arrays` has a leaf that is no array, or whose leading axis is another; where it is used,
-    in one of several processes.
+    after `close`, or in one of several processes.
     """
 
     def __init__(self, arrays: Any):
@@ -67,11 +71,28 @@ class OnHost:
         arrays = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(self._arrays)]
         return f"OnHost({', '.join(arrays)})"
 
+    def close(self) -> None:
+        """Let the arrays and the thread that reads them go. Closing twice does nothing more."""
+        with self._lock:
+            self._reader.shutdown(cancel_futures=True)
+            self._arrays, self._prefetched = None, (None, None)
+
+    def __enter__(self) -> "OnHost":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _require_open(self) -> Any:
+        if self._arrays is None:
+            raise ValueError("args: expected data on the host that can be read, got an OnHost after `close`")
+        return self._arrays
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A checksum of the data, by which a run that continues recognizes them. **Cost:** reads all of them once."""
         digest = hashlib.blake2b(repr(self).encode(), digest_size=6)
-        leaves = jax.tree.leaves(self._arrays)
+        leaves = jax.tree.leaves(self._require_open())
         num_bytes = max(1, sum(leaf.nbytes for leaf in leaves))
         count = max(1, self.num_examples * _BYTES_AT_ONCE // num_bytes)
         for leaf in leaves:
@@ -98,7 +119,7 @@ class OnHost:
             lambda leaf: jax.ShapeDtypeStruct(
                 (length, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)
             ),
-            self._arrays,
+            self._require_open(),
         )
         # NumPy in and out, and a scalar for an argument: JAX calls in a callback can wait for each other for ever.
         fetch = functools.partial(self._fetch, size)
@@ -108,6 +129,7 @@ class OnHost:
         """Return chunk i, and start to read the one that is likely to be asked for next."""
         i, count = int(i), -(-self.num_examples // size)
         with self._lock:
+            self._require_open()
             self._direction, self._last = self._guess_direction((i - self._last) % count, count), i
             place, prefetched = self._prefetched
             next_place = (size, (i + self._direction) % count)
@@ -125,7 +147,7 @@ class OnHost:
             dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
             return np.array(leaf[i * size : (i + 1) * size], dtype, copy=True)
 
-        return jax.tree.map(cut, self._arrays)
+        return jax.tree.map(cut, self._require_open())
 
 
 def data_fingerprint(args: Any) -> str:

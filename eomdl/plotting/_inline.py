@@ -53,12 +53,12 @@ def describe_figure(figure: Any) -> str:
     parts = []
     for axes in figure.axes:
         lines = dict.fromkeys(str(line.get_label()) for line in axes.get_lines())
-        names = [name for name in lines if not name.startswith("_")]
+        names = [name.strip() for name in lines if not name.startswith("_")]
         what = f"{axes.get_ylabel()} against {axes.get_xlabel()}" if axes.get_xlabel() else axes.get_ylabel()
         parts.append(
             ": ".join(part.replace("\n", " ") for part in (axes.get_title(), what, ", ".join(names)) if part)
         )
-    return "; ".join(part for part in parts if part)
+    return "; ".join(part for part in parts if part).replace(r"\$", "$")
 
 
 def stack_panels(figure: Any, height: float = 3.2) -> Any:

@@ -11,6 +11,12 @@ def positive_or_nan(values: Any) -> np.ndarray:
     return np.where(array > 0, array, np.nan)
 
 
+def as_label(name: Any) -> str:
+    """Return a name as it is to be read: no formula, and with an entry in a legend, which leaves out what begins with "_"."""
+    text = str(name).replace("$", r"\$")
+    return f" {text}" if text[:1] in ("", "_") else text
+
+
 def panel(xlabel: str, ylabel: str, title: str = "", *, width: float = 5.0, **scales: Any) -> tuple[Any, Any]:
     """Return figure and axes of an empty panel with a grid; `xscale`, `yscale`, `ylim`, ... as for `Axes.set`."""
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from eomdl.plotting._lines import add_legend, panel, positive_or_nan
+from eomdl.plotting._lines import add_legend, as_label, panel, positive_or_nan
 
 
 _DARK = "#1a1a1a"  # not the black that becomes the colour of the page's text
@@ -27,7 +27,9 @@ def lines_picture(series: Series, ylabel: str, yscale: str = "log", ylim: Any = 
     figure, axes = panel("step", ylabel, yscale=yscale)
     for i, (name, (steps, values)) in enumerate(series.items()):
         style: dict[str, Any] = {"color": "k", "lw": 2.4, "alpha": 0.7} if i == 0 else {"color": f"C{i - 1}"}
-        axes.plot(steps, positive_or_nan(values) if yscale == "log" else values, label=name, **style)
+        axes.plot(
+            steps, positive_or_nan(values) if yscale == "log" else values, label=as_label(name), **style
+        )
     if ylim is not None:
         axes.set_ylim(*ylim)
     if yscale == "log":
@@ -41,7 +43,7 @@ def distances_picture(
     """Return the distances of the models to the run against steps; dotted, the ODE solver's own error."""
     figure, axes = panel("step", "distance to the run", yscale="log")
     for i, (name, values) in enumerate(distances.items()):
-        axes.plot(steps[name], positive_or_nan(values), color=f"C{i}", label=name)
+        axes.plot(steps[name], positive_or_nan(values), color=f"C{i}", label=as_label(name))
         if name in errors:
             axes.plot(steps[name], positive_or_nan(errors[name]), color=f"C{i}", ls=":", lw=1)
     if errors:
@@ -55,7 +57,7 @@ def path_picture(paths: Mapping[str, np.ndarray]) -> Any:
     figure, axes = panel("first component (parameter distance)", "second component (parameter distance)")
     for i, (name, path) in enumerate(paths.items()):
         style: dict[str, Any] = {"color": "k", "lw": 2.2} if i == 0 else {"color": f"C{i - 1}", "ls": "--"}
-        axes.plot(path[:, 0], path[:, 1], label=name, **style)
+        axes.plot(path[:, 0], path[:, 1], label=as_label(name), **style)
     return add_legend(figure)
 
 

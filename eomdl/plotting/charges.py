@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eomdl.plotting._lines import positive_or_nan
+from eomdl.plotting._lines import as_label, positive_or_nan
 from eomdl.plotting._several import register_several
 from eomdl.symmetry.charges import Conservation, total_over_units
 
@@ -18,11 +18,15 @@ def plot_conservation(charges: Mapping[str, Conservation]) -> Any:
     for (left, right), (name, found) in zip(panels, charges.items(), strict=True):
         left.plot(found.steps, total_over_units(found.charge), "k", lw=2, label="measured")
         for i, (prediction, values) in enumerate(found.predictions.items()):
-            style = {"color": f"C{i}", "ls": "--" if prediction in found.laws else ":", "label": prediction}
+            style = {
+                "color": f"C{i}",
+                "ls": "--" if prediction in found.laws else ":",
+                "label": as_label(prediction),
+            }
             left.plot(found.steps, total_over_units(values), **style)
             error = found.errors[prediction]
             right.plot(found.steps, positive_or_nan(error), **style)
-        left.set(xlabel="step", ylabel="charge, sum over units", title=f"{name}: {found.symmetry}")
+        left.set(xlabel="step", ylabel="charge, sum over units", title=as_label(f"{name}: {found.symmetry}"))
         left.title.set_fontsize(8)
         right.set(xlabel="step", ylabel="error of the charge (norm over units)", yscale="log")
         for axes in (left, right):

@@ -6,7 +6,7 @@ import numpy as np
 
 from eomdl._result import plot
 from eomdl.errors.comparison import Comparison
-from eomdl.plotting._lines import positive_or_nan
+from eomdl.plotting._lines import as_label, positive_or_nan
 
 
 @plot.register
@@ -30,14 +30,16 @@ def plot_comparison(comparison: Comparison) -> Any:
                 values = comparison.differences[model].get(panel)
             if values is None:
                 continue
-            _log_line(axes, comparison.steps, np.abs(values), color=f"C{color}", label=model)
+            _log_line(axes, comparison.steps, np.abs(values), color=f"C{color}", label=as_label(model))
             if panel == "distance" and model in comparison.ode_error:
                 _log_line(axes, comparison.steps, comparison.ode_error[model], color=f"C{color}", ls=":")
         if panel == "distance":
             axes.plot([], [], "k:", label="ODE error (estimate)")
         axes.set(
             xlabel="step",
-            ylabel="distance to the reference" if panel == "distance" else f"|difference in {panel}|",
+            ylabel="distance to the reference"
+            if panel == "distance"
+            else f"|difference in {as_label(panel)}|",
             yscale="log",
         )
         axes.legend()

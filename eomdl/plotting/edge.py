@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from eomdl._result import plot
-from eomdl.plotting._lines import positive_or_nan
+from eomdl.plotting._lines import as_label, positive_or_nan
 from eomdl.telemetry.edge_report import EdgeReport
 
 
@@ -26,7 +26,7 @@ def plot_edge(report: EdgeReport) -> Any:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set_xlabel("step")
-    figure.suptitle(textwrap.fill(report.verdict, 80), fontsize=9)
+    figure.suptitle(as_label(textwrap.fill(report.verdict, 80)), fontsize=9)
     return figure
 
 
@@ -37,7 +37,7 @@ def _edge_panel(report: EdgeReport, axes: Any) -> None:
     drawn = {name: parts[name] for name in order[:BLOCKS]}
     if len(order) > BLOCKS:
         drawn["others"] = np.sum([parts[name] for name in order[BLOCKS:]], axis=0)
-    labels = [name or "params" for name in drawn]
+    labels = [as_label(name or "params") for name in drawn]
     axes.stackplot(steps, *drawn.values(), labels=labels, alpha=0.45)
     axes.plot(steps, top, "k.-", lw=1.5, label="largest eigenvalue")
     loose = ~report.converged[:, 0]

@@ -8,7 +8,7 @@ from eomdl import _check
 from eomdl._result import plot
 from eomdl._types import Numbers
 from eomdl.errors.predicted import PredictedError
-from eomdl.plotting._lines import positive_or_nan
+from eomdl.plotting._lines import as_label, positive_or_nan
 
 
 @plot.register
@@ -27,7 +27,7 @@ def plot_predicted_error(predicted: PredictedError, measured: Numbers | None = N
     if predicted.embedded is not None:
         lines.append((predicted.embedded, {"color": "k", "ls": "--", "label": "by one term more"}))
     blocks = enumerate(predicted.block_norm.items())
-    lines += [(norm, {"color": f"C{i}", "lw": 1, "label": name}) for i, (name, norm) in blocks]
+    lines += [(norm, {"color": f"C{i}", "lw": 1, "label": as_label(name)}) for i, (name, norm) in blocks]
     if measured is not None:
         errors = np.asarray(_check.nonnegative_numbers("measured", measured))
         if errors.shape != predicted.norm.shape:

@@ -6,7 +6,7 @@ import numpy as np
 
 from eomdl._result import plot
 from eomdl.errors.rates import LargestRate
-from eomdl.plotting._lines import positive_or_nan
+from eomdl.plotting._lines import as_label, positive_or_nan
 
 
 @plot.register
@@ -20,7 +20,13 @@ def plot_largest_rate(rate: LargestRate) -> Any:
     axes.plot(rate.times, local, color="k", label="for one step from there")
     if np.isfinite(rate.value):
         axes.axhline(rate.value, color="C0", ls="--", label="for the whole time")
-        axes.plot(rate.limited_at, rate.value, "o", color="C0", label=f"reached here, by {rate.limited_by}")
+        axes.plot(
+            rate.limited_at,
+            rate.value,
+            "o",
+            color="C0",
+            label=f"reached here, by {as_label(rate.limited_by)}",
+        )
     axes.set(xlabel="time (learning rate times steps)", ylabel="largest learning rate", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

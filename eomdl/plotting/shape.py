@@ -11,7 +11,7 @@ from eomdl.geometry.dimension import IntrinsicDimension
 from eomdl.geometry.path import PathComponents, PathShape
 from eomdl.geometry.plane import LossPlane
 from eomdl.geometry.regions import RegionMap
-from eomdl.plotting._lines import panel, positive_or_nan
+from eomdl.plotting._lines import as_label, panel, positive_or_nan
 from eomdl.plotting._several import register_several
 
 
@@ -24,7 +24,7 @@ def plot_path_shape(shapes: Mapping[str, PathShape]) -> Any:
     (bend, twist), (off, length) = figure.subplots(2, 2)
     real = next(iter(shapes.values()))
     for i, (name, shape) in enumerate(shapes.items()):
-        style = _style(i) | {"label": name}
+        style = _style(i) | {"label": as_label(name)}
         bend.plot(shape.steps, positive_or_nan(shape.curvature), **style)
         twist.plot(shape.steps, positive_or_nan(shape.torsion), **style)
         length.plot(shape.length, shape.distance, **style)
@@ -34,12 +34,14 @@ def plot_path_shape(shapes: Mapping[str, PathShape]) -> Any:
         for what, line in (("curvature", "--"), ("torsion", ":")):
             expected = positive_or_nan(getattr(real, what)[there])
             relative = np.abs(getattr(shape, what)[here] / expected - 1)
-            off.plot(steps, positive_or_nan(relative), **style | {"ls": line, "label": f"{what}, {name}"})
+            off.plot(
+                steps, positive_or_nan(relative), **style | {"ls": line, "label": f"{what}, {as_label(name)}"}
+            )
     longest = max(shape.length[-1] for shape in shapes.values())
     length.plot([0, longest], [0, longest], "0.7", lw=1, zorder=0, label="a straight line")
     bend.set(xlabel="step", ylabel="curvature (1 / parameter distance)", yscale="log")
     twist.set(xlabel="step", ylabel="torsion (1 / parameter distance)", yscale="log")
-    off.set(xlabel="step", ylabel=f"relative difference to {next(iter(shapes))}", yscale="log")
+    off.set(xlabel="step", ylabel=f"relative difference to {as_label(next(iter(shapes)))}", yscale="log")
     length.set(xlabel="length of the path", ylabel="distance from the start")
     for axes in (bend, twist, off, length):
         axes.grid(alpha=0.3)
@@ -66,7 +68,7 @@ def plot_path_plane(plane: LossPlane, paths: Mapping[str, np.ndarray] | None = N
     filled = axes.contourf(plane.x, plane.y, logarithm, 30, cmap="Blues_r")
     figure.colorbar(filled, label="log10 of the loss on the plane")
     for i, (name, path) in enumerate(paths.items()):
-        axes.plot(path[:, 0], path[:, 1], **_style(i), label=name)
+        axes.plot(path[:, 0], path[:, 1], **_style(i), label=as_label(name))
     _name_components(axes, paths)
     return figure
 
@@ -108,11 +110,15 @@ def plot_dimensions(dimensions: Mapping[Any, Any]) -> Any:
     layers, training = figure.subplots(1, 2, sharey=True)
     steps = sorted({step for layer in dimensions.values() for step in layer})
     for i, step in enumerate(steps):
-        have = {name: layer[step] for name, layer in dimensions.items() if step in layer}
+        have = {
+            as_label(name) if isinstance(name, str) else name: layer[step]
+            for name, layer in dimensions.items()
+            if step in layer
+        }
         color = colormaps["viridis"](i / max(len(steps) - 1, 1) * 0.9)
         _bars(layers, list(have), list(have.values()), color=color, label=f"step {step}")
     for i, (name, layer) in enumerate(dimensions.items()):
-        _bars(training, list(layer), list(layer.values()), color=f"C{i}", label=name)
+        _bars(training, list(layer), list(layer.values()), color=f"C{i}", label=as_label(name))
     layers.set(ylabel="intrinsic dimension (bars: 2 standard errors)", ylim=(0, None))
     training.set(xlabel="step")
     if len(steps) > 1:
@@ -143,7 +149,9 @@ def plot_regions(maps: Mapping[str, RegionMap]) -> Any:
         axes.pcolormesh(regions.x, regions.y, lines, cmap="gray", shading="nearest", rasterized=True)
         axes.plot(*regions.corners.T, "ko", mfc="w", ms=7)
         axes.set(
-            title=f"{title}: {regions.count} regions seen", xlabel="input distance", ylabel="input distance"
+            title=f"{as_label(title)}: {regions.count} regions seen",
+            xlabel="input distance",
+            ylabel="input distance",
         )
         axes.set_aspect("equal")
     return figure

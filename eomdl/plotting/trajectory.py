@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from eomdl.plotting._lines import as_label
 from eomdl.plotting._several import register_several
 from eomdl.runs.trajectory import Trajectory
 
@@ -28,9 +29,9 @@ def plot_trajectories(runs: Mapping[str, Trajectory]) -> Any:
     panels = figure.subplots(1, len(drawn), squeeze=False)[0]
     for axes, (observable, lines) in zip(panels, drawn.items(), strict=True):
         for name, values in lines.items():
-            axes.plot(runs[name].steps, values, label=name)
+            axes.plot(runs[name].steps, values, label=as_label(name))
         is_positive = all(np.all(values > 0) for values in lines.values())
-        axes.set(xlabel="step", ylabel=observable, yscale="log" if is_positive else "linear")
+        axes.set(xlabel="step", ylabel=as_label(observable), yscale="log" if is_positive else "linear")
         axes.grid(alpha=0.3)
         if len(runs) > 1:
             axes.legend(fontsize=8)

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +60,7 @@ class Crossing:
 
         NaN is no value: what comes after it is compared with the last one that is.
         """
+        values = np.asarray(_check.numbers("values", values, "numbers, shape (n,)", lambda x: True, ndim=1))
         sign = 1.0 if self.rising else -1.0
         last = _filled(np.asarray(values, float))[:-1]
         return (sign * values[1:] >= sign * self.level) & (sign * last < sign * self.level)
@@ -100,9 +103,9 @@ class Checkpoints:
     steps), which is repeated to have the state there.
 
     One folder is for one run: a run locks it, for as long as it lasts or its process lives, and its checkpoints
-    carry a checksum of what it began with. Damaged files behind the start of a run are moved aside
-    (`.npz.damaged`). Data on the host (`eomdl.losses.OnHost`) are read once for their checksum, and a run that goes on
-    with others is refused.
+    carry a checksum of what it began with. What has the name of a checkpoint from the start of a run on and is none (a damaged
+    file, a run saved by hand, a folder, a broken link) is moved aside (`.npz.aside`), with a warning. Data on the host
+    (`eomdl.losses.OnHost`) are read once for their checksum, and a run that goes on with others is refused.
 
     **Raises:** `ValueError` for a wrong argument; `ImportError` for `sharded` without orbax. A run raises `ValueError`
     before its first step, and nothing is overwritten, where another run writes to the folder, or the folder holds
@@ -119,7 +122,7 @@ class Checkpoints:
         sharded: bool = False,
     ):
         self.folder = _check.path("folder", folder)
-        if np.ndim(schedule) == 0:
+        if _check.makes_array(schedule) and np.ndim(schedule) == 0:
             _check.integer("schedule", schedule, 1)
         else:
             _check.step_numbers("schedule", schedule)
@@ -136,8 +139,12 @@ class Checkpoints:
     @property
     def steps(self) -> np.ndarray:
         """Step numbers of the checkpoints there are, increasing."""
-        found = (re.fullmatch(r"step-(\d+)\.npz", path.name) for path in self.folder.glob("step-*.npz"))
-        return np.array(sorted(int(m[1]) for m in found if m), int)
+        return np.array([step for step in self._named() if self._path(step).is_file()], int)
+
+    def _named(self) -> list[int]:
+        """Return the step numbers of all that has the name of a checkpoint: files, folders, links and pipes."""
+        found = (re.fullmatch(r"step-([0-9]{10})\.npz", path.name) for path in self.folder.glob("step-*.npz"))
+        return sorted(int(match[1]) for match in found if match)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -147,19 +154,22 @@ class Checkpoints:
 
     @property
     def latest(self) -> End | None:
-        """Where the last whole checkpoint is, or None where there is none. Warns of damaged ones after it."""
+        """Where the last whole checkpoint is, or None where there is none. Warns of what is none after it."""
+        found, damaged = self._last_whole()
+        if damaged:
+            on = "none before is whole" if found is None else f"continuing from step {found.step}"
+            _check.warn(f"no whole checkpoints, {on}: {'; '.join(damaged)}")
+        return found
+
+    def _last_whole(self) -> tuple[End | None, list[str]]:
+        """Return where the last whole checkpoint is, and what is wrong with those after it."""
         damaged: list[str] = []
-        found = None
         for step in self.steps[::-1]:
             try:
-                found = self.at(int(step)).end
-                break
+                return self.at(int(step)).end, damaged
             except DamagedFile as error:
                 damaged.append(str(error))
-        if damaged:
-            on = "none before is whole" if found is None else f"going on from step {found.step}"
-            _check.warn(f"damaged checkpoints, {on}: {'; '.join(damaged)}")
-        return found
+        return None, damaged
 
     @property
     def events(self) -> dict[str, np.ndarray]:
@@ -175,8 +185,9 @@ class Checkpoints:
 
         **Raises:** `ValueError` if there is none, or its file is damaged or does not fit `like`.
         """
+        step = _check.integer("step", step, 0)
         path = self._path(step)
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(
                 f"step: expected one of the checkpoints {summary(self.steps)} in {self.folder}, got {step}"
             )
@@ -184,6 +195,11 @@ class Checkpoints:
         if checkpoint.end.step != step:
             raise DamagedFile(
                 f"path: expected a checkpoint of step {step}, got step {checkpoint.end.step} in {path}"
+            )
+        if len(checkpoint.steps) != 1 or not checkpoint.stats.run:
+            raise DamagedFile(
+                f"path: expected a checkpoint of step {step}, got a run that was saved there, in {path}; "
+                "`eomdl.Trajectory.load` reads it"
             )
         return checkpoint
 
@@ -194,6 +210,7 @@ class Checkpoints:
 
         **Returns:** a `Trajectory` without parameters. **Cost:** the observables, once a checkpoint.
         """
+        progress = _check.flag("progress", progress)
         steps = self.steps
         if len(steps) == 0:
             raise ValueError(f"folder: expected checkpoints, got none in {self.folder}")
@@ -247,14 +264,29 @@ class Checkpoints:
         finally:
             lock.release()
 
-    def _set_damaged_aside(self, start: int) -> None:
-        """What cannot be read after the start must not pass for a checkpoint of this run, nor keep it from writing."""
-        for step in self.steps[self.steps > start]:
+    def _set_aside(self, start: int) -> None:
+        """Move away what has the name of a checkpoint from the start on and is none.
+
+        It must not pass for a checkpoint of this run, nor keep it from writing.
+        """
+        moved = []
+        for step in self._named():
             path = self._path(step)
             try:
-                self.at(int(step))
+                if step < start or (path.is_file() and self.at(step)):
+                    continue
             except DamagedFile:
-                path.rename(path.with_name(path.name + ".damaged"))
+                pass
+            names = (f"{path.name}.aside{i or ''}" for i in itertools.count())
+            aside = next(p for p in map(path.with_name, names) if not os.path.lexists(p))
+            path.rename(aside)
+            moved.append(aside.name)
+        if moved:
+            warnings.warn(
+                f"no whole checkpoints, moved aside in {self.folder}: {', '.join(moved)}", stacklevel=2
+            )
+        for part in self.folder.glob("step-*.npz.*.part"):  # of a process that was killed in writing
+            part.unlink()
 
     def begin(self, num_steps: int, start: End, shapes: Mapping[str, Any]) -> np.ndarray:
         """Raise if a run from `start` must not write here; the steps of its schedule."""
@@ -271,8 +303,8 @@ class Checkpoints:
                 )
         with _processes.barrier("checkpoints"):
             if _processes.is_first():
-                self._set_damaged_aside(int(start.step))
                 self._refuse_others(start)
+                self._set_aside(int(start.step))
         # All processes see the same files: none writes before all have come here.
         with _processes.barrier("checkpoints"):
             self._there = set(self.steps.tolist())
@@ -283,31 +315,31 @@ class Checkpoints:
 
     def _refuse_others(self, start: End) -> None:
         """Raise where the folder holds what a run from `start` would overwrite, or is not of that run."""
-        old = self.steps
-        if len(old) and old[-1] > start.step:
+        last, _ = self._last_whole()
+        if last is None:
+            return
+        if last.step > start.step:
             raise ValueError(
                 f"checkpoints: expected a folder without checkpoints after step {start.step}, where the run begins, "
-                f"got {summary(old)} in {self.folder}; nothing was overwritten: go on with resume=store.latest, or give a "
+                f"got {summary(self.steps)} in {self.folder}; nothing was overwritten: go on with resume=store.latest, or give a "
                 "branch a folder of its own"
             )
-        if len(old):
-            hint = (
-                f"the checkpoints in {self.folder} are of other parameters or another optimizer; "
-                "nothing was overwritten"
+        hint = (
+            f"the checkpoints in {self.folder} are of other parameters or another optimizer; "
+            "nothing was overwritten"
+        )
+        _structure.require("checkpoints", last.state, start.state, hint)
+        if int(last.stats.run) != int(start.stats.run):
+            raise ValueError(
+                f"checkpoints: expected a folder of this run, got {self.folder} with checkpoints of another run (it "
+                "began elsewhere, or with another optimizer or flow); nothing was overwritten"
             )
-            last = self.at(int(old[-1])).end
-            _structure.require("checkpoints", last.state, start.state, hint)
-            if int(last.stats.run) != int(start.stats.run):
-                raise ValueError(
-                    f"checkpoints: expected a folder of this run, got {self.folder} with checkpoints of another run (it "
-                    "began elsewhere, or with another optimizer or flow); nothing was overwritten"
-                )
-            if last.stats.data != start.stats.data:
-                raise ValueError(
-                    f"checkpoints: expected the data on the host that the run in {self.folder} has seen so far "
-                    f"(fingerprint {last.stats.data!r}), got others ({start.stats.data!r}); nothing was overwritten: give a "
-                    "branch a folder of its own"
-                )
+        if last.stats.data != start.stats.data:
+            raise ValueError(
+                f"checkpoints: expected the data on the host that the run in {self.folder} has seen so far "
+                f"(fingerprint {last.stats.data!r}), got others ({start.stats.data!r}); nothing was overwritten: give a "
+                "branch a folder of its own"
+            )
 
     def due(
         self, steps: np.ndarray, observables: Mapping[str, np.ndarray], good: np.ndarray

@@ -84,10 +84,10 @@ class Chunk:
 
 def saved_steps(name: str, num_steps: int, steps: int | Sequence[int] | np.ndarray) -> np.ndarray:
     """The step numbers that an integer (every n-th, and the last) or a sequence stands for."""
-    if np.ndim(steps) == 0:
+    array = np.asarray(steps if _check.makes_array(steps) else ())
+    if array.ndim == 0:
         every = _check.integer(name, steps, 1)
         return np.unique(np.append(np.arange(0, num_steps + 1, every), num_steps))
-    array = np.asarray(steps)
     if (
         array.ndim != 1
         or array.size == 0

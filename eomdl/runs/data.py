@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import override
 
+from eomdl import _check
 from eomdl._types import Args, Array, Observable, record_type
 from eomdl.flows.stride import StrideData
 from eomdl.losses.host import data_fingerprint
@@ -224,6 +225,7 @@ def stream(batches: Iterable[Any]) -> Batches:
 
     **Raises:** `ValueError`, by the run, for a sequence of another length, for an empty one, and for batches that differ.
     """
+    _check.kind("batches", batches, Iterable, "a sequence or an iterator of batches")
 
     def open_stream(args: Args, num_steps: int, start: int, stride: int) -> AbstractData:
         if stride == 1:

@@ -64,7 +64,8 @@ class Loop:
                 part = _Part(self, dynamics, begin, taken, planned, end_of_run=int(chunks[-1].end))
                 trajectory, good = part.check(dynamics.advance(begin.state, taken))
                 yield self._select(trajectory, good & planned.of_records(planned.is_saved))
-                part.write_checkpoints(trajectory, good)
+                with self._after_pending():
+                    part.write_checkpoints(trajectory, good)
                 end = trajectory.end
                 progress.show(int(end.step))
                 self.data.raise_pending()
@@ -79,6 +80,15 @@ class Loop:
                 params = dynamics.params(end.state, step, chunk.data)
                 monitor.measure(step, params, dynamics.monitor_state(end.state), chunk.data.at(chunk.start))
 
+    @contextlib.contextmanager
+    def _after_pending(self) -> Iterator[None]:
+        """Where a disk fails after a source of batches has, raise what was raised first; it has the other as its context."""
+        try:
+            yield
+        except OSError:
+            self.data.raise_pending()
+            raise
+
     def _select(self, trajectory: Trajectory, rows: np.ndarray) -> Trajectory:
         """The steps that were asked for, without the parameters where they go to disk."""
         if not self.record.save_params:
@@ -90,7 +100,8 @@ class Loop:
         trajectory = trajectory.rows(rows)
         if self.disk is None:
             return trajectory
-        self.disk.append(trajectory.params)
+        with self._after_pending():
+            self.disk.append(trajectory.steps, trajectory.params)
         return dataclasses.replace(trajectory, params=None)
 
 

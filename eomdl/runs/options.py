@@ -7,10 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import diffrax
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _check, _processes, _tree
-from eomdl._end import End
+from eomdl._end import End, require_end
+from eomdl._shards import StoredArray
 from eomdl._types import Args, Observable, Params
 from eomdl.runs.checkpoints import Checkpoints
 from eomdl.runs.chunk import saved_steps
@@ -91,6 +94,7 @@ _MEANT = {
 
 def set_up(verb: str, params: Params, num_steps: int, options: RunOptions, stride: int = 1) -> Run:
     """The options of a run, checked. **Raises:** `ValueError`; `TypeError` for an option there is none of."""
+    _processes.require_own_threads()
     unknown = sorted(set(options) - set(_DEFAULTS))
     if unknown:
         meant = _MEANT.get(unknown[0]) or next(iter(difflib.get_close_matches(unknown[0], _DEFAULTS)), None)
@@ -141,6 +145,11 @@ def _resumed(resume: Any, num_steps: int) -> tuple[End | None, Trajectory | None
         return None, None
     _check.kind("resume", resume, Trajectory | End, "an eomdl.Trajectory, an eomdl.runs.End or None")
     end = resume.end if isinstance(resume, Trajectory) else resume
+    require_end("resume" if end is resume else "resume.end", end)
+    if end.state is None and not _tree.is_traced(end.params):
+        leaves = [leaf for leaf in jax.tree.leaves(end.params) if not isinstance(leaf, StoredArray)]
+        if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves):
+            raise ValueError("resume.params: expected finite parameters, got NaN or infinity in them")
     end = dataclasses.replace(end, step=int(end.step))
     if end.step > num_steps:
         raise ValueError(f"resume: expected a run of at most num_steps = {num_steps} steps, got {end.step}")

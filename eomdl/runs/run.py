@@ -114,9 +114,10 @@ class Run:
         if self.disk is None:
             return None
         before = 0 if self.before is None else len(self.before.steps)
-        rows = self.disk.open(self.params, before + len(self.loop.record.steps))
+        start = None if self.begin is None else self.start
+        rows = self.disk.open(self.params, before + len(self.loop.record.steps), start)
         if self.before is not None:
-            rows.append(self.before.params)
+            rows.append(self.before.steps, self.before.params)
         return rows
 
     @contextlib.contextmanager

@@ -11,12 +11,13 @@ from jaxtyping import Float, Int
 from typing_extensions import override
 
 from eomdl import _check, _structure, _tree
-from eomdl._end import RESULTS, Diagnostic, End, Stats
+from eomdl._end import RESULTS, Diagnostic, End, Stats, require_end
 from eomdl._result import AbstractResult, Note, Table, series_table
 from eomdl._target import ITERATES, Target
 from eomdl._types import STATIC, Array, Params, record_type
 from eomdl.runs.lost import LOST, MAX_PART, WARMUP, is_lost
 from eomdl.storage.files import Tree, read_meta, write_npz
+from eomdl.storage.values import require_kinds
 
 
 _COLUMN = {"column": True}
@@ -133,6 +134,7 @@ class Trajectory(AbstractResult):
 
     def map_columns(self, function: Callable[[Any], Any]) -> "Trajectory":
         """A function of arrays with leading axis n applied to every column."""
+        _check.function("function", function, "a function of one array")
         return dataclasses.replace(
             self, **{name: jax.tree.map(function, getattr(self, name)) for name in _COLUMNS}
         )
@@ -226,6 +228,10 @@ class Trajectory(AbstractResult):
 
         `events`: names to find it by, see `eomdl.Checkpoints`.
         """
+        path = _check.path("path", path)
+        events = _check.kind("events", events, list | tuple, "a list of names")
+        for i, event in enumerate(events):
+            _check.kind(f"events[{i}]", event, str, "a name")
         arrays, meta = self._contents()
         write_npz(path, arrays, meta | {"format": self._names()[-1], "events": list(events)})
 
@@ -256,7 +262,7 @@ class Trajectory(AbstractResult):
 
     @classmethod
     @override
-    def _from_file(cls, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> "Trajectory":
+    def _from_file(cls, arrays: dict[str, Any], meta: Mapping[str, Any]) -> "Trajectory":
         return _read(arrays, meta)
 
     @staticmethod
@@ -290,11 +296,15 @@ class Trajectory(AbstractResult):
         )
 
 
-def _read(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> Trajectory:
+def _read(arrays: dict[str, Any], meta: Mapping[str, Any]) -> Trajectory:
     """Return the trajectory from the contents of its file. **Raises:** whatever is wrong with them."""
     trees = {name: Tree.read(name, arrays, meta) for name in _TREES}
+    if arrays:
+        raise ValueError(f"arrays {sorted(arrays)} have no place")
     values = trees.pop("diagnostics values")
-    diagnostics = {name: Diagnostic(values[name], *meta["diagnostics"][name]) for name in values}
+    diagnostics = {
+        name: require_kinds(Diagnostic(values[name], *meta["diagnostics"][name])) for name in values
+    }
     stats = Stats(**meta["stats"], diagnostics=diagnostics, target=Target(*meta["target"]))
     end = End(int(trees.pop("end.step")), trees.pop("end.state"), trees.pop("end.params"), stats)
     named = tuple(meta["per_member"])
@@ -303,28 +313,23 @@ def _read(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> Trajectory:
 
 def _valid(run: Trajectory) -> Trajectory:
     """The trajectory, if its columns have one length and its numbers are numbers."""
+    require_kinds(run)
     steps = run.steps
-    if steps.ndim != 1 or steps.dtype.kind not in "iu" or np.any(np.diff(steps) <= 0) or np.any(steps < 0):
+    if steps.ndim != 1 or np.any(np.diff(steps) <= 0) or np.any(steps < 0):
         raise ValueError(f"steps: expected increasing integers >= 0, got {summary(steps)}")
-    if run.end.step < 0:
-        raise ValueError(f"end.step: expected an integer >= 0, got {run.end.step}")
     columns = [getattr(run, name) for name in _COLUMNS]
     shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(columns)}
     if shapes != {steps.shape}:
         raise ValueError(f"columns: expected {len(steps)} rows, got leading axes {sorted(shapes)}")
+    _check.floating("params", run.params)
     if not set(run.per_member) <= set(run.observables):
         raise ValueError(f"per_member: expected names of observables, got {run.per_member}")
-    for field in dataclasses.fields(Stats):
-        value = getattr(run.stats, field.name)
-        expected = _STATS.get(field.name, int | float | None)
-        if not isinstance(value, expected) or isinstance(value, bool):
-            raise ValueError(f"stats.{field.name}: expected {expected}, got {value!r}")
+    require_end("end", run.end)
     return run
 
 
 _COLUMNS = tuple(f.name for f in dataclasses.fields(Trajectory) if f.metadata.get("column"))
 _TREES = (*_COLUMNS, "end.step", "end.state", "end.params", "diagnostics values")
-_STATS: dict[str, Any] = {"flow": str, "data": str, "diagnostics": dict, "target": Target}
 
 
 def join(first: Trajectory, second: Trajectory) -> Trajectory:

@@ -26,6 +26,7 @@ def modified_field(
     (Hairer, Lubich & Wanner 2006, ch. IX). It costs as much as `eomdl.EquationOfMotion`, and less than the $F_j$ one by one,
     since trees of different size share derivatives.
     """
+    order = _check.integer("order", order, 0, MAX_ORDER)
     coefficients: dict[Tree, Any] = {}
     for n in range(1, order + 2):
         for tree, c in modified_equation(n, method).items():

@@ -8,21 +8,25 @@ descent) is the B-series (Hairer, Lubich & Wanner 2006, ch. IX; Chartier, Hairer
 
 $$x' = \sum_t h^{|t|-1} c(t) F(t)(x), \qquad c(t) = \omega(t) / \sigma(t),$$
 
-with $F(t)$ the elementary differential of the tree and $\sigma(t)$ its symmetry. This
-file is pure Python on exact integers and fractions, without JAX.
+with $F(t)$ the elementary differential of the tree and $\sigma(t)$ its symmetry. All is exact, in integers and fractions.
 """
 
+import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from math import factorial, prod
-from typing import NamedTuple, TypeAlias
+from typing import Any, TypeAlias
+
+from eomdl import _check
 
 
 Tree: TypeAlias = tuple["Tree", ...]
 
 LEAF: Tree = ()
+MAX_NODES = 12  # there are 4,766 trees of 12 nodes, and with each further one about 2.7 times as many
 
 
 def size(tree: Tree) -> int:
@@ -59,20 +63,49 @@ def symmetry(tree: Tree) -> int:
     return prod(factorial(m) * symmetry(t) ** m for t, m in Counter(tree).items())
 
 
-class ButcherTableau(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ButcherTableau:
     r"""An explicit Runge-Kutta method: $Y_i = x + h \sum_{j<i} a_{ij} f(Y_j)$, $x_1 = x + h \sum_i b_i f(Y_i)$.
 
-    `a[i]` has the i numbers of stage i, so `a[0]` is empty. All are exact fractions.
+    `a[i]` has the i numbers of stage i, so `a[0]` is empty. All become exact fractions.
+
+    **Raises:** `ValueError` for an implicit method, and for weights `b` whose sum is not exactly 1.
     """
 
     a: tuple[tuple[Fraction, ...], ...]
     b: tuple[Fraction, ...]
 
+    def __post_init__(self) -> None:
+        b = _fractions("b", self.b)
+        if sum(b) != 1:
+            raise ValueError(
+                f"b: expected weights that sum to 1, got {sum(b)}; `fractions.Fraction` is exact"
+            )
+        try:
+            rows = list(self.a)
+        except TypeError:
+            raise ValueError(f"a: expected rows of numbers, got {self.a!r:.80}") from None
+        a = tuple(_fractions(f"a[{i}]", row) for i, row in enumerate(rows))
+        if [len(row) for row in a] != list(range(len(b))):
+            raise ValueError(
+                f"a: expected rows with 0, 1, ... numbers, one for each of b ({len(b)}): an explicit method, got "
+                f"{[len(row) for row in a]}"
+            )
+        object.__setattr__(self, "a", a)
+        object.__setattr__(self, "b", b)
+
+
+def _fractions(name: str, values: Iterable[Any]) -> tuple[Fraction, ...]:
+    try:
+        return tuple(Fraction(value) for value in values)
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        raise ValueError(f"{name}: expected numbers, got {values!r:.80}") from None
+
 
 def _tableau(*rows: tuple[Fraction | int, ...]) -> ButcherTableau:
     """Return the tableau of the rows of a and, last, b."""
-    *a, b = (tuple(Fraction(x) for x in row) for row in rows)
-    return ButcherTableau(tuple(a), b)
+    *a, b = rows
+    return ButcherTableau(tuple(a), b)  # type: ignore[arg-type]
 
 
 _HALF = Fraction(1, 2)
@@ -127,8 +160,21 @@ def omega(tree: Tree, method: ButcherTableau = EULER) -> Fraction:
     return total
 
 
-@cache
 def modified_equation(n: int, method: ButcherTableau = EULER) -> dict[Tree, Fraction]:
-    """Return the nonzero coefficients $c(t)$ of the trees with `n` nodes: the field $F_n$ of the method's modified equation."""
+    """Return the nonzero coefficients $c(t)$ of the trees with `n` nodes: the field $F_n$ of the method's modified equation.
+
+    **Arguments:** `n`: an integer from 1 to 12; `method`: an explicit method. **Cost:** once in a process, 6 s for n = 12 and
+    explicit Euler, 20 s for n = 11 and `RK4`; each node more takes 3 times as long.
+
+    **Raises:** `ValueError` for a wrong argument.
+    """
+    n = _check.integer("n", n, 1, MAX_NODES)
+    return dict(
+        _modified_equation(n, _check.kind("method", method, ButcherTableau, "an eomdl.series.ButcherTableau"))
+    )
+
+
+@cache
+def _modified_equation(n: int, method: ButcherTableau) -> dict[Tree, Fraction]:
     coefficients = {t: omega(t, method) / symmetry(t) for t in rooted_trees(n)}
     return {t: c for t, c in coefficients.items() if c}

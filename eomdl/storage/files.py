@@ -3,10 +3,13 @@
 import contextlib
 import hashlib
 import json
+import os
+import secrets
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +37,6 @@ def write_npz(path: str | Path, arrays: Mapping[str, Any], meta: dict[str, Any])
 
 
 def _write(path: Path, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
-    aside = path.with_name(path.name + ".part")
     members: dict[str, Any] = {}
     listed: dict[str, Any] = {}
     for i, (name, value) in enumerate(arrays.items()):
@@ -43,16 +45,40 @@ def _write(path: Path, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
         listed[name] = [f"array{i}", kind, _checksum(array.tobytes())]
     text = json.dumps({"arrays": listed, "meta": meta}).encode()
     members |= {"text": np.frombuffer(text, np.uint8), "checksum": np.frombuffer(_digest(text), np.uint8)}
+    with replacing(path) as file:
+        np.savez(file, **members)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file that takes the place of `path` as a whole when the block ends; what is raised in the block leaves nothing.
+
+    The file has a fresh name in the same folder: two writers of one path do not meet, and no link is followed. It is on the
+    disk before it has the name, so that a power failure leaves the old file or the new one.
+    """
+    aside = path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.part")
+    with naming(path):
+        try:
+            with open(aside, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an `OSError` that names none, such as that of a full disk."""
     try:
-        with open(aside, "wb") as file:
-            np.savez(file, **members)
-        aside.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def read_npz(path: str | Path, *formats: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -62,12 +88,14 @@ def read_npz(path: str | Path, *formats: str) -> tuple[dict[str, Any], dict[str,
     """
     with _open(path, *formats) as file:
         listed, meta = _read_text(file, *formats)
-        expected = {"text", "checksum", *(member for member, _, _ in listed.values())}
-        if set(file.files) != expected:
-            raise ValueError(f"members {sorted(set(file.files) ^ expected)} missing or not listed")
+        members = [member for member, _, _ in listed.values()]
+        if sorted(file.files) != sorted(["text", "checksum", *members]):
+            raise ValueError(f"members {sorted(file.files)}, listed {sorted(members)}")
         arrays = {}
         for name, (member, kind, checksum) in listed.items():
             array = file[member]
+            if array.dtype.kind not in "biufc":
+                raise ValueError(f"{name!r}: expected numbers, got dtype {array.dtype}")
             if _checksum(array.tobytes()) != checksum:
                 raise ValueError(f"checksum of {name!r}")
             arrays[name] = _decode(array, kind, Path(path))
@@ -82,9 +110,10 @@ def read_meta(path: str | Path, *formats: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open(path: str | Path, *formats: str) -> Iterator[Any]:
+    _require_regular(path)
     with open(path, "rb") as raw:  # here, since `np.load` leaves a damaged file open
         try:
-            _require_uncompressed(raw)
+            _require_disjoint(raw)
             with np.load(raw, allow_pickle=False) as file:
                 yield file
         except Exception as error:
@@ -93,12 +122,24 @@ def _open(path: str | Path, *formats: str) -> Iterator[Any]:
             ) from error
 
 
-def _require_uncompressed(raw: Any) -> None:
-    """Raise if a member is compressed: `write_npz` does not compress, so no file unpacks to more than its own size."""
+def _require_regular(path: str | Path) -> None:
+    """Raise for what is there and no file: a pipe would be waited for."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise DamagedFile(f"path: expected a file, got {path}, which is {kind}")
+
+
+def _require_disjoint(raw: IO[bytes]) -> None:
+    """Raise if a member is compressed or shares its bytes with another: so no file unpacks to more than its own size."""
     with zipfile.ZipFile(raw) as archive:
-        packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-    if packed:
+        members = archive.infolist()
+    if packed := [info.filename for info in members if info.compress_type != zipfile.ZIP_STORED]:
         raise ValueError(f"compressed members {packed}")
+    if sum(max(info.file_size, info.compress_size) for info in members) > raw.seek(0, os.SEEK_END):
+        raise ValueError("members that overlap")
+    if len({info.filename for info in members}) != len(members):
+        raise ValueError("two members of one name")
     raw.seek(0)
 
 
@@ -106,7 +147,7 @@ def _read_text(file: Any, *formats: str) -> tuple[dict[str, Any], dict[str, Any]
     text = file["text"].tobytes()
     if _digest(text) != file["checksum"].tobytes():
         raise ValueError("checksum of the text")
-    whole = json.loads(text)
+    whole = json.loads(text, object_pairs_hook=_structure.unique)
     found = whole["meta"]["format"]
     if found not in formats:
         raise ValueError(f"format {found!r}")
@@ -147,7 +188,12 @@ def _decode(array: np.ndarray, kind: str, path: Path) -> Any:
         return StoredArray(path.with_name(folder), name, tuple(array.tolist()), jnp.dtype(dtype))
     if kind.startswith("key "):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=kind.removeprefix("key "))
-    return array.view(jnp.dtype(kind)) if kind else array
+    if not kind:
+        return array
+    short = jnp.dtype(kind)
+    if short.kind != "V" or array.dtype != f"u{short.itemsize}":
+        raise ValueError(f"kind {kind!r} of an array of dtype {array.dtype}")
+    return array.view(short)
 
 
 class Tree:
@@ -160,8 +206,8 @@ class Tree:
         arrays |= {f"{name}:{i}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
     @staticmethod
-    def read(name: str, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> Any:
-        """Return the tree of that name."""
+    def read(name: str, arrays: dict[str, Any], meta: Mapping[str, Any]) -> Any:
+        """Return the tree of that name, its leaves taken out of the arrays."""
         prefix = f"{name}:"
         count = sum(key.startswith(prefix) for key in arrays)
-        return _structure.rebuild(meta[name], iter([arrays[f"{prefix}{i}"] for i in range(count)]))
+        return _structure.rebuild(meta[name], [arrays.pop(f"{prefix}{i}") for i in range(count)])

@@ -4,11 +4,14 @@ A number, a text or None stands for itself; everything else is a list `[kind, co
 """
 
 import dataclasses
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import jaxtyped
 
 from eomdl import _structure
 
@@ -22,6 +25,7 @@ class _Storable(NamedTuple):
 
 
 _STORABLE: dict[str, _Storable] = {}
+_Record = TypeVar("_Record")
 
 
 def fields(record: Any) -> dict[str, Any]:
@@ -33,7 +37,42 @@ def make_storable(
     kind: type, pack: Callable[[Any], Any] = fields, unpack: Callable[[Any], Any] | None = None
 ) -> None:
     """Let files hold instances of a class: by default a dataclass, as its fields."""
-    _STORABLE[kind.__name__] = _Storable(kind, pack, unpack or (lambda found: kind(**found)))
+    _STORABLE[kind.__name__] = _Storable(kind, pack, unpack or (lambda found: require_kinds(kind(**found))))
+
+
+def require_kinds(record: _Record) -> _Record:
+    """Return the dataclass, if each field is what its annotation says; axes of one name are of one length.
+
+    **Raises:** `ValueError` that names the field.
+    """
+    hints = typing.get_type_hints(type(record))
+    with jaxtyped("context"):  # type: ignore[call-overload]
+        for name, value in fields(record).items():
+            if not _is_kind(value, hints[name]):
+                got = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)
+                raise ValueError(f"{name}: expected {hints[name]}, got {got:.200}")
+    return record
+
+
+def _is_kind(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says: a class, a container, a union, an array of a dtype and a shape."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, TypeVar):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_kind(value, part) for part in parts)
+    if origin in (dict, Mapping):
+        items = value.items() if isinstance(value, Mapping) else [(None, None)]
+        return all(_is_kind(key, parts[0]) and _is_kind(item, parts[1]) for key, item in items)
+    if origin is tuple and parts[-1] is not Ellipsis:
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_kind, value, parts))
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(_is_kind(item, parts[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
 
 
 def encode(value: Any, where: str, arrays: dict[str, Any]) -> Any:
@@ -63,21 +102,21 @@ def encode(value: Any, where: str, arrays: dict[str, Any]) -> Any:
     )
 
 
-def decode(content: Any, arrays: Mapping[str, Any]) -> Any:
-    """Return the value that `encode` was given."""
+def decode(content: Any, arrays: dict[str, Any]) -> Any:
+    """Return the value that `encode` was given, its arrays taken out of `arrays`. **Raises:** whatever is wrong with it."""
     if not isinstance(content, list):
         return content
     kind, inner = content
     if kind == "array":
-        return arrays[inner]
+        return arrays.pop(inner)
     if kind == "record":
         name, packed = inner
         return _STORABLE[name].unpack(decode(packed, arrays))
     if kind == "dict":
-        return {key: decode(item, arrays) for key, item in inner}
+        return _structure.unique([(key, decode(item, arrays)) for key, item in inner])
     if kind == "tree":
         description, names = inner
-        return _structure.rebuild(description, iter([arrays[name] for name in names]))
+        return _structure.rebuild(description, [arrays.pop(name) for name in names])
     items: Iterable[Any] = (decode(item, arrays) for item in inner)
     return {"list": list, "tuple": tuple}[kind](items)
 
