@@ -12,15 +12,15 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jaxtyping
 import pytest
+import typechecker
 
 
 # The CPU's older code generator compiles in three quarters of the time. Later versions have it no more, nor its flag.
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 # The results of every function of the package are checked against their types and shapes.
-jaxtyping.install_import_hook("eomdl", "typechecker.results")
+typechecker.install("eomdl")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Small problems: compiling is what takes the time.
