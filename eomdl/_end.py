@@ -115,7 +115,7 @@ class Stats:
             )
             for name, new in found.items()
         }
-        return dataclasses.replace(self, diagnostics=longer)
+        return dataclasses.replace(self, diagnostics={**self.diagnostics, **longer})
 
     def _values(self, name: str) -> np.ndarray:
         return np.asarray(self.diagnostics[name].value) if name in self.diagnostics else np.zeros(0)

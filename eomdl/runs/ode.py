@@ -26,7 +26,13 @@ from eomdl.runs.integrator import (
     predict,
     tolerance_control,
 )
-from eomdl.runs.tolerances import default_tolerances, distances, measure_scales, measure_tolerances
+from eomdl.runs.tolerances import (
+    default_tolerances,
+    derivative_diagnostics,
+    distances,
+    measure_scales,
+    measure_tolerances,
+)
 
 
 TOLERANCE_FACTOR = 16.0  # of the second run: about twice as long steps of a solver of order 5
@@ -83,6 +89,10 @@ class OdeRequest(AbstractPreparation):
                 for given, default in zip((rtol, atol), measured, strict=True)
             )
         dynamics = self._dynamics(problem, rtol, atol, dtype)
+        is_continued = self.before is not None and self.before.flow == self.name
+        if self.diagnosed and not is_continued:
+            at_start = derivative_diagnostics(problem.flow, flow_state, chunk)
+            dynamics = dataclasses.replace(dynamics, at_start=at_start)
         return dynamics.as_member() if self.is_member else dynamics
 
     def with_default_tolerances(self, params: Params) -> "OdeDynamics":
@@ -122,7 +132,10 @@ def _controls(rtol: Any, atol: Any, dtype: Any) -> tuple[StepControl, StepContro
 
 @record_type
 class OdeDynamics(AbstractDynamics):
-    """A flow and how it is integrated; `coarse` is the control of the run that estimates the error."""
+    """A flow and how it is integrated; `coarse` is the control of the run that estimates the error.
+
+    `at_start`: diagnostics that were measured before the first step, and are not measured again.
+    """
 
     problem: OdeProblem
     control: StepControl
@@ -131,6 +144,7 @@ class OdeDynamics(AbstractDynamics):
     atol: Any
     name: str = dataclasses.field(metadata=STATIC)
     diagnosed: bool = dataclasses.field(metadata=STATIC)
+    at_start: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
 
     @property
     @override
@@ -182,6 +196,7 @@ class OdeDynamics(AbstractDynamics):
         # Diagnostics of another flow are dropped.
         if stats.flow != self.name:
             stats = dataclasses.replace(stats, diagnostics={})
+        stats = dataclasses.replace(stats, diagnostics={**self.at_start, **stats.diagnostics})
         flow = self.problem.flow
         stats = dataclasses.replace(stats, flow=self.name, rtol=self.rtol, atol=self.atol)
         return dataclasses.replace(stats, stride=flow.stride, target=flow.target)
@@ -208,9 +223,10 @@ class MemberOde(AbstractDynamics):
 
     @override
     def for_all(self, others: Sequence[AbstractDynamics]) -> "MemberOde":
-        if self.ode.control.first_step_factor is None:  # the user's own controller
-            return self
         dynamics = [cast(MemberOde, other).ode for other in others]
+        own = dataclasses.replace(self.ode, at_start=_largest([d.at_start for d in dynamics]))
+        if own.control.first_step_factor is None:  # the user's own controller
+            return MemberOde(own)
         rtol, atol = (
             jnp.min(jnp.stack(values)) for values in zip(*((d.rtol, d.atol) for d in dynamics), strict=True)
         )
@@ -222,14 +238,12 @@ class MemberOde(AbstractDynamics):
         else:
             problem = self.ode.problem
         control, coarse = _controls(rtol, atol, cast(Any, self.ode.control.controller).dtmin.dtype)
-        ode = dataclasses.replace(
-            self.ode, problem=problem, control=control, coarse=coarse, rtol=rtol, atol=atol
-        )
+        ode = dataclasses.replace(own, problem=problem, control=control, coarse=coarse, rtol=rtol, atol=atol)
         return MemberOde(ode)
 
     @override
     def without_labels(self) -> "MemberOde":
-        return MemberOde(dataclasses.replace(self.ode, name="", diagnosed=False))
+        return MemberOde(dataclasses.replace(self.ode, name="", diagnosed=False, at_start={}))
 
     @override
     def advance(self, state: EnsembleState, chunk: Chunk) -> Advanced:
@@ -282,6 +296,13 @@ class MemberOde(AbstractDynamics):
     @override
     def stats(self, stats: Stats) -> Stats:
         return self.ode.stats(stats)
+
+
+def _largest(found: Sequence[dict[str, Diagnostic]]) -> dict[str, Diagnostic]:
+    """The diagnostics of several members, of each the largest value."""
+    every = {name: d for members in found for name, d in members.items()}
+    values = {name: [members[name].value for members in found if name in members] for name in every}
+    return {name: dataclasses.replace(d, value=np.max(values[name], axis=0)) for name, d in every.items()}
 
 
 def _fill(rows: Any, starts: Any, good: jax.Array) -> Any:

@@ -1,4 +1,4 @@
-"""How accurately to integrate: the scales of a state, and tolerances from the flow's own local error."""
+"""What is measured before a flow's first step: the scales of a state, its tolerances, and whether its derivatives are right."""
 
 import dataclasses
 import warnings
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _tree
-from eomdl._end import real_part
-from eomdl._types import Params, State
-from eomdl.flows.base import AbstractFlow
+from eomdl._autodiff import jvp
+from eomdl._end import Diagnostic, real_part
+from eomdl._types import Args, Params, State
+from eomdl.flows.base import AbstractFlow, Differentiated
 from eomdl.flows.stride import step_data
 from eomdl.runs.chunk import Chunk
 from eomdl.runs.data import ChunkData
@@ -22,6 +23,10 @@ from eomdl.runs.integrator import OdeProblem, integrator_for, tolerance_control
 MAX_ERROR_FRACTION = 5e-4  # of the flow's local error: the ODE error allowed in one ODE step
 FIRST_TOLERANCE = 1e-5  # of a discrete step: the tolerance tried first
 SCALE_STEPS = 32  # discrete steps over which the scales of an optimizer's state are measured
+DERIVATIVE_TEST = "part of the gradient's change that its derivative misses"
+MAX_MISMATCH = (
+    0.01  # of a derivative and a difference of the field, relative, where it is more than the noise
+)
 
 
 def default_tolerances(dtype: Any) -> tuple[float, float]:
@@ -154,6 +159,59 @@ def _map_params(
         state = step_map(state, step_data(args, n), jnp.asarray(here + n, jnp.result_type(float)))
         length += step_map.num_steps(args)
     return flow.params(state), jnp.asarray(length), _tree.norm(start)
+
+
+def derivative_diagnostics(flow: AbstractFlow, state: State, chunk: Chunk) -> dict[str, Diagnostic]:
+    """Return `derivative_mismatch` of the field that the flow differentiates, and nothing where there is none to tell."""
+    found = flow.differentiated(state)
+    if found is None:
+        return {}
+    here = int(chunk.start) - int(chunk.start) % flow.stride
+    mismatch = float(derivative_mismatch(found, step_data(chunk.data.stride(here, flow.stride), 0)))
+    meaning = (
+        "The gradient changes along itself by another amount than its derivative says, so the terms of the flow that "
+        "have derivatives are wrong by about as much. The loss has a `stop_gradient` (JAX stops the second derivative too), a "
+        "rule of its own for its derivative, or kinks here (relu, abs, max). Take a flow without derivatives: "
+        "InterpolatingFlow(optimizer_step(loss, optimizer), learning_rate, points=2)."
+    )
+    if np.isnan(mismatch):
+        return {}
+    return {DERIVATIVE_TEST: Diagnostic(np.array([mismatch]), MAX_MISMATCH, meaning)}
+
+
+@eqx.filter_jit
+def derivative_mismatch(found: Differentiated, args: Args) -> jax.Array:
+    r"""Return by how much $J v$, the derivative of a field f along $v = f / |f|$, is not the change of f there, relative.
+
+    The change is that between $x \pm h v$. The second difference tells how far it can be trusted: it has the noise of f in
+    it, and more than the error of the first one. Where the mismatch is not clearly larger, 0 is returned; nan where f is 0
+    or not finite.
+
+    **Cost:** four products $J v$, in a loop, so that little is compiled.
+    """
+    x, rest = eqx.partition(found.x, eqx.is_inexact_array)
+    eps = float(jnp.finfo(_tree.dtype(x)).eps)
+    length = _tree.norm(x)
+    h = eps ** (1 / 3) * jnp.where(length > 0, length, 1)
+
+    def field(real: State) -> State:
+        return real_part(found.field(eqx.combine(real, rest), args))
+
+    def evaluate(v: State, shift: jax.Array) -> tuple[State, tuple[State, State]]:
+        value, change = jvp(field, _tree.add(x, _tree.scale(shift * h, v)), v)
+        is_first = _tree.norm(v) == 0  # f along which to go is not known before
+        return jax.tree.map(lambda f, u: jnp.where(is_first, f, u), _tree.unit(value), v), (value, change)
+
+    _, (values, changes) = jax.lax.scan(evaluate, _tree.zeros_like(x), jnp.array([0.0, 0.0, 1.0, -1.0]))
+    derivative = jax.tree.map(lambda c: c[1], changes)
+    difference = jax.tree.map(lambda f: (f[2] - f[3]) / (2 * h).astype(f.dtype), values)
+    bend = jax.tree.map(lambda f: (f[2] - 2 * f[0] + f[3]) / (2 * h).astype(f.dtype), values)
+    size = _tree.norm(jax.tree.map(lambda f: f[0], values))
+    off = _tree.norm(_tree.sub(derivative, difference))
+    is_clear = off > 3 * _tree.norm(bend) + 16 * eps * size / h
+    largest = jnp.maximum(_tree.norm(derivative), _tree.norm(difference))
+    mismatch = jnp.where(is_clear, off / jnp.where(is_clear, largest, 1), 0)
+    return jnp.where((size > 0) & jnp.isfinite(off + _tree.norm(bend)), mismatch, jnp.nan)
 
 
 @eqx.filter_jit
