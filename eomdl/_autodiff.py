@@ -2,8 +2,8 @@
 
 Nested `jax.jvp` rather than `jax.experimental.jet`: it works for every function that
 JAX can differentiate that often (relu, scan, `jax.checkpoint`, max-pool, ...), and XLA
-merges what the nestings share. Functions without a forward derivative (a `custom_vjp` whose
-rule calls the function itself, as `odeint` does) are differentiated backwards twice.
+merges what the nestings share. The first derivative of a gradient without a forward derivative
+(a `custom_vjp` whose rule calls the function itself, as `odeint` does) is taken backwards.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from eomdl import _tree
 from eomdl._types import Args, Loss, Params, VectorField
@@ -44,7 +45,29 @@ def jvp(f: Callable[[Any], Any], x: Any, v: Any) -> tuple[Any, Any]:
 
 def linearize(f: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
     r"""Return $f(x)$ and $v \mapsto f'(x) v$, where what does not depend on v is computed once; the rest as `jvp`."""
-    return _both_ways(lambda: jax.linearize(f, x), lambda: _backwards(f, x))
+    return _both_ways(lambda: _forwards(f, x), lambda: _backwards(f, x))
+
+
+def _forwards(f: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
+    y, along = jax.linearize(f, x)
+    if _holds(jax.make_jaxpr(along)(x).jaxpr, "custom_lin"):  # JAX says so only where it is compiled
+        raise TypeError("a custom_vjp function has no forward derivative")
+    return y, along
+
+
+def _holds(jaxpr: Any, primitive: str) -> bool:
+    """Whether an operation stands in a program or in those inside of it."""
+    inner = [
+        getattr(part, "jaxpr", part)
+        for equation in jaxpr.eqns
+        for part in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_program)
+        if _is_program(part)
+    ]
+    return any(e.primitive.name == primitive for e in jaxpr.eqns) or any(_holds(j, primitive) for j in inner)
+
+
+def _is_program(part: Any) -> bool:
+    return isinstance(part, ClosedJaxpr | Jaxpr)
 
 
 def _backwards(f: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -57,17 +80,23 @@ def _both_ways(forwards: Callable[[], Any], backwards: Callable[[], Any]) -> Any
     try:
         return forwards()
     except TypeError as error:
-        if "custom_vjp" not in str(error):
+        if not _is_backwards_only(error):
             raise
     try:
         return backwards()
     except (TypeError, ValueError, NotImplementedError) as error:
+        if _is_backwards_only(error):  # inside of a forward derivative, which is taken backwards next
+            raise
         raise ValueError(
-            "loss: expected one whose gradient JAX can differentiate, got one with a `custom_vjp` that has no second "
-            "derivative, neither forwards nor backwards. Of `diffrax.diffeqsolve` take `adjoint=diffrax.DirectAdjoint()`; "
+            "loss: expected one whose gradient JAX can differentiate, got one with a `custom_vjp` that has no derivative "
+            "of this order, neither forwards nor backwards. Of `diffrax.diffeqsolve` take `adjoint=diffrax.DirectAdjoint()`; "
             "of a function of your own `jax.custom_jvp`. Or take a flow that needs the gradient only: GradientFlow, or "
             f"InterpolatingFlow(optimizer_step(loss, optimizer), learning_rate, points=2). ({error})"
         ) from error
+
+
+def _is_backwards_only(error: Exception) -> bool:
+    return isinstance(error, TypeError) and "custom_vjp" in str(error)
 
 
 def hessian_vector_product(loss: Loss, params: Params, args: Args, vector: Params) -> Params:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import normal
+from helpers import assert_close, linear_loss, normal
 
 import eomdl
 from eomdl.runs.tolerances import MAX_MISMATCH, derivative_mismatch
@@ -99,3 +99,96 @@ def test_a_run_says_so_and_names_the_flow_that_is_right():
     assert note.is_fault
     assert "stop_gradient" in note
     assert "InterpolatingFlow" in note
+
+
+# ------------------------------------------------------------------------------------------- kinks
+
+
+def l1_loss(w, goal):
+    return jnp.sum(jnp.abs(w - goal))
+
+
+def hinge_loss(w, args):
+    x, label = args
+    return jnp.mean(jax.nn.relu(1 - label * (x @ w)))
+
+
+def test_a_flow_on_a_piecewise_linear_loss_slides_along_the_kink():
+    start, goal = jnp.array([1.0, -2.0]), jnp.array([0.31, 0.2])
+    run = eomdl.solve(eomdl.GradientFlow(l1_loss, ETA), start, 40, args=goal)
+    start, goal = np.asarray(start), np.asarray(goal)
+    left = np.maximum(
+        np.abs(start - goal) - run.times[:, None], 0
+    )  # each coordinate moves at the rate 1, then stays
+    assert run.message == ""
+    np.testing.assert_allclose(np.abs(run.params - goal), left, atol=0.05 * ETA)
+    assert run.ode_error.max() < ETA
+    (note,) = run.notes
+    assert "slides along a kink" in note
+    assert not note.is_fault
+
+
+def test_a_hinge_loss_is_integrated_to_its_end():
+    x, _, y = TD
+    args = (x, jnp.sign(y))
+    run = eomdl.solve(eomdl.GradientFlow(hinge_loss, ETA), W, 100, args=args)
+    assert run.message == ""
+    real = eomdl.descend(hinge_loss, W, optax.sgd(ETA), 100, args=args)
+    assert eomdl.compare(real, {"flow": run}).distance["flow"][-1] < ETA
+
+
+def test_nothing_is_said_of_a_linear_loss():
+    run = eomdl.solve(eomdl.GradientFlow(linear_loss, ETA), W, 2, args=W)
+    assert run.notes == ()
+
+
+# ------------------------------------------------------------- derivatives that JAX has backwards only
+
+
+@jax.custom_vjp
+def adjoint_sin(x):
+    """As in `odeint`, the rule calls the function itself, so that no forward derivative is left."""
+    return jnp.sin(x)
+
+
+adjoint_sin.defvjp(lambda x: (adjoint_sin(x), x), lambda x, g: (g * jnp.cos(x),))
+
+
+@jax.custom_vjp
+def sin_once(x):
+    """As `diffrax.diffeqsolve` by default: the derivative has a loop that cannot be reversed."""
+    return jnp.sin(x)
+
+
+def _slow_cos(x):
+    return jax.lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, jnp.cos(x)), (0, x))[1]
+
+
+sin_once.defvjp(lambda x: (sin_once(x), x), lambda x, g: (g * _slow_cos(x),))
+
+
+def adjoint_loss(w, args):
+    return jnp.sum(adjoint_sin(w * args) ** 2)
+
+
+def plain_loss(w, args):
+    return jnp.sum(jnp.sin(w * args) ** 2)
+
+
+def once_loss(w, args):
+    return jnp.sum(sin_once(w * args) ** 2)
+
+
+def test_a_loss_with_a_reverse_rule_only_is_differentiated_backwards_twice():
+    goal = jnp.array([0.7, 1.1])
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda w: jax.grad(adjoint_loss)(w, goal), (W,), (W,))
+    assert_close(*(eomdl.counterterms(loss, W, 1, goal) for loss in (adjoint_loss, plain_loss)))
+    found, expected = (eomdl.curvature.eigenpairs(loss, W, goal, 2) for loss in (adjoint_loss, plain_loss))
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-10)
+
+
+def test_a_loss_without_a_second_derivative_names_the_way_out():
+    for loss, order in ((once_loss, 1), (adjoint_loss, 2)):
+        with pytest.raises(ValueError, match="DirectAdjoint.*custom_jvp.*InterpolatingFlow"):
+            eomdl.counterterms(loss, W, order, W)

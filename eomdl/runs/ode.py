@@ -30,6 +30,7 @@ from eomdl.runs.tolerances import (
     default_tolerances,
     derivative_diagnostics,
     distances,
+    jump_at,
     measure_scales,
     measure_tolerances,
 )
@@ -81,18 +82,20 @@ class OdeRequest(AbstractPreparation):
         scales = measure_scales(self.problem.flow, flow_state, chunk)
         problem = dataclasses.replace(self.problem, scales=scales)
         rtol, atol = self._given_tolerances()
+        is_constant = False
         dtype = _tree.dtype(flow_state)
         if self.controller is None and (rtol is None or atol is None):
             measured = measure_tolerances(problem, flow_state, chunk)
+            is_constant = measured.is_constant
             rtol, atol = (
                 jnp.asarray(default if given is None else given, dtype)
-                for given, default in zip((rtol, atol), measured, strict=True)
+                for given, default in zip((rtol, atol), measured[:2], strict=True)
             )
         dynamics = self._dynamics(problem, rtol, atol, dtype)
         is_continued = self.before is not None and self.before.flow == self.name
         if self.diagnosed and not is_continued:
             at_start = derivative_diagnostics(problem.flow, flow_state, chunk)
-            dynamics = dataclasses.replace(dynamics, at_start=at_start)
+            dynamics = dataclasses.replace(dynamics, at_start=at_start, is_constant=is_constant)
         return dynamics.as_member() if self.is_member else dynamics
 
     def with_default_tolerances(self, params: Params) -> "OdeDynamics":
@@ -134,7 +137,8 @@ def _controls(rtol: Any, atol: Any, dtype: Any) -> tuple[StepControl, StepContro
 class OdeDynamics(AbstractDynamics):
     """A flow and how it is integrated; `coarse` is the control of the run that estimates the error.
 
-    `at_start`: diagnostics that were measured before the first step, and are not measured again.
+    - `at_start`: diagnostics that were measured before the first step, and are not measured again.
+    - `is_constant`: as in `Tolerances`.
     """
 
     problem: OdeProblem
@@ -145,6 +149,7 @@ class OdeDynamics(AbstractDynamics):
     name: str = dataclasses.field(metadata=STATIC)
     diagnosed: bool = dataclasses.field(metadata=STATIC)
     at_start: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
+    is_constant: bool = dataclasses.field(metadata=STATIC, default=False)
 
     @property
     @override
@@ -189,7 +194,9 @@ class OdeDynamics(AbstractDynamics):
     def diagnose(self, state: FlowState, step: int, data: ChunkData) -> dict[str, Diagnostic]:
         if not self.diagnosed:
             return {}
-        return diagnostics_at(self.problem.flow, np.asarray(step), state.flow, data)
+        flow = self.problem.flow
+        found = diagnostics_at(flow, np.asarray(step), state.flow, data)
+        return found | (jump_at(flow, np.asarray(step), state.flow, data) if self.is_constant else {})
 
     @override
     def stats(self, stats: Stats) -> Stats:
@@ -243,7 +250,9 @@ class MemberOde(AbstractDynamics):
 
     @override
     def without_labels(self) -> "MemberOde":
-        return MemberOde(dataclasses.replace(self.ode, name="", diagnosed=False, at_start={}))
+        return MemberOde(
+            dataclasses.replace(self.ode, name="", diagnosed=False, at_start={}, is_constant=False)
+        )
 
     @override
     def advance(self, state: EnsembleState, chunk: Chunk) -> Advanced:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ from eomdl import _tree
 from eomdl._autodiff import jvp
 from eomdl._end import Diagnostic, real_part
 from eomdl._types import Args, Params, State
-from eomdl.flows.base import AbstractFlow, Differentiated
+from eomdl.flows.base import AbstractFlow, Differentiated, map_of
 from eomdl.flows.stride import step_data
 from eomdl.runs.chunk import Chunk
 from eomdl.runs.data import ChunkData
@@ -22,6 +22,9 @@ from eomdl.runs.integrator import OdeProblem, integrator_for, tolerance_control
 
 MAX_ERROR_FRACTION = 5e-4  # of the flow's local error: the ODE error allowed in one ODE step
 FIRST_TOLERANCE = 1e-5  # of a discrete step: the tolerance tried first
+JUMP_TOLERANCE = 1e-3  # of a discrete step, where the gradient can only change by jumps
+KINK_DISTANCE = 1e-2  # of a discrete step, within which the gradient is looked at on both sides of a path
+KINK_TEST = "jump of the gradient within a hundredth of a step, relative"
 SCALE_STEPS = 32  # discrete steps over which the scales of an optimizer's state are measured
 DERIVATIVE_TEST = "part of the gradient's change that its derivative misses"
 MAX_MISMATCH = (
@@ -90,17 +93,28 @@ def _sizes(
     return jax.tree.map(jnp.max, sizes)
 
 
-def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> tuple[float, float]:
+class Tolerances(NamedTuple):
+    """Tolerances of one ODE step, and whether the second step is as the first: then the gradient can only change by jumps."""
+
+    rtol: float
+    atol: float
+    is_constant: bool = False
+
+
+def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Tolerances:
     """Tolerances from the flow's local error: its distance after one step (stride, epoch) to the discrete map.
 
     The tolerance is lowered until the local error stands clear of the error of the ODE solver. It begins where one
     ODE step of order 5 ends in most runs, so that this is mostly the one: 7 evaluations of the flow.
+
+    Where the second step is as the first one (a piecewise linear loss: L1, hinge) the flow has no error until it comes to
+    a kink, and there one of the order of a step: the tolerance is a part of that, which steps across a jump can meet.
     """
     flow = problem.flow
     mapped = _map_params(flow, chunk.start, state, chunk.data)
     dtype = _tree.dtype(real_part(state))
     if mapped is None:
-        return default_tolerances(dtype)
+        return Tolerances(*default_tolerances(dtype))
     target, length, size = mapped
     first_stride = _first_steps(chunk, flow.stride, int(length))
     integrate = integrator_for(problem, chunk)
@@ -116,10 +130,15 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> tuple
         end = flow.params(integrate(problem, control, state, first_stride).state)
         error = float(distance(end, target))
         if not np.isfinite(error):
-            return default_tolerances(dtype)
+            return Tolerances(*default_tolerances(dtype))
         if error / root > 20 * tol or tol == floor:
             break
         tol = max(tol / 100, floor)
+    if error <= 8 * noise and jax.tree.structure(state) == jax.tree.structure(target):
+        again = cast(tuple, _map_params(flow, chunk.start, target, chunk.data))[0]
+        step, next_step = float(distance(target, state)), _tree.sub(again, target)
+        if step > 0 and float(distance(next_step, _tree.sub(target, state))) <= 8 * noise:
+            return Tolerances(rtol, max(JUMP_TOLERANCE * step / int(length) / root, floor), True)
     if dtype != jnp.float64 and error <= noise:
         warnings.warn(
             f"{dtype} cannot carry this order here: the one-step error of {type(flow).__name__} is "
@@ -129,7 +148,30 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> tuple
         )
     # A model that is off by more than it moves needs no looser integration than one that is off by that.
     error = min(error, float(distance(end, flow.params(state))))
-    return rtol, max(MAX_ERROR_FRACTION * error / int(length) * flow.stride / root, floor)
+    return Tolerances(rtol, max(MAX_ERROR_FRACTION * error / int(length) * flow.stride / root, floor))
+
+
+@eqx.filter_jit
+def jump_at(flow: AbstractFlow, k: Any, x: Params, data: ChunkData) -> dict[str, Diagnostic]:
+    """Return by how much the gradient jumps near the path, for a loss that is piecewise linear.
+
+    A path that comes to a kink to which the gradient points from both sides slides along it.
+    """
+    here = k - k % flow.stride
+    step_map, args = map_of(flow), step_data(data.stride(here, flow.stride), 0)
+
+    def step(x: Params) -> Params:
+        return step_map.increment(x, args, jnp.asarray(here, jnp.result_type(float)))
+
+    aside = _tree.scale(KINK_DISTANCE, step(x))
+    ahead, behind = step(_tree.add(x, aside)), step(_tree.sub(x, aside))
+    largest = jnp.maximum(_tree.norm(ahead), _tree.norm(behind))
+    jump = _tree.norm(_tree.sub(ahead, behind)) / jnp.where(largest > 0, largest, 1)
+    meaning = (
+        "The loss is piecewise linear, and the flow slides along a kink: the gradient points to it from both sides, and the "
+        "optimizer goes to and fro across it by up to a step."
+    )
+    return {KINK_TEST: Diagnostic(jump, limit=0.1, meaning=meaning, is_fault=False)}
 
 
 def _first_steps(chunk: Chunk, stride: int, length: int) -> Chunk:
