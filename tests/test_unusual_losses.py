@@ -121,7 +121,7 @@ def test_a_flow_on_a_piecewise_linear_loss_slides_along_the_kink():
         np.abs(start - goal) - run.times[:, None], 0
     )  # each coordinate moves at the rate 1, then stays
     assert run.message == ""
-    np.testing.assert_allclose(np.abs(run.params - goal), left, atol=0.05 * ETA)
+    np.testing.assert_allclose(np.abs(run.params - goal), left, atol=0.1 * ETA)
     assert run.ode_error.max() < ETA
     (note,) = run.notes
     assert "slides along a kink" in note
@@ -190,5 +190,5 @@ def test_a_loss_with_a_reverse_rule_only_is_differentiated_backwards_twice():
 
 def test_a_loss_without_a_second_derivative_names_the_way_out():
     for loss, order in ((once_loss, 1), (adjoint_loss, 2)):
-        with pytest.raises(ValueError, match="DirectAdjoint.*custom_jvp.*InterpolatingFlow"):
+        with pytest.raises(ValueError, match=r"DirectAdjoint.*custom_jvp.*InterpolatingFlow"):
             eomdl.counterterms(loss, W, order, W)

@@ -211,8 +211,8 @@ def _error_at_kinks(flow: AbstractFlow, path: Trajectory, args: Args) -> np.ndar
     start = jax.tree.map(lambda leaf: leaf[0], path.params)
     if len(follows) == 0 or _tree.size(map_of(flow).init(start)) != _tree.size(start):
         return None
-    pairs = [jax.tree.map(lambda leaf, at=at: leaf[at], path.params) for at in (follows, follows + 1)]
-    jumps = jax.tree.map(np.asarray, _jumps(map_of(flow), *pairs, steps[follows], args))
+    before, after = (jax.tree.map(lambda leaf, at=at: leaf[at], path.params) for at in (follows, follows + 1))
+    jumps = jax.tree.map(np.asarray, _jumps(map_of(flow), before, after, steps[follows], args))
     total = np.zeros((len(steps), _tree.size(start)))
     total[follows + 1] = _tree.rows(jumps)
     found = np.linalg.norm(np.cumsum(total, axis=0), axis=1) / 2
