@@ -25,8 +25,9 @@ class RESULTS(eqx.Enumeration):
     )
     max_steps_reached = (
         "The ODE solver used up its step limit, so the run stopped there. Raise `max_steps`, loosen `rtol` "
-        "and `atol`, or lower the order: past eta*lambda_max = 1 the terms grow without bound. An optimizer's "
-        "first steps may be too rough for any flow: start after them (`resume=` a real run)."
+        "and `atol`, or lower the order: past eta*lambda_max = 1 the terms grow without bound. Where the gradient jumps "
+        "(L1, hinge, relu) a flow slides along the kink in very short steps: `atol` of a thousandth of an optimizer's step is "
+        "enough there. An optimizer's first steps may be too rough for any flow: start after them (`resume=` a real run)."
     )
     interrupted = "Interrupted from the keyboard. Continue with `resume=` this trajectory."
     batches_exhausted = (

@@ -408,7 +408,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(tmp_path):
     for k in (30, 40):
         path = tmp_path / f"step-{k:010d}.npz"
         path.write_bytes(path.read_bytes()[:-40])
-    with pytest.warns(UserWarning, match=r"no whole checkpoints, continuing from step 20: .*40\.npz.*30\.npz"):
+    with pytest.warns(
+        UserWarning, match=r"no whole checkpoints, continuing from step 20: .*40\.npz.*30\.npz"
+    ):
         end = store.latest
     assert end.step == 20
     with pytest.warns(UserWarning, match=r"moved aside in .*: step-0000000030\.npz\.aside, .*40\.npz\.aside"):

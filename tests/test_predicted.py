@@ -43,6 +43,24 @@ def test_linearized_error_of_a_parabola_is_exact():
     np.testing.assert_allclose(found.vector, found.path.params - real, rtol=1e-10, atol=1e-14)
 
 
+def kinked(w, args):
+    """A parabola, and a slope that begins at 1/2 in one of two directions."""
+    del args
+    return LAMBDA * jnp.sum(w**2) / 2 + 0.3 * jax.nn.relu(w[0] - 0.5)
+
+
+@pytest.mark.parametrize("leading", [True, False])
+def test_kinks_on_the_way_are_found_and_measured(leading):
+    flow = eomdl.EquationOfMotion(kinked, ETA, 1)
+    found = predict_error(flow, jnp.array([1.0, 0.2]), 20, leading=leading)
+    crossed = found.path.params[:, 0] < 0.5
+    np.testing.assert_allclose(found.kinks, np.where(crossed, ETA * 0.3 / 2, 0), rtol=1e-9)
+    (note,) = (note for note in found.notes if "kinks" in note)
+    assert note.is_fault
+    assert "at kinks" in found.table()
+    assert not any("leading=False" in note for note in found.notes)
+
+
 def relative(predicted, optimizer, steps, **options) -> float:
     """|predicted - true| / |true| of the error vectors at the end."""
     real = eomdl.descend(net_loss, NET, optimizer, steps, save_steps=[steps], **options)
@@ -71,6 +89,7 @@ def test_the_corrected_path_is_nearer_and_the_two_routes_agree():
     assert distance["corrected"][-1] < 0.1 * distance["flow"][-1]
     assert_close(found.corrected.final_params, found.corrected.at(50))
     assert found.difference[-1] < 0.1 * found.norm[-1]
+    assert found.kinks[-1] < 1e-6 * found.norm[-1]
     assert_close(found.norm**2, sum(norm**2 for norm in found.block_norm.values()))
     assert found.notes == ()
 

@@ -11,6 +11,7 @@ import pytest
 from helpers import VALLEY, assert_close, assert_identical, valley_loss
 
 import eomdl
+from eomdl.runs.tolerances import DERIVATIVE_TEST
 
 
 SGD = optax.sgd(0.1)
@@ -65,7 +66,7 @@ def test_everything_else_comes_back_too(tmp_path):
     assert_identical(loaded.observables, run.observables)
     assert_identical((loaded.steps, loaded.times, loaded.ode_error), (run.steps, run.times, run.ode_error))
     assert_identical(loaded.stats, run.stats)
-    assert loaded.stats.diagnostics.keys() == {"eta*lambda_max"}
+    assert loaded.stats.diagnostics.keys() == {"eta*lambda_max", DERIVATIVE_TEST}
     assert_identical(loaded.end.state, run.end.state)
     assert loaded.end.step == run.end.step
     assert loaded.result == run.result

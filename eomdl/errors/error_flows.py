@@ -8,9 +8,10 @@ from jax.typing import ArrayLike
 from typing_extensions import override
 
 from eomdl import _tree
+from eomdl._autodiff import jvp
 from eomdl._end import Diagnostic
 from eomdl._types import Args, Params, State
-from eomdl.flows.base import AbstractFlow, AbstractStateStep, LeadingError, map_of
+from eomdl.flows.base import AbstractFlow, AbstractStateStep, Differentiated, Increments, LeadingError, map_of
 from eomdl.flows.stride import step_data
 
 
@@ -73,11 +74,18 @@ class LeadingErrorFlow(AbstractErrorFlow):
         leading_error = cast(LeadingError, self.flow.leading_error)
         return WithError(*leading_error(t, state.params, state.error, args))
 
+    @property
+    def _with_next_term(self) -> AbstractFlow:
+        # The leading error is the first term that the flow leaves out: it holds where the flow with that term does.
+        return self.flow if self.flow.next_order is None else self.flow.next_order
+
+    @override
+    def differentiated(self, state: WithError) -> Differentiated | None:
+        return self._with_next_term.differentiated(state.params)
+
     @override
     def diagnostics(self, t: ArrayLike, state: WithError, args: Args) -> dict[str, Diagnostic]:
-        # The leading error is the first term that the flow leaves out: it holds where the flow with that term does.
-        flow = self.flow if self.flow.next_order is None else self.flow.next_order
-        return flow.diagnostics(t, state.params, args)
+        return self._with_next_term.diagnostics(t, state.params, args)
 
 
 class _LeadingErrorStep(AbstractStateStep):
@@ -168,7 +176,7 @@ class LinearizedErrorFlow(AbstractFlow):
                 x = step_map(x, step_data(args, n), k + n)
             return x
 
-        return LinearizedState(here, *jax.jvp(stride, (here,), (self.state_error(state),)))
+        return LinearizedState(here, *jvp(stride, here, self.state_error(state)))
 
     @override
     def __call__(self, t: ArrayLike, state: LinearizedState, args: Args) -> LinearizedState:
@@ -185,6 +193,10 @@ class LinearizedErrorFlow(AbstractFlow):
             raise ValueError(f"flow: expected a model of single steps, got {name}, which models epochs")
 
     @override
+    def differentiated(self, state: LinearizedState) -> Differentiated:
+        return Differentiated(Increments(map_of(self.flow)), state.state)
+
+    @override
     def diagnostics(self, t: ArrayLike, state: LinearizedState, args: Args) -> dict[str, Diagnostic]:
         return self.flow.diagnostics(t, state.state, args)
 
@@ -197,7 +209,7 @@ class _LinearizedStep(AbstractStateStep):
     @override
     def __call__(self, state: LinearizedState, args: Args, k: ArrayLike) -> LinearizedState:
         step_map, error = map_of(self.flow.flow), self.flow.state_error(state)
-        value, propagated = jax.jvp(lambda x: step_map(x, args, k), (state.state,), (error,))
+        value, propagated = jvp(lambda x: step_map(x, args, k), state.state, error)
         return LinearizedState(value, value, propagated)
 
     @override

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from typing_extensions import override
 
 from eomdl import _check, _tree
-from eomdl._autodiff import descent_field
+from eomdl._autodiff import descent_field, linearize
 from eomdl._result import AbstractResult, Note, Table
 from eomdl._types import Args, Loss, Params
 from eomdl.errors.comparison import top_level_blocks
@@ -89,14 +89,14 @@ class ScaledError(AbstractErrorFlow):
     def left_out(self, params: Params, args: Args) -> Params:
         r"""Return $\xi_n$, the first term that a flow of n counter terms leaves out."""
         if self.order == 0:
-            velocity, along = jax.linearize(descent_field(self.loss, args), params)
+            velocity, along = linearize(descent_field(self.loss, args), params)
             return _tree.scale(0.5, along(velocity))
         return counterterms(self.loss, params, self.order + 1, args)[-1]
 
     @override
     def __call__(self, t: ArrayLike, state: WithError, args: Args) -> WithError:
         del t
-        velocity, along = jax.linearize(descent_field(self.loss, args), state.params)
+        velocity, along = linearize(descent_field(self.loss, args), state.params)
         return WithError(velocity, _tree.add(along(state.error), self.left_out(state.params, args)))
 
     def source(self, t: ArrayLike, state: WithError, args: Args) -> Params:

@@ -9,10 +9,11 @@ from jax.typing import ArrayLike
 from typing_extensions import override
 
 from eomdl import _check, _costs, _tree
-from eomdl._autodiff import descent_field
+from eomdl._autodiff import DescentField, descent_field, jvp
 from eomdl._end import Diagnostic
 from eomdl._types import Args, Loss, Params
 from eomdl.flows.averages import average_along_flow
+from eomdl.flows.base import Differentiated
 from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.maps.step_map import StepMap
 
@@ -81,6 +82,10 @@ class AdamFlow(AbstractDescentFlow):
         return _costs.GRADIENT_AND_PRODUCT if self.order else 1.0
 
     @override
+    def differentiated(self, state: Params) -> Differentiated | None:
+        return Differentiated(DescentField(self.loss), state) if self.order else None
+
+    @override
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         del t
         leading, correction = self._terms(state, args, self.order)
@@ -121,7 +126,7 @@ class AdamFlow(AbstractDescentFlow):
         leading, fraction, d = jax.tree.transpose(jax.tree.structure(f), jax.tree.structure((0, 0, 0)), parts)
         if order == 0:
             return leading, None
-        _, product = jax.jvp(field, (state,), (leading,))  # H g/d: twice a sign
+        _, product = jvp(field, state, leading)  # H g/d: twice a sign
         first, second = ((1 + b) / (1 - b) for b in (self.b1, self.b2))
 
         def correct(s: jax.Array, d: jax.Array, p: jax.Array) -> Any:

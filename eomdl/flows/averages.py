@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.typing import ArrayLike
 
 from eomdl import _tree
+from eomdl._autodiff import jvp
 from eomdl._types import Params, VectorField
 
 
@@ -22,7 +22,7 @@ def average_along_flow(
     """
 
     def derivative(f: Callable[[Params], Any]) -> Callable[[Params], Any]:
-        return lambda y: jax.jvp(f, (y,), (field(y),))[1]
+        return lambda y: jvp(f, y, field(y))[1]
 
     first = derivative(function)
     age = decay / (1 - decay)

@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import diffrax
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 from typing_extensions import override
 
@@ -27,6 +28,26 @@ class SolverOptions(NamedTuple):
     solver: diffrax.AbstractSolver
     stepsize_controller: diffrax.AbstractStepSizeController
     dt0: float
+
+
+class Differentiated(NamedTuple):
+    """A field whose derivatives a flow takes, `(x, args) -> velocity` like x, and where.
+
+    `field` is a Module, so that all flows that differentiate one loss share the program by which `solve` tests its derivative.
+    """
+
+    field: Callable[[State, Args], State]
+    x: State
+
+
+class Increments(eqx.Module):
+    """The change of the state in a step of a map, as a field."""
+
+    step_map: StepMap
+
+    def __call__(self, x: State, args: Args) -> State:
+        """Return the change in the first step."""
+        return self.step_map.increment(x, args, jnp.zeros((), jnp.result_type(float)))
 
 
 class AbstractFlow(eqx.Module):
@@ -141,6 +162,15 @@ class AbstractFlow(eqx.Module):
         motion with n counter terms. `eomdl.errors.predict_error` integrates both side by side. A subclass with another
         field has another leading error: it defines its own, or sets None.
         """
+        return None
+
+    def differentiated(self, state: State) -> Differentiated | None:
+        """Return the field whose derivatives the flow takes, and where; None if it takes none.
+
+        `solve` tests at the start whether the derivative is that of the field: it is not where JAX is told another one
+        (`stop_gradient`, a custom rule), and not at a kink.
+        """
+        del state
         return None
 
     def diagnostics(self, t: ArrayLike, state: State, args: Args) -> dict[str, Diagnostic]:

@@ -5,8 +5,9 @@ import jax
 from typing_extensions import override
 
 from eomdl import _check
-from eomdl._types import Args, Loss, Params
-from eomdl.flows.base import AbstractFlow
+from eomdl._autodiff import DescentField
+from eomdl._types import Args, Loss, Params, State
+from eomdl.flows.base import AbstractFlow, Differentiated
 
 
 class AbstractDescentFlow(AbstractFlow):
@@ -20,6 +21,10 @@ class AbstractDescentFlow(AbstractFlow):
     @override
     def step_size(self) -> jax.Array:
         return self.learning_rate
+
+    @override
+    def differentiated(self, state: State) -> Differentiated | None:
+        return Differentiated(DescentField(self.loss), self.params(state))
 
     @override
     def validate(self, params: Params, args: Args) -> None:

@@ -9,9 +9,10 @@ from jax.typing import ArrayLike
 from typing_extensions import override
 
 from eomdl import _check, _costs, _tree
-from eomdl._autodiff import descent_field
+from eomdl._autodiff import DescentField, descent_field, linearize
 from eomdl._end import Diagnostic
 from eomdl._types import Args, Loss, Params
+from eomdl.flows.base import Differentiated
 from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.maps.gradient_descent import GradientDescentStep
 from eomdl.observe.curvature import sharpness
@@ -90,6 +91,10 @@ class EquationOfMotion(AbstractDescentFlow):
         return with_leading_error(self.loss, self.learning_rate, self.order, params, error, args)
 
     @override
+    def differentiated(self, state: Params) -> Differentiated | None:
+        return Differentiated(DescentField(self.loss), state) if self.order else None
+
+    @override
     def diagnostics(self, t: ArrayLike, state: Params, args: Args) -> dict[str, Diagnostic]:
         del t
         if self.order == 0:
@@ -120,7 +125,7 @@ def with_leading_error(
             f"flow: expected at most {MAX_ORDER - 1} counter terms, got {MAX_ORDER}: the next is not known"
         )
     eta = learning_rate
-    velocity, along = jax.linearize(descent_field(loss, args), params)  # along(v) = -H v
+    velocity, along = linearize(descent_field(loss, args), params)  # along(v) = -H v
     if order == 0:  # xi_0 = H g / 2, in the same product with H
         return velocity, along(_tree.add(error, _tree.scale(eta / 2, velocity)))
     *kept, left_out = counterterms(loss, params, order + 1, args)

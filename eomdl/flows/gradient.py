@@ -64,6 +64,10 @@ class GradientFlow(AbstractDescentFlow):
         return descent_field(self.loss, args)(state)
 
     @override
+    def differentiated(self, state: Params) -> None:
+        del state
+
+    @override
     def leading_error(self, t: ArrayLike, params: Params, error: Params, args: Args) -> tuple[Params, Params]:
         del t
         return with_leading_error(self.loss, self.learning_rate, 0, params, error, args)

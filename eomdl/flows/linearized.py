@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from eomdl import _tree
+from eomdl._autodiff import jvp
 from eomdl._types import Args, State
 from eomdl.linalg.arnoldi import Krylov, arnoldi
 from eomdl.maps.step_map import StepMap
@@ -25,4 +26,4 @@ def krylov_of_step(
         return total
 
     start = _tree.random_normal(jax.random.key(0), state) if start is None else start
-    return arnoldi(lambda v: jax.jvp(increment, (state,), (v,))[1], start, depth)
+    return arnoldi(lambda v: jvp(increment, state, v)[1], start, depth)

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from eomdl import _check, _tree
 from eomdl._types import Args, Params
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.base import AbstractFlow, Differentiated
 from eomdl.maps.step_map import StepMap
 from eomdl.series.euler import MAX_ORDER, modified_field
 from eomdl.series.trees import EULER, ButcherTableau
@@ -77,6 +77,10 @@ class ModifiedFlow(AbstractFlow):
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         del t
         return modified_field(lambda x: self.field(x, args), state, self.step_size, self.order, self.method)
+
+    @override
+    def differentiated(self, state: Params) -> Differentiated | None:
+        return Differentiated(self.field, state) if self.order else None
 
     @override
     def validate(self, params: Params, args: Args) -> None:

@@ -8,9 +8,10 @@ from jax.typing import ArrayLike
 from typing_extensions import override
 
 from eomdl import _check, _costs, _tree
+from eomdl._autodiff import DescentField
 from eomdl._types import Args, Loss, Params
 from eomdl.flows.averages import average_along_flow
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.base import AbstractFlow, Differentiated
 from eomdl.flows.penalized import penalized_descent
 from eomdl.maps.response import mean_age
 from eomdl.maps.step_map import StepMap
@@ -64,6 +65,10 @@ class MomentumFlow(AbstractFlow):
     @override
     def gradient_cost(self) -> float:
         return _costs.GRADIENT_AND_PRODUCT
+
+    @override
+    def differentiated(self, state: Params) -> Differentiated:
+        return Differentiated(DescentField(self.loss), state)
 
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         r"""$-\nabla$ of the loss with its penalty on the gradient."""

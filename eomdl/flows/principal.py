@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from typing_extensions import override
 
 from eomdl import _check, _costs, _tree
+from eomdl._autodiff import linearize
 from eomdl._end import Diagnostic
 from eomdl._types import Args, Loss, Params, State
 from eomdl.flows.descent import AbstractDescentFlow
@@ -100,7 +101,7 @@ class PrincipalFlow(AbstractDescentFlow):
 
     def _velocity(self, state: Params, args: Args) -> "_Velocity":
         """Return the velocity in the Krylov space of the gradient."""
-        gradient, hessian = jax.linearize(lambda p: jax.grad(self.loss)(p, args), state)
+        gradient, hessian = linearize(lambda p: jax.grad(self.loss)(p, args), state)
         found, basis = lanczos(hessian, gradient, _depth(self.num_matvecs, state), keep_basis=True)
         values, vectors = jnp.linalg.eigh(found.matrix)
         rates = vectors @ (principal_rate(self.learning_rate * values) * vectors[0])

@@ -10,7 +10,9 @@ from jax.typing import ArrayLike
 from typing_extensions import override
 
 from eomdl import _check
+from eomdl._autodiff import DescentField
 from eomdl._types import Args, Loss, Params
+from eomdl.flows.base import Differentiated
 from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.flows.penalized import penalized_descent
 from eomdl.maps.gradient_descent import GradientDescentStep
@@ -62,6 +64,10 @@ class ReshufflingFlow(AbstractDescentFlow):
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), velocities)
 
     @override
+    def differentiated(self, state: Params) -> Differentiated:
+        return Differentiated(_MeanField(DescentField(self.loss)), state)
+
+    @override
     def validate(self, params: Params, args: Args) -> None:
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(args)}
         if len(lengths) != 1 or () in lengths:
@@ -70,6 +76,16 @@ class ReshufflingFlow(AbstractDescentFlow):
                 f"axes {sorted(lengths)}"
             )
         _check.loss_is_scalar(self.loss, params, jax.tree.map(lambda leaf: leaf[0], args))
+
+
+class _MeanField(eqx.Module):
+    """The mean of a field over the minibatches of an epoch."""
+
+    field: DescentField
+
+    def __call__(self, params: Params, args: Args) -> Params:
+        velocities = jax.lax.map(lambda batch: self.field(params, batch), args)
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), velocities)
 
 
 class _EpochStep(StepMap):

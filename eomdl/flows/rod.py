@@ -11,10 +11,11 @@ from jax.typing import ArrayLike
 from typing_extensions import override
 
 from eomdl import _check, _costs, _tree
+from eomdl._autodiff import jvp
 from eomdl._end import Diagnostic
 from eomdl._target import MIDPOINTS, Target
 from eomdl._types import Args, Params, State
-from eomdl.flows.base import AbstractFlow, AbstractStateStep, SolverOptions
+from eomdl.flows.base import AbstractFlow, AbstractStateStep, Differentiated, Increments, SolverOptions
 from eomdl.flows.linearized import krylov_of_step
 from eomdl.flows.symmetric_difference import MIN_COSINE, is_alternating, symmetric_difference
 from eomdl.maps.step_map import StepFunction, StepMap, as_step_map, check_step
@@ -126,7 +127,7 @@ class RodFlow(AbstractFlow):
         # In a step c moves by the mean of f at k and k + 1: its velocity at k is f at k, less half of f' times f.
         k = jnp.asarray(t / self.step_size)
         mean, turn, b = self._parts(k, state, args)
-        bent = jax.jvp(self._increment(k, args), (state.centre,), (mean,))[1]
+        bent = jvp(self._increment(k, args), state.centre, mean)[1]
         growth = jnp.where(b == 0, 0, 0.25 * b**2 - 1).astype(state.log_length.dtype)
         velocity = RodState(_tree.sub(mean, _tree.scale(0.5, bent)), turn, growth)
         return _tree.scale(1 / self.step_size, velocity)
@@ -134,6 +135,10 @@ class RodFlow(AbstractFlow):
     @override
     def validate(self, params: Params, args: Args) -> None:
         check_step(self.step_map, params, args)
+
+    @override
+    def differentiated(self, state: RodState) -> Differentiated:
+        return Differentiated(Increments(self.step_map), state.centre)
 
     @override
     def diagnostics(self, t: ArrayLike, state: RodState, args: Args) -> dict[str, Diagnostic]:

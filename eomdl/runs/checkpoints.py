@@ -282,9 +282,7 @@ class Checkpoints:
             path.rename(aside)
             moved.append(aside.name)
         if moved:
-            warnings.warn(
-                f"no whole checkpoints, moved aside in {self.folder}: {', '.join(moved)}", stacklevel=2
-            )
+            _check.warn(f"no whole checkpoints, moved aside in {self.folder}: {', '.join(moved)}")
         for part in self.folder.glob("step-*.npz.*.part"):  # of a process that was killed in writing
             part.unlink()
 

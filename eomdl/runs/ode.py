@@ -30,7 +30,9 @@ from eomdl.runs.integrator import (
 from eomdl.runs.tolerances import (
     Measured,
     default_tolerances,
+    derivative_diagnostics,
     distances,
+    jump_at,
     measure_scales,
     measure_tolerances,
 )
@@ -95,9 +97,15 @@ class OdeRequest(AbstractPreparation):
                 for given, default in zip((rtol, atol), measured[:2], strict=True)
             )
         dynamics = self._dynamics(problem, rtol, atol, dtype)
-        if self.is_member:
-            return dynamics.as_member()
-        return dataclasses.replace(dynamics, start=int(chunk.start), measured=measured)
+        is_continued = self.before is not None and self.before.flow == self.name
+        if self.diagnosed and not is_continued:
+            at_start = derivative_diagnostics(problem.flow, flow_state, chunk)
+            dynamics = dataclasses.replace(dynamics, at_start=at_start)
+        if not self.is_member:
+            return dataclasses.replace(dynamics, start=int(chunk.start), measured=measured)
+        # A length is of one member, and compared with nothing.
+        of_member = None if measured is None else measured._replace(step_length=None)
+        return dataclasses.replace(dynamics, measured=of_member).as_member()
 
     def with_default_tolerances(self, params: Params) -> "OdeDynamics":
         """The dynamics with the tolerances that they have where nothing can be measured."""
@@ -138,7 +146,8 @@ def _controls(rtol: Any, atol: Any, dtype: Any) -> tuple[StepControl, StepContro
 class OdeDynamics(AbstractDynamics):
     """A flow and how it is integrated; `coarse` is the control of the run that estimates the error.
 
-    `measured`: what was measured at the step `start`, where tolerances were.
+    - `at_start`: diagnostics that were measured before the first step, and are not measured again.
+    - `measured`: what was measured at the step `start`, where tolerances were.
     """
 
     problem: OdeProblem
@@ -148,6 +157,7 @@ class OdeDynamics(AbstractDynamics):
     atol: Any
     name: str = dataclasses.field(metadata=STATIC)
     diagnosed: bool = dataclasses.field(metadata=STATIC)
+    at_start: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
     start: int = dataclasses.field(metadata=STATIC, default=0)
     measured: Measured | None = dataclasses.field(metadata=STATIC, default=None)
 
@@ -194,13 +204,18 @@ class OdeDynamics(AbstractDynamics):
     def diagnose(self, state: FlowState, step: int, data: ChunkData) -> dict[str, Diagnostic]:
         if not self.diagnosed:
             return {}
-        return diagnostics_at(self.problem.flow, np.asarray(step), state.flow, data)
+        flow = self.problem.flow
+        found = diagnostics_at(flow, np.asarray(step), state.flow, data)
+        if self.measured is None or not self.measured.is_constant:
+            return found
+        return found | jump_at(flow, np.asarray(step), state.flow, data)
 
     @override
     def stats(self, stats: Stats) -> Stats:
         # Diagnostics of another flow are dropped.
         if stats.flow != self.name:
             stats = dataclasses.replace(stats, diagnostics={})
+        stats = dataclasses.replace(stats, diagnostics={**self.at_start, **stats.diagnostics})
         flow, measured = self.problem.flow, self.measured
         stats = dataclasses.replace(stats, flow=self.name, rtol=self.rtol, atol=self.atol)
         stats = dataclasses.replace(stats, stride=flow.stride, target=flow.target)
@@ -235,9 +250,10 @@ class MemberOde(AbstractDynamics):
 
     @override
     def for_all(self, others: Sequence[AbstractDynamics]) -> "MemberOde":
-        if self.ode.control.first_step_factor is None:  # the user's own controller
-            return self
         dynamics = [cast(MemberOde, other).ode for other in others]
+        own = dataclasses.replace(self.ode, at_start=_largest([d.at_start for d in dynamics]))
+        if own.control.first_step_factor is None:  # the user's own controller
+            return MemberOde(own)
         rtol, atol = (
             jnp.min(jnp.stack(values)) for values in zip(*((d.rtol, d.atol) for d in dynamics), strict=True)
         )
@@ -249,14 +265,12 @@ class MemberOde(AbstractDynamics):
         else:
             problem = self.ode.problem
         control, coarse = _controls(rtol, atol, cast(Any, self.ode.control.controller).dtmin.dtype)
-        ode = dataclasses.replace(
-            self.ode, problem=problem, control=control, coarse=coarse, rtol=rtol, atol=atol
-        )
+        ode = dataclasses.replace(own, problem=problem, control=control, coarse=coarse, rtol=rtol, atol=atol)
         return MemberOde(ode)
 
     @override
     def without_labels(self) -> "MemberOde":
-        return MemberOde(dataclasses.replace(self.ode, name="", diagnosed=False))
+        return MemberOde(dataclasses.replace(self.ode, name="", diagnosed=False, at_start={}, measured=None))
 
     @override
     def advance(self, state: EnsembleState, chunk: Chunk) -> Advanced:
@@ -309,6 +323,13 @@ class MemberOde(AbstractDynamics):
     @override
     def stats(self, stats: Stats) -> Stats:
         return self.ode.stats(stats)
+
+
+def _largest(found: Sequence[dict[str, Diagnostic]]) -> dict[str, Diagnostic]:
+    """The diagnostics of several members, of each the largest value."""
+    every = {name: d for members in found for name, d in members.items()}
+    values = {name: [members[name].value for members in found if name in members] for name in every}
+    return {name: dataclasses.replace(d, value=np.max(values[name], axis=0)) for name, d in every.items()}
 
 
 def _fill(rows: Any, starts: Any, good: jax.Array) -> Any:

@@ -1,7 +1,7 @@
-"""How accurately to integrate: the scales of a state, and tolerances from the flow's own local error."""
+"""What is measured before a flow's first step: the scales of a state, its tolerances, and whether its derivatives are right."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _check, _tree
-from eomdl._end import real_part
-from eomdl._types import Params, State
-from eomdl.flows.base import AbstractFlow
+from eomdl._autodiff import jvp
+from eomdl._end import Diagnostic, real_part
+from eomdl._types import Args, Params, State
+from eomdl.flows.base import AbstractFlow, Differentiated, map_of
 from eomdl.flows.stride import step_data
 from eomdl.runs.chunk import Chunk
 from eomdl.runs.data import ChunkData
@@ -20,7 +21,14 @@ from eomdl.runs.integrator import OdeProblem, integrator_for, tolerance_control
 
 MAX_ERROR_FRACTION = 5e-4  # of the flow's local error: the ODE error allowed in one ODE step
 FIRST_TOLERANCE = 1e-5  # of a discrete step: the tolerance tried first
+JUMP_TOLERANCE = 1e-3  # of a discrete step, where the gradient can only change by jumps
+KINK_DISTANCE = 1e-2  # of a discrete step, within which the gradient is looked at on both sides of a path
+KINK_TEST = "jump of the gradient within a hundredth of a step, relative"
 SCALE_STEPS = 32  # discrete steps over which the scales of an optimizer's state are measured
+DERIVATIVE_TEST = "part of the gradient's change that its derivative misses"
+MAX_MISMATCH = (
+    0.01  # of a derivative and a difference of the field, relative, where it is more than the noise
+)
 
 
 def default_tolerances(dtype: Any) -> tuple[float, float]:
@@ -87,15 +95,17 @@ def _sizes(
 class Measured(NamedTuple):
     """What is measured at the start of a flow's run.
 
-    - `rtol`, `atol`: the tolerances.
+    - `rtol`, `atol`: the tolerances of one ODE step.
+    - `is_constant`: whether the second step is as the first: then the gradient can only change by jumps.
     - `step_length`: the length of the first step (stride, epoch) of the discrete map; None where the flow has no map.
     - `departure`: the distance of the flow from the map after that, over that length.
     """
 
     rtol: float
     atol: float
+    is_constant: bool = False
     step_length: float | None = None
-    departure: float | None = None
+    departure: float = 0.0
 
 
 def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Measured:
@@ -103,6 +113,9 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Measu
 
     The tolerance is lowered until the local error stands clear of the error of the ODE solver. It begins where one
     ODE step of order 5 ends in most runs, so that this is mostly the one: 7 evaluations of the flow.
+
+    Where the second step is as the first one (a piecewise linear loss: L1, hinge) the flow has no error until it comes to
+    a kink, and there one of the order of a step: the tolerance is a part of that, which steps across a jump can meet.
     """
     flow = problem.flow
     mapped = _map_params(flow, chunk.start, state, chunk.data)
@@ -125,10 +138,15 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Measu
         end = flow.params(integrate(problem, control, state, first_stride).state)
         error = float(distance(end, target))
         if not np.isfinite(error):
-            return Measured(*default_tolerances(dtype), step_length, np.nan)
+            return Measured(*default_tolerances(dtype), step_length=step_length, departure=np.nan)
         if error / root > 20 * tol or tol == floor:
             break
         tol = max(tol / 100, floor)
+    if error <= 8 * noise and jax.tree.structure(state) == jax.tree.structure(target):
+        again = cast(tuple, _map_params(flow, chunk.start, target, chunk.data))[0]
+        step, next_step = float(distance(target, state)), _tree.sub(again, target)
+        if step > 0 and float(distance(next_step, _tree.sub(target, state))) <= 8 * noise:
+            return Measured(rtol, max(JUMP_TOLERANCE * step / int(length) / root, floor), True, step_length)
     if dtype != jnp.float64 and error <= noise:
         _check.warn(
             f"{dtype} cannot carry this order here: the one-step error of {type(flow).__name__} is "
@@ -139,7 +157,30 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Measu
     # A model that is off by more than it moves needs no larger tolerances than one that is off by that.
     error = min(error, float(distance(end, flow.params(state))))
     atol = max(MAX_ERROR_FRACTION * error / int(length) * flow.stride / root, floor)
-    return Measured(rtol, atol, step_length, departure)
+    return Measured(rtol, atol, step_length=step_length, departure=departure)
+
+
+@eqx.filter_jit
+def jump_at(flow: AbstractFlow, k: Any, x: Params, data: ChunkData) -> dict[str, Diagnostic]:
+    """Return by how much the gradient jumps near the path, for a loss that is piecewise linear.
+
+    A path that comes to a kink to which the gradient points from both sides slides along it.
+    """
+    here = k - k % flow.stride
+    step_map, args = map_of(flow), step_data(data.stride(here, flow.stride), 0)
+
+    def step(x: Params) -> Params:
+        return step_map.increment(x, args, jnp.asarray(here, jnp.result_type(float)))
+
+    aside = _tree.scale(KINK_DISTANCE, step(x))
+    ahead, behind = step(_tree.add(x, aside)), step(_tree.sub(x, aside))
+    largest = jnp.maximum(_tree.norm(ahead), _tree.norm(behind))
+    jump = _tree.norm(_tree.sub(ahead, behind)) / jnp.where(largest > 0, largest, 1)
+    meaning = (
+        "The loss is piecewise linear, and the flow slides along a kink: the gradient points to it from both sides, and the "
+        "optimizer goes to and fro across it by up to a step."
+    )
+    return {KINK_TEST: Diagnostic(jump, limit=0.1, meaning=meaning, is_fault=False)}
 
 
 def _first_steps(chunk: Chunk, stride: int, length: int) -> Chunk:
@@ -169,6 +210,59 @@ def _map_params(
         state = step_map(state, step_data(args, n), jnp.asarray(here + n, jnp.result_type(float)))
         length += step_map.num_steps(args)
     return flow.params(state), jnp.asarray(length), _tree.norm(start)
+
+
+def derivative_diagnostics(flow: AbstractFlow, state: State, chunk: Chunk) -> dict[str, Diagnostic]:
+    """Return `derivative_mismatch` of the field that the flow differentiates, and nothing where there is none to tell."""
+    found = flow.differentiated(state)
+    if found is None:
+        return {}
+    here = int(chunk.start) - int(chunk.start) % flow.stride
+    mismatch = float(derivative_mismatch(found, step_data(chunk.data.stride(here, flow.stride), 0)))
+    meaning = (
+        "The gradient changes along itself by another amount than its derivative says, so the terms of the flow that "
+        "have derivatives are wrong by about as much. The loss has a `stop_gradient` (JAX stops the second derivative too), a "
+        "rule of its own for its derivative, or kinks here (relu, abs, max). Take a flow without derivatives: "
+        "InterpolatingFlow(optimizer_step(loss, optimizer), learning_rate, points=2)."
+    )
+    if np.isnan(mismatch):
+        return {}
+    return {DERIVATIVE_TEST: Diagnostic(np.array([mismatch]), MAX_MISMATCH, meaning)}
+
+
+@eqx.filter_jit
+def derivative_mismatch(found: Differentiated, args: Args) -> jax.Array:
+    r"""Return by how much $J v$, the derivative of a field f along $v = f / |f|$, is not the change of f there, relative.
+
+    The change is that between $x \pm h v$. The second difference tells how far it can be trusted: it has the noise of f in
+    it, and more than the error of the first one. Where the mismatch is not clearly larger, 0 is returned; nan where f is 0
+    or not finite.
+
+    **Cost:** four products $J v$, in a loop, so that little is compiled.
+    """
+    x, rest = eqx.partition(found.x, eqx.is_inexact_array)
+    eps = float(jnp.finfo(_tree.dtype(x)).eps)
+    length = _tree.norm(x)
+    h = eps ** (1 / 3) * jnp.where(length > 0, length, 1)
+
+    def field(real: State) -> State:
+        return real_part(found.field(eqx.combine(real, rest), args))
+
+    def evaluate(v: State, shift: jax.Array) -> tuple[State, tuple[State, State]]:
+        value, change = jvp(field, _tree.add(x, _tree.scale(shift * h, v)), v)
+        is_first = _tree.norm(v) == 0  # f along which to go is not known before
+        return jax.tree.map(lambda f, u: jnp.where(is_first, f, u), _tree.unit(value), v), (value, change)
+
+    _, (values, changes) = jax.lax.scan(evaluate, _tree.zeros_like(x), jnp.array([0.0, 0.0, 1.0, -1.0]))
+    derivative = jax.tree.map(lambda c: c[1], changes)
+    difference = jax.tree.map(lambda f: (f[2] - f[3]) / (2 * h).astype(f.dtype), values)
+    bend = jax.tree.map(lambda f: (f[2] - 2 * f[0] + f[3]) / (2 * h).astype(f.dtype), values)
+    size = _tree.norm(jax.tree.map(lambda f: f[0], values))
+    off = _tree.norm(_tree.sub(derivative, difference))
+    is_clear = off > 3 * _tree.norm(bend) + 16 * eps * size / h
+    largest = jnp.maximum(_tree.norm(derivative), _tree.norm(difference))
+    mismatch = jnp.where(is_clear, off / jnp.where(is_clear, largest, 1), 0)
+    return jnp.where((size > 0) & jnp.isfinite(off + _tree.norm(bend)), mismatch, jnp.nan)
 
 
 @eqx.filter_jit

@@ -15,11 +15,10 @@ multilinearity:
 import functools
 from typing import Any
 
-import jax
 from jax.typing import ArrayLike
 
 from eomdl import _tree
-from eomdl._autodiff import directional_derivative
+from eomdl._autodiff import directional_derivative, jvp
 from eomdl._types import Params, VectorField
 from eomdl.series.trees import LEAF, Tree
 
@@ -74,6 +73,6 @@ class ElementaryDifferentials:
         """Return $f''(u, v) + f'(w)$."""
 
         def first(x: Params, u: Params) -> Params:
-            return jax.jvp(self._f, (x,), (u,))[1]
+            return jvp(self._f, x, u)[1]
 
-        return jax.jvp(first, (self._x, u), (v, w))[1]
+        return jvp(lambda at: first(*at), (self._x, u), (v, w))[1]

@@ -1,0 +1,194 @@
+"""Losses that are not what the theory assumes: derivatives that JAX is told, kinks, and values that change between calls."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, linear_loss, normal
+
+import eomdl
+from eomdl.runs.tolerances import MAX_MISMATCH, derivative_mismatch
+
+
+ETA = 0.1
+W = jnp.array([0.5, -0.3])
+
+
+# ------------------------------------------------------ derivatives that are not those of the gradient
+
+
+def td_loss(w, args):
+    """TD(0) with linear values: the gradient of the squared error, the target held."""
+    x, following, reward = args
+    target = reward + 0.9 * jax.lax.stop_gradient(following @ w)
+    return jnp.mean((target - x @ w) ** 2) / 2
+
+
+TD = (normal(0, 9, 2), normal(0, 9, 2) @ jnp.array([[0.3, 0.8], [-0.9, 0.5]]), normal(2, 9))
+
+
+def straight_through_loss(w, args):
+    """A quantized network: the derivative of rounding is told to be 1."""
+    q = w + jax.lax.stop_gradient(jnp.round(4 * w) / 4 - w)
+    return td_loss(q, args)
+
+
+@jax.custom_jvp
+def flattened(x):
+    return jnp.tanh(x)
+
+
+@flattened.defjvp
+def _(primals, tangents):  # right, but not to be differentiated again
+    (x,), (v,) = primals, tangents
+    return jnp.tanh(x), v * jax.lax.stop_gradient(1 - jnp.tanh(x) ** 2)
+
+
+def wrong_rule_loss(w, args):
+    x, _, y = args
+    return jnp.mean((flattened(x @ w) - y) ** 2) / 2
+
+
+def smooth_loss(w, args):
+    x, _, y = args
+    return jnp.mean((jnp.tanh(x @ w) - y) ** 2) / 2
+
+
+def mismatch(flow, dtype=float) -> float:
+    w, args = jax.tree.map(lambda x: x.astype(dtype), (W, TD))
+    return float(derivative_mismatch(flow.differentiated(w), args))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_a_stopped_gradient_is_measured(dtype):
+    x, following, _ = (np.asarray(part) for part in TD)
+    taken, true = x.T @ x / 9, x.T @ (x - 0.9 * following) / 9  # the derivatives of the semi-gradient
+    u = np.asarray(jax.grad(td_loss)(W, TD))
+    expected = np.linalg.norm((true - taken) @ u) / max(np.linalg.norm(true @ u), np.linalg.norm(taken @ u))
+    assert expected > 0.1
+    found = mismatch(eomdl.EquationOfMotion(td_loss, ETA), dtype)
+    assert found == pytest.approx(expected, rel=1e-6 if dtype == jnp.float64 else 1e-2)
+
+
+@pytest.mark.parametrize("loss", [straight_through_loss, wrong_rule_loss])
+def test_a_rule_that_is_wrong_is_found(loss):
+    assert mismatch(eomdl.EquationOfMotion(loss, ETA)) > 2 * MAX_MISMATCH
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_nothing_is_found_in_a_smooth_loss(dtype):
+    assert mismatch(eomdl.EquationOfMotion(smooth_loss, ETA), dtype) == 0
+
+
+def test_every_flow_says_what_it_differentiates():
+    def semi_gradient(w, args):
+        return -jax.grad(td_loss)(w, args)
+
+    expected = mismatch(eomdl.EquationOfMotion(td_loss, ETA))
+    assert mismatch(eomdl.flows.MomentumFlow(td_loss, ETA)) == expected
+    assert mismatch(eomdl.flows.ModifiedFlow(semi_gradient, ETA)) == pytest.approx(expected)
+    step = eomdl.optimizer_step(td_loss, optax.sgd(ETA))
+    for flow in (eomdl.GradientFlow(td_loss, ETA), eomdl.InterpolatingFlow(step, ETA, points=2)):
+        assert flow.differentiated(W) is None
+
+
+def test_a_run_says_so_and_names_the_flow_that_is_right():
+    run = eomdl.solve(eomdl.EquationOfMotion(td_loss, ETA), W, 2, args=TD, estimate_error=False)
+    (note,) = run.notes
+    assert note.is_fault
+    assert "stop_gradient" in note
+    assert "InterpolatingFlow" in note
+
+
+# ------------------------------------------------------------------------------------------- kinks
+
+
+def l1_loss(w, goal):
+    return jnp.sum(jnp.abs(w - goal))
+
+
+def hinge_loss(w, args):
+    x, label = args
+    return jnp.mean(jax.nn.relu(1 - label * (x @ w)))
+
+
+def test_a_flow_on_a_piecewise_linear_loss_slides_along_the_kink():
+    start, goal = jnp.array([1.0, -2.0]), jnp.array([0.31, 0.2])
+    run = eomdl.solve(eomdl.GradientFlow(l1_loss, ETA), start, 40, args=goal)
+    start, goal = np.asarray(start), np.asarray(goal)
+    left = np.maximum(
+        np.abs(start - goal) - run.times[:, None], 0
+    )  # each coordinate moves at the rate 1, then stays
+    assert run.message == ""
+    np.testing.assert_allclose(np.abs(run.params - goal), left, atol=0.1 * ETA)
+    assert run.ode_error.max() < ETA
+    (note,) = run.notes
+    assert "slides along a kink" in note
+    assert not note.is_fault
+
+
+def test_a_hinge_loss_is_integrated_to_its_end():
+    x, _, y = TD
+    args = (x, jnp.sign(y))
+    run = eomdl.solve(eomdl.GradientFlow(hinge_loss, ETA), W, 100, args=args)
+    assert run.message == ""
+    real = eomdl.descend(hinge_loss, W, optax.sgd(ETA), 100, args=args)
+    assert eomdl.compare(real, {"flow": run}).distance["flow"][-1] < ETA
+
+
+def test_nothing_is_said_of_a_linear_loss():
+    run = eomdl.solve(eomdl.GradientFlow(linear_loss, ETA), W, 2, args=W)
+    assert run.notes == ()
+
+
+# ------------------------------------------------------------- derivatives that JAX has backwards only
+
+
+@jax.custom_vjp
+def adjoint_sin(x):
+    """As in `odeint`, the rule calls the function itself, so that no forward derivative is left."""
+    return jnp.sin(x)
+
+
+adjoint_sin.defvjp(lambda x: (adjoint_sin(x), x), lambda x, g: (g * jnp.cos(x),))
+
+
+@jax.custom_vjp
+def sin_once(x):
+    """As `diffrax.diffeqsolve` by default: the derivative has a loop that cannot be reversed."""
+    return jnp.sin(x)
+
+
+def _slow_cos(x):
+    return jax.lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, jnp.cos(x)), (0, x))[1]
+
+
+sin_once.defvjp(lambda x: (sin_once(x), x), lambda x, g: (g * _slow_cos(x),))
+
+
+def adjoint_loss(w, args):
+    return jnp.sum(adjoint_sin(w * args) ** 2)
+
+
+def plain_loss(w, args):
+    return jnp.sum(jnp.sin(w * args) ** 2)
+
+
+def once_loss(w, args):
+    return jnp.sum(sin_once(w * args) ** 2)
+
+
+def test_a_loss_with_a_reverse_rule_only_is_differentiated_backwards_twice():
+    goal = jnp.array([0.7, 1.1])
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda w: jax.grad(adjoint_loss)(w, goal), (W,), (W,))
+    assert_close(*(eomdl.counterterms(loss, W, 1, goal) for loss in (adjoint_loss, plain_loss)))
+    found, expected = (eomdl.curvature.eigenpairs(loss, W, goal, 2) for loss in (adjoint_loss, plain_loss))
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-10)
+
+
+def test_a_loss_without_a_second_derivative_names_the_way_out():
+    for loss, order in ((once_loss, 1), (adjoint_loss, 2)):
+        with pytest.raises(ValueError, match=r"DirectAdjoint.*custom_jvp.*InterpolatingFlow"):
+            eomdl.counterterms(loss, W, order, W)
