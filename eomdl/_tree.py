@@ -132,7 +132,7 @@ def hashed(salt: ArrayLike, like: Any) -> Any:
             x = x ^ (x >> 15)
         x = x * np.uint32(0x846CA68B)
         x = x ^ (x >> 16)
-        return (x.astype(leaf.real.dtype) / 2**31 - 1).astype(leaf.dtype)
+        return (x.astype(leaf.real.dtype) / 2.0**31 - 1).astype(leaf.dtype)
 
     leaves, structure = jax.tree.flatten(like)
     return structure.unflatten([hash_leaf(i, leaf) for i, leaf in enumerate(leaves)])

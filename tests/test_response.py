@@ -148,6 +148,16 @@ def test_a_real_run_is_stable_below_the_threshold_and_not_above(name):
     )  # there is a transient with a memory; later its squares hold it back
 
 
+def test_clipping_is_seen_in_a_wide_float32_layer():
+    """Where only the direction of the gradient itself tells a clipped norm from a smaller rate."""
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(LR))
+    params = jnp.ones(100_000, jnp.float32)
+    gradient = jnp.asarray(np.random.default_rng(0).normal(size=100_000), jnp.float32)
+    respond = jax.jit(lambda g: linear_response(clipped, clipped.init(params), g, params).unknown)
+    assert Unknown(int(respond(gradient))) == Unknown.COUPLED
+    assert Unknown(int(respond(1e-3 * gradient))) == Unknown.KNOWN
+
+
 def groups(rate):
     """Groups with rates, memories and decays of their own, and a frozen one."""
     first = optax.chain(optax.add_decayed_weights(0.3), optax.sgd(rate, 0.9))

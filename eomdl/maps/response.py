@@ -145,7 +145,7 @@ def linear_response(
     An optimizer that accumulates gradients takes its step after the last of them: the response is that of the whole step, with the
     present gradient in the place of those still to come. What goes wrong in the optimizer's own code is a reason, and raises nothing.
 
-    **Cost:** no gradients; four updates of the optimizer and five derivatives of it.
+    **Cost:** no gradients; four updates of the optimizer and six derivatives of it.
     """
     try:
         step = whole_step(optimizer, state, gradient, params)
@@ -184,7 +184,14 @@ class _Edge(NamedTuple):
 
 
 def _edge_of_leaf(
-    is_seen: jax.Array, r: jax.Array, q: jax.Array, k: jax.Array, a: jax.Array, c: jax.Array, b: jax.Array
+    tolerance: float,
+    is_seen: jax.Array,
+    r: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    a: jax.Array,
+    c: jax.Array,
+    b: jax.Array,
 ) -> _Edge:
     """Return what follows from the numbers of a leaf; a parameter that is not seen does not move."""
     r, q, k, b = (jnp.where(is_seen, x, 0) for x in (r, q, k, b))
@@ -194,7 +201,7 @@ def _edge_of_leaf(
     counter = velocity[0] / 2 + later * a / (1 - c), velocity[1] / 2 + later * b / (1 - c)
     moves = (r != 0) | (q * a != 0)
     # A memory that is a mean of gradients leaves the rate as it is, one that is a sum multiplies it.
-    is_mean = jnp.all(jnp.abs(a - (1 - c)) <= 1e-3 * (1 - c))
+    is_mean = jnp.all(jnp.abs(a - (1 - c)) <= max(1e-3, tolerance) * (1 - c))
     rate = jnp.where(is_mean, 1, 1 - c) * velocity[0]
     safe = jnp.where(moves & (e > 0), e, 1)
     threshold = jnp.min(jnp.where(moves, 2 * rate / safe, jnp.inf), initial=jnp.inf)
@@ -216,7 +223,7 @@ def _solve_edge(found: Sensitivity) -> Response:
     """Return the response by the numbers of each parameter."""
     structure = jax.tree.structure(found.is_seen)
     edges = [
-        _edge_of_leaf(*leaves)
+        _edge_of_leaf(found.tolerance, *leaves)
         for leaves in zip(jax.tree.leaves(found.is_seen), *map(jax.tree.leaves, found.numbers), strict=True)
     ]
     threshold = functools.reduce(jnp.minimum, [edge.threshold for edge in edges])

@@ -84,9 +84,10 @@ class Numbers(NamedTuple):
 
 
 class Sensitivity(NamedTuple):
-    """The numbers, the parameters that have a second moment or need none, and whether each assumption fails."""
+    """The numbers, which parameters have a second moment or need none, and whether each assumption fails."""
 
     numbers: Numbers
+    tolerance: float  # what of them may be rounding
     is_seen: Params
     fails: dict[Unknown, jax.Array]
 
@@ -138,7 +139,7 @@ class _Derivatives(NamedTuple):
 def measure_sensitivity(step: WholeStep, memories: Memories, params: Params) -> Sensitivity:
     """Return how a step depends on what it is taken from.
 
-    **Cost:** four updates of the optimizer and five derivatives of it, no gradients.
+    **Cost:** four updates of the optimizer and six derivatives of it, no gradients.
     """
     optimizer = _Optimizer(step, memories)
     at = optimizer.point(params)
@@ -171,17 +172,25 @@ def measure_sensitivity(step: WholeStep, memories: Memories, params: Params) -> 
         Unknown.COUPLED: ~_is_diagonal(d, numbers, holds),
         Unknown.NONLINEAR: ~(_all(jax.tree.leaves(is_kept)) & _is_linear(d, numbers, kept, small)),
     }
-    return Sensitivity(numbers, is_seen, fails)
+    return Sensitivity(numbers, d.tolerance, is_seen, fails)
 
 
 def _is_diagonal(d: _Derivatives, numbers: Numbers, holds: list[Params]) -> jax.Array:
-    """Whether the numbers, found by a change that is the same for all parameters, hold for another one too."""
-    moved = [_tree.hashed(i, d.at.params) for i in range(3)]
-    part = _sum_of_products(holds, moved)
-    square = jax.tree.map(jnp.multiply, part, d.here.square)
-    found = d.along(**dict(zip(Point._fields, (*moved, square), strict=True)))
-    of_update = _are_near(_tree.scale(-1.0, found.update), numbers[:3], moved, d.tolerance)
-    return of_update & _are_near(found.mean, numbers[3:], moved, d.tolerance)
+    """Whether the numbers, found by a change that is the same for all parameters, hold for other ones too.
+
+    One is random. The other is along the gradient and the memory themselves: in a large model this is the only direction in which a
+    clipped norm is seen.
+    """
+    random = [_tree.hashed(i, d.at.params) for i in range(3)]
+    itself = [d.at.gradient, d.at.mean, _tree.zeros_like(d.at.params)]
+    holds_up = []
+    for moved in (random, itself):
+        square = jax.tree.map(jnp.multiply, _sum_of_products(holds, moved), d.here.square)
+        found = d.along(**dict(zip(Point._fields, (*moved, square), strict=True)))
+        update = _tree.scale(-1.0, found.update)
+        holds_up.append(_are_near(update, numbers[:3], moved, d.tolerance))
+        holds_up.append(_are_near(found.mean, numbers[3:], moved, d.tolerance))
+    return _all(holds_up)
 
 
 def _is_linear(d: _Derivatives, numbers: Numbers, kept: Params, small: Params) -> jax.Array:

@@ -77,24 +77,29 @@ def say_intervals(
     if len(intervals) > _NAMED:
         within = ratios[begin : end + 1]
         count = f"in {np.sum(within >= NEAR)} of the {len(within)} measurements"
-        return f"{count} from step {steps[begin]} to {steps[end]}{_remark(within)}"
+        return f"{count} from step {steps[begin]} to {steps[end]}{_say_peak(within)}"
     named = []
     for interval in intervals:
         first, last = steps[interval.first], steps[interval.last]
         when = f"at step {first}" if first == last else f"from step {first} to {last}"
-        named.append(when + _remark(ratios[interval.first : interval.last + 1]))
+        named.append(when + _say_peak(ratios[interval.first : interval.last + 1]))
     return " and ".join([", ".join(named[:-1]), named[-1]] if named[:-1] else named)
 
 
 def _say_since(steps: Int[np.ndarray, " n"], ratios: Float[np.ndarray, " n"], since: int) -> str:
     """Return since which step a run is at its edge, and in how many of its measurements if not in all."""
-    near = ratios[since:] >= NEAR
-    count = [] if near.all() else [f"in {near.sum()} of {len(near)} measurements"]
-    return f"since step {steps[since]}{_remark(ratios[since:-1], *count)}"
+    near, top = ratios[since:] >= NEAR, np.max(ratios[since:])
+    words = [] if near.all() else [f"in {near.sum()} of {len(near)} measurements"]
+    if top >= BEYOND and top > ratios[-1]:
+        words.append(f"up to {say_ratio(top)}")
+    return f"since step {steps[since]}{_remark(words)}"
 
 
-def _remark(ratios: Float[np.ndarray, " n"], *words: str) -> str:
-    """Return the words in parentheses, and how far the largest ratio is beyond the edge if it is."""
-    top = np.max(ratios, initial=0)
-    words = (*words, f"up to {say_ratio(top)}") if top >= BEYOND else words
+def _remark(words: Sequence[str]) -> str:
     return f" ({', '.join(words)})" if words else ""
+
+
+def _say_peak(ratios: Float[np.ndarray, " n"]) -> str:
+    """Return how far the largest ratio is beyond the edge; empty where it is not."""
+    top = np.max(ratios)
+    return _remark([f"up to {say_ratio(top)}"] if top >= BEYOND else [])
