@@ -19,6 +19,7 @@ __all__ = [
     "combine",
     "dtype",
     "gram",
+    "hashed",
     "is_traced",
     "nonfinite_is_data",
     "norm",
@@ -123,3 +124,24 @@ def random_normal(key: jax.Array, like: Any) -> Any:
         stack = jax.lax.map(lambda k, s=shape, d=dtype: jax.random.normal(k, s, d), keys[np.array(indices)])
         drawn |= {i: stack[j] for j, i in enumerate(indices)}
     return structure.unflatten([drawn[i] for i in range(len(leaves))])
+
+
+def hashed(salt: ArrayLike, like: Any) -> Any:
+    """Return a vector of numbers between -1 and 1 in no order, a hash of the index of each and of an integer.
+
+    For what is to be a random vector where it costs no time to compile: JAX's generator takes seconds.
+    """
+    salt = jnp.asarray(salt).astype(jnp.uint32)
+
+    def hash_leaf(number: int, leaf: jax.Array) -> jax.Array:
+        x = (salt + np.uint32(number << 16)) * np.uint32(0x9E3779B9)
+        for axis in range(leaf.ndim):
+            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            x = (x ^ index) * np.uint32(0x7FEB352D)
+            x = x ^ (x >> 15)
+        x = x * np.uint32(0x846CA68B)
+        x = x ^ (x >> 16)
+        return (x.astype(leaf.real.dtype) / 2.0**31 - 1).astype(leaf.dtype)
+
+    leaves, structure = jax.tree.flatten(like)
+    return structure.unflatten([hash_leaf(i, leaf) for i, leaf in enumerate(leaves)])

@@ -232,7 +232,9 @@ def telemetries():
     for case in ("data", "parameters", "both"):
         params, _ = every[case]
         telemetry = watched(*every[case])
-        pairs = zip(*map(jax.tree.leaves, (dataclasses.asdict(telemetry.results()), reference)), strict=True)
+        reports = dataclasses.asdict(telemetry.results()), reference
+        leaves = ([x for x in jax.tree.leaves(report) if not isinstance(x, str)] for report in reports)
+        pairs = zip(*leaves, strict=True)
         vectors = zip(*map(jax.tree.leaves, (telemetry._vectors, params)), strict=True)
         response = jax.jit(lambda s, p: linear_response(ADAM, s, p, p)).lower(ADAM.init(params), params)
         found[case] = {

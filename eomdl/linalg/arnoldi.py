@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from eomdl import _tree
@@ -90,7 +89,7 @@ def add_product(krylov: Krylov, operator: Callable[[Params], Params]) -> Krylov:
     """Return the space with the next product, and with the basis vector that it gives."""
     i = krylov.num_products
     image = operator(jax.tree.map(lambda leaf: leaf[i], krylov.vectors))
-    vectors, column = _add_vector(krylov.vectors, image, i + krylov.lead, _draw_hash)
+    vectors, column = _add_vector(krylov.vectors, image, i + krylov.lead, _tree.hashed)
     return krylov._replace(vectors=vectors, products=krylov.products.at[:, i].set(column), num_products=i + 1)
 
 
@@ -121,23 +120,3 @@ def _add_vector(
 def _draw_normal(place: jax.Array, like: Params) -> Params:
     """Return a vector of normal numbers."""
     return _tree.random_normal(jax.random.fold_in(jax.random.key(0), place), like)
-
-
-def _draw_hash(place: jax.Array, like: Params) -> Params:
-    """Return a vector of numbers between -1 and 1, a hash of the index of each.
-
-    Nearly every operator has a breakdown never, but every program has this in it: JAX's generator takes seconds to compile.
-    """
-
-    def hash_leaf(salt: int, leaf: jax.Array) -> jax.Array:
-        x = (place.astype(jnp.uint32) + np.uint32(salt << 16)) * np.uint32(0x9E3779B9)
-        for axis in range(leaf.ndim):
-            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            x = (x ^ index) * np.uint32(0x7FEB352D)
-            x = x ^ (x >> 15)
-        x = x * np.uint32(0x846CA68B)
-        x = x ^ (x >> 16)
-        return (x.astype(leaf.real.dtype) / 2**31 - 1).astype(leaf.dtype)
-
-    leaves, structure = jax.tree.flatten(like)
-    return structure.unflatten([hash_leaf(i, leaf) for i, leaf in enumerate(leaves)])

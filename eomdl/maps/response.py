@@ -2,19 +2,30 @@ r"""What is this optimizer: its rates, its memory and its stability threshold; a
 
 Two questions, two functions:
 
-- `linear_response`: what the optimizer does *in one step*, from a given state with a given gradient. Any state of optax that has
-    at most one mean of gradients and one of their squares; valid for that step only.
+- `linear_response`: what the optimizer does *in one step*, at the state, gradient and parameters that are there. It holds for that
+    step only.
 - `recognize_momentum`: whether it follows one rule of gradient descent with momentum *in every step* from rest, so that closed
     forms for whole runs hold (flows, laws of charges). It needs to know nothing of the state, and all steps.
 
-Where both answer they agree. Which integers of a state count its steps is told by `counters`.
+Where both answer they agree. Which integers of a state count its steps is told by `counters`, where it keeps its memories by `memory`.
 
-**One step.** Along an eigenvector of the Hessian with eigenvalue $\lambda$ a step of gradient descent with a memory m is
+**One step.** Near where it is, each parameter's update is linear in its gradient, its memory m and itself:
 
-$$\theta' = \theta - (\lambda \theta + p\, m), \qquad m' = \lambda \theta + c\, m,$$
+$$\delta\theta' = \delta\theta - r\,\delta g - q\,\delta m - k\,\delta\theta, \qquad
+\delta m' = a\,\delta g + c\,\delta m + b\,\delta\theta,$$
 
-with $\lambda$ and m in units of its rates, and it is stable as long as the eigenvalues of this 2 x 2 matrix are in the unit
-circle. p, c and the rate of each parameter are measured: the optimizer is given gradients and memories, its second moments held.
+with numbers of its own for each parameter: r its rate, k a decay of the weights beside the gradient (AdamW), b one before the memory
+(L2). They are derivatives of the optimizer's own update at its own state and gradient, in which the second moments after the step are
+held. With $\delta g = H\delta\theta$ the multiplier of a perturbation leaves the unit circle at -1, and there $\delta m = -(a H + b)
+\delta\theta / (1 + c)$, so that
+
+$$(E H + d)\,\delta\theta = 2\,\delta\theta, \qquad E = r - \frac{q a}{1 + c}, \quad d = k - \frac{q b}{1 + c}.$$
+
+This is one symmetric eigenvalue problem for all parameters, also where groups of them have rates and memories of their own. It is the
+first to be left if $-\frac{1-c}{3+c} \le c - qa/r < 1$: then all other points of the unit circle have an imaginary part of one sign.
+
+**In the long run** the memory follows, $\dot\theta = -v$ with $v = D g + K\theta$, $D = r + \frac{qa}{1-c}$, $K = k + \frac{qb}{1-c}$,
+and the first counter term is $-(\frac12 D + \frac{qa}{(1-c)^2}) H v - (\frac12 K + \frac{qb}{(1-c)^2}) v$.
 """
 
 import dataclasses
@@ -27,10 +38,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 
 from eomdl import _tree
 from eomdl._types import Params, State
+from eomdl.maps.memory import find_memories, whole_step
+from eomdl.maps.sensitivity import Sensitivity, Unknown, measure_sensitivity
 
 
 _FITTED = 3  # steps from which the numbers of a rule are computed; the others check them
@@ -40,20 +53,39 @@ class Response(eqx.Module):
     r"""The linear response of an optimizer, from `linear_response`.
 
     - `rates`: R, a pytree like the parameters: the learning rate of each. For gradient descent, with momentum or Nesterov's
-        too, it is lr; for RMSProp and Adam lr over the root of the second moment.
-    - `threshold`: the largest stable eigenvalue of R H: 2; heavy ball $2 + 2\beta$; Nesterov $(2 + 2\beta)/(1 + 2\beta)$;
-        Adam $2 (1 + \beta_1) / (1 - \beta_1)$.
-    - `gain`: by which R is multiplied in the long run: $1/(1 - \beta)$ with momentum, 1 for Adam.
-    - `memory_factor`: by which the counter term of the long run is multiplied: $(1 + \beta)/(1 - \beta)$ with momentum.
-    - `is_linear`: whether the optimizer is what is assumed: each parameter's update is linear in its gradient and its
-        memory. Where it is not, nothing of the rest holds.
+        too, it is lr; for RMSProp and Adam lr over the root of the second moment. 0 for a frozen parameter, and for one whose second
+        moment is 0: the optimizer has no rate for it yet.
+    - `threshold`: the largest stable eigenvalue of R (H + `decay`): 2; heavy ball $2 + 2\beta$; Nesterov $(2 + 2\beta)/(1 + 2\beta)$;
+        Adam $2 (1 + \beta_1) / (1 - \beta_1)$. Where groups of parameters have several it is the smallest one, and the rates of the others
+        are smaller in proportion: the ratio of the eigenvalue to the threshold is that of all groups together.
+    - `decay`: what the decay of the weights adds to the diagonal of H, a pytree like the parameters.
+    - `velocity_rates`: D and K. `counter_rates`: the two factors of the first counter term; all of them like the parameters.
+    - `unknown`: an `Unknown`. Where it is not 0, nothing of the rest holds.
     """
 
     rates: Params
     threshold: Float[jax.Array, ""]
-    gain: Float[jax.Array, ""]
-    memory_factor: Float[jax.Array, ""]
-    is_linear: Bool[jax.Array, ""]
+    decay: Params
+    velocity_rates: tuple[Params, Params]
+    counter_rates: tuple[Params, Params]
+    unknown: Int[jax.Array, ""]
+
+    @property
+    def is_known(self) -> jax.Array:
+        """Whether the optimizer is what is assumed."""
+        return self.unknown == Unknown.KNOWN
+
+    def velocity(self, gradient: Params, params: Params) -> Params:
+        r"""Return the step along the flow of the long run, $D g + K \theta$."""
+        return _sum_of_products(self.velocity_rates, (gradient, params))
+
+    def counterterm(self, product: Params, velocity: Params) -> Params:
+        """Return minus the first counter term for $H v$ and the `velocity` v: what a step is off from the flow."""
+        return _sum_of_products(self.counter_rates, (product, velocity))
+
+
+def _sum_of_products(factors: tuple[Params, Params], vectors: tuple[Params, Params]) -> Params:
+    return jax.tree.map(lambda a, b, x, y: (a * x + b * y).astype(x.dtype), *factors, *vectors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,88 +137,26 @@ class MomentumRule:
 # ------------------------------------------------- in one step
 
 
-class _Step(NamedTuple):
-    """What the optimizer makes of a gradient and a memory."""
-
-    update: Params
-    memory: Params | None
-    rest: list[jax.Array]  # all other numbers in the state
-
-
-class _Fields(NamedTuple):
-    """The fields in which a kind of state keeps the mean of gradients and that of their squares."""
-
-    mean: str | None
-    square: str | None
-
-
-_KINDS: dict[type, _Fields] = {
-    optax.TraceState: _Fields("trace", None),
-    optax.ScaleByRmsState: _Fields(None, "nu"),
-    optax.ScaleByAdamState: _Fields("mu", "nu"),
-}
-
-
-class _Frozen(eqx.Module):
-    """An optimizer with its second moments held at what they are after the step with `gradient`."""
-
-    optimizer: optax.GradientTransformation
-    params: Params
-    parts: list[Any]
-    structure: Any = eqx.field(static=True)
-    mean: tuple[int, str] | None = eqx.field(static=True)
-    square: tuple[int, str] | None = eqx.field(static=True)
-    second: Params | None = None
-    decay: jax.Array | None = None
-
-    def __call__(self, gradient: Params, memory: Params) -> _Step:
-        """Return one step from this memory."""
-        before = None
-        if self.decay is not None:  # what is second moment after the step, whatever the gradient
-            b2 = self.decay
-            before = jax.tree.map(
-                lambda v, g: ((v - (1 - b2) * g**2) / b2).astype(v.dtype), self.second, gradient
-            )
-        update, parts = self.step(gradient, memory, before)
-        known = {i for i, _ in filter(None, (self.mean, self.square))}
-        rest = jax.tree.leaves([part for i, part in enumerate(parts) if i not in known])
-        floats = [leaf for leaf in rest if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
-        return _Step(update, None if self.mean is None else _field(parts, self.mean), floats)
-
-    def step(self, gradient: Params, memory: Params | None, second: Params | None) -> tuple[Params, list]:
-        """Return the update and the parts of the new state."""
-        parts = self.parts
-        for place, value in ((self.mean, memory), (self.square, second)):
-            if place is not None and value is not None:
-                i, name = place
-                same = jax.tree.map(lambda x, old: x.astype(old.dtype), value, _field(parts, place))
-                parts = [*parts[:i], parts[i]._replace(**{name: same}), *parts[i + 1 :]]
-        state = self.structure.unflatten(parts)
-        update, state = self.optimizer.update(gradient, state, self.params)
-        return update, jax.tree.leaves(state, is_leaf=_is_known)
-
-
 def linear_response(
     optimizer: optax.GradientTransformation, state: State, gradient: Params, params: Params
-) -> Response | None:
-    """Return the response of an optimizer in the step that it takes from `state` with `gradient`.
+) -> Response:
+    """Return the response of an optimizer in the step that it takes from `state` with `gradient` at `params`.
 
-    None if its update raises with these arguments, or its state keeps several memories.
+    An optimizer that accumulates gradients takes its step after the last of them: the response is that of the whole step, with the
+    present gradient in the place of those still to come. What goes wrong in the optimizer's own code is a reason, and raises nothing.
 
-    **Cost:** no gradients; six updates of the optimizer.
+    **Cost:** no gradients; four updates of the optimizer and six derivatives of it.
     """
-    parts, structure = jax.tree.flatten(state, is_leaf=_is_known)
-    kinds = [(i, _KINDS[type(part)]) for i, part in enumerate(parts) if _is_known(part)]
-    means = [(i, kind.mean) for i, kind in kinds if kind.mean is not None]
-    squares = [(i, kind.square) for i, kind in kinds if kind.square is not None]
-    if len(means) > 1 or len(squares) > 1:
-        return None
-    mean, square = (next(iter(places), None) for places in (means, squares))
-    frozen = _Frozen(optimizer, params, parts, structure, mean, square)
     try:
-        return _measure(_hold_moments(frozen, gradient), gradient)
-    except TypeError:  # it needs more than the gradient: a value, say
-        return None
+        step = whole_step(optimizer, state, gradient, params)
+        memories = find_memories(params, step.state)
+        if memories is None:
+            return _no_response(params, Unknown.SEVERAL)
+        found = measure_sensitivity(step, memories, params)
+        found.fails[Unknown.ENDLESS] = ~step.is_found
+        return _solve_edge(found)
+    except Exception:  # of any type: it is the optimizer's own code
+        return _no_response(params, Unknown.RAISED)
 
 
 def second_moment(state: State) -> Params | None:
@@ -194,113 +164,86 @@ def second_moment(state: State) -> Params | None:
     return optax.tree.get(state, "nu")
 
 
-def _hold_moments(frozen: _Frozen, gradient: Params) -> _Frozen:
-    """Set the second moments to those after the step, and how fast they decay."""
-    if frozen.square is None:
-        return frozen
-    second = _field(frozen.step(gradient, None, None)[1], frozen.square)
-    ones = jax.tree.map(jnp.ones_like, second)
-    decayed = _field(frozen.step(_tree.zeros_like(gradient), None, ones)[1], frozen.square)
-    decay = _tree.vdot(ones, decayed) / _tree.size(ones)
-    places = (lambda f: f.second, lambda f: f.decay)
-    return eqx.tree_at(
-        lambda f: tuple(place(f) for place in places), frozen, (second, decay), is_leaf=_is_none
-    )
+def _no_response(params: Params, unknown: Unknown) -> Response:
+    ones, zeros = jax.tree.map(jnp.ones_like, params), _tree.zeros_like(params)
+    nan = jnp.asarray(jnp.nan, _tree.dtype(params))
+    return Response(ones, nan, zeros, (ones, zeros), (ones, zeros), jnp.asarray(int(unknown)))
 
 
-def _measure(frozen: _Frozen, gradient: Params) -> Response:
-    """Take a step with nothing, with a gradient only, with the memory that it leaves, and with another mixture of both."""
-    size = _sizes(frozen.second, gradient)
-    s, t = _signs(size, 1.7), _signs(size, 2.9)
-    nothing, one = _tree.zeros_like(size), _product(s, size)
-    rest, by_gradient = frozen(nothing, nothing), frozen(one, nothing)
-    left = nothing if by_gradient.memory is None else by_gradient.memory
-    by_memory = frozen(nothing, left)
-    both = frozen(_tree.scale(0.5, _product(t, size)), _tree.scale(1 / 3, left))
-    of_gradient, of_memory = (_tree.sub(step.update, rest.update) for step in (by_gradient, by_memory))
-    mixed = _tree.scale(0.5, _product(_product(s, t), of_gradient))
-    expected = _tree.add(mixed, _tree.scale(1 / 3, of_memory))
-    p = _ratio(of_memory, of_gradient)
-    c = jnp.zeros_like(p) if by_memory.memory is None else _ratio(by_memory.memory, left)
-    own = jax.tree.map(lambda u, g: jnp.where(g == 0, 0, -u / jnp.where(g == 0, 1, g)), of_gradient, one)
-    tolerance = jnp.sqrt(jnp.finfo(_tree.dtype(gradient)).eps) * _tree.norm(of_gradient)
-    conditions = [
-        (tolerance > 0) & jnp.isfinite(tolerance),
-        _distance(_tree.sub(both.update, rest.update), expected) <= tolerance,
-        _distance(of_memory, _tree.scale(p, of_gradient)) <= tolerance,
-        *(jnp.array_equal(x, y) for x, y in zip(by_gradient.rest, rest.rest, strict=True)),
-        *(jnp.all(leaf >= 0) for leaf in jax.tree.leaves(own)),
-    ]
-    is_mean = _distance(left, _tree.scale(1 - c, one)) <= 1e-3 * _tree.norm(one)
-    return _solve_stability(own, p, c, is_mean, functools.reduce(jnp.logical_and, conditions))
+class _Edge(NamedTuple):
+    """What follows from the numbers of the parameters of one leaf, with the letters of the equations above."""
+
+    e: jax.Array
+    decay: jax.Array
+    velocity: tuple[jax.Array, jax.Array]
+    counter: tuple[jax.Array, jax.Array]
+    threshold: jax.Array  # the smallest one
+    climbs: jax.Array
+    moves: jax.Array
+    is_ordered: jax.Array
 
 
-def _solve_stability(
-    own: Params, p: jax.Array, c: jax.Array, is_mean: jax.Array, is_linear: jax.Array
-) -> Response:
-    r"""Return the response by the matrix [[1 - \lambda, -p], [\lambda, c]] of an eigenvalue $\lambda$ of the own rates times H.
-
-    Its eigenvalues leave the unit circle at -1, or with a determinant of -1 or 1.
-    """
-
-    def crossing(value: jax.Array, slope: jax.Array) -> jax.Array:
-        return jnp.where(slope > 0, value / jnp.where(slope > 0, slope, 1), jnp.inf)
-
-    ends = crossing(2 * (1 + c), 1 + c - p), crossing(1 + c, c - p), crossing(1 - c, p - c)
-    in_the_long_run = 1 + p / (1 - c)
+def _edge_of_leaf(
+    tolerance: float,
+    is_seen: jax.Array,
+    r: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    a: jax.Array,
+    c: jax.Array,
+    b: jax.Array,
+) -> _Edge:
+    """Return what follows from the numbers of a leaf; a parameter that is not seen does not move."""
+    r, q, k, b = (jnp.where(is_seen, x, 0) for x in (r, q, k, b))
+    sooner, later = q / (1 + c), q / (1 - c)
+    e, d = r - sooner * a, k - sooner * b
+    velocity = r + later * a, k + later * b
+    counter = velocity[0] / 2 + later * a / (1 - c), velocity[1] / 2 + later * b / (1 - c)
+    moves = (r != 0) | (q * a != 0)
     # A memory that is a mean of gradients leaves the rate as it is, one that is a sum multiplies it.
-    gain = jnp.where(is_mean, 1, 1 / (1 - c))
-    unit = in_the_long_run / gain
-    factor = 1 + 2 * (1 - 1 / in_the_long_run) / (1 - c)
-    threshold = unit * functools.reduce(jnp.minimum, ends)
-    return Response(_tree.scale(unit, own), threshold, gain, factor, is_linear)
-
-
-def _sizes(second: Params | None, gradient: Params) -> Params:
-    """Return sizes of gradients to try: as large as the second moments say, so that those can be held."""
-    if second is not None:
-        return jax.tree.map(lambda v, g: jnp.sqrt(v).astype(g.dtype), second, gradient)
-    typical = _tree.norm(gradient) / jnp.sqrt(_tree.size(gradient))
-    return jax.tree.map(lambda g: jnp.full_like(g, jnp.where(typical > 0, typical, 1)), gradient)
-
-
-def _signs(like: Params, frequency: float) -> Params:
-    """Return 1 and -1 in no order, without JAX's generator, which takes longer to compile than all the rest."""
-    return jax.tree.map(
-        lambda x: (
-            jnp.where(jnp.cos(frequency * jnp.arange(1, x.size + 1) ** 1.5) > 0, 1, -1)
-            .reshape(x.shape)
-            .astype(x.dtype)
-        ),
-        like,
+    is_mean = jnp.all(jnp.abs(a - (1 - c)) <= max(1e-3, tolerance) * (1 - c))
+    rate = jnp.where(is_mean, 1, 1 - c) * velocity[0]
+    safe = jnp.where(moves & (e > 0), e, 1)
+    threshold = jnp.min(jnp.where(moves, 2 * rate / safe, jnp.inf), initial=jnp.inf)
+    ahead = c * r - q * a
+    is_ordered = (ahead >= -(1 - c) / (3 + c) * r) & (ahead < r) & (jnp.abs(c) < 1) & (e > 0) & (d < 2)
+    return _Edge(
+        jnp.where(moves, e, 0),
+        jnp.where(moves, d / safe, 0),
+        velocity,
+        counter,
+        threshold,
+        jnp.any(r < 0),
+        jnp.any(moves),
+        jnp.all(is_ordered | ~moves),
     )
 
 
-def _ratio(a: Params, b: Params) -> jax.Array:
-    """Return the best r in a = r b; 0 where b is 0."""
-    square = _tree.vdot(b, b)
-    return jnp.where(square > 0, _tree.vdot(a, b) / jnp.where(square > 0, square, 1), 0)
-
-
-def _distance(a: Params, b: Params) -> jax.Array:
-    return _tree.norm(_tree.sub(a, b))
-
-
-def _product(a: Params, b: Params) -> Params:
-    return jax.tree.map(jnp.multiply, a, b)
-
-
-def _field(parts: list[Any], place: tuple[int, str]) -> Any:
-    i, name = place
-    return getattr(parts[i], name)
-
-
-def _is_known(part: Any) -> bool:
-    return type(part) in _KINDS
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
+def _solve_edge(found: Sensitivity) -> Response:
+    """Return the response by the numbers of each parameter."""
+    structure = jax.tree.structure(found.is_seen)
+    edges = [
+        _edge_of_leaf(found.tolerance, *leaves)
+        for leaves in zip(jax.tree.leaves(found.is_seen), *map(jax.tree.leaves, found.numbers), strict=True)
+    ]
+    threshold = functools.reduce(jnp.minimum, [edge.threshold for edge in edges])
+    fails = found.fails | {
+        Unknown.CLIMBS: functools.reduce(jnp.logical_or, [edge.climbs for edge in edges]),
+        Unknown.STILL: ~functools.reduce(jnp.logical_or, [edge.moves for edge in edges]),
+        Unknown.UNORDERED: ~functools.reduce(jnp.logical_and, [edge.is_ordered for edge in edges]),
+    }
+    unknown = jnp.asarray(int(Unknown.KNOWN))
+    for reason in sorted(fails, reverse=True):
+        unknown = jnp.where(fails[reason], int(reason), unknown)
+    pairs = (
+        zip(*(edge.velocity for edge in edges), strict=True),
+        zip(*(edge.counter for edge in edges), strict=True),
+    )
+    velocity, counter = (tuple(structure.unflatten(column) for column in pair) for pair in pairs)
+    rates = structure.unflatten([edge.e * (threshold / 2).astype(edge.e.dtype) for edge in edges])
+    decay = structure.unflatten([edge.decay for edge in edges])
+    threshold = jnp.where(unknown == Unknown.KNOWN, threshold, jnp.nan)
+    return Response(rates, threshold, decay, velocity, counter, unknown)
 
 
 # ------------------------------------------------- in every step

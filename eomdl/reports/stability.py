@@ -20,12 +20,13 @@ class Stability:
 
     - `products`: shape (m,), $\eta\lambda$; where `is_preconditioned` the largest eigenvalue of R H, with the optimizer's rate R of
         each parameter; nan where none is known.
-    - `thresholds`: (m,), the optimizer's own; nan where none is known.
+    - `thresholds`: (m,), the optimizer's own; nan where none is known, and the `reasons` why.
     """
 
     products: Float[np.ndarray, " m"]
     thresholds: Float[np.ndarray, " m"]
     is_preconditioned: bool = False
+    reasons: tuple[str, ...] = ()
 
 
 def measure_stability(
@@ -52,7 +53,8 @@ def measure_stability(
     if not known.any():
         return None
     # Without a threshold the values are eigenvalues of H, which do not compare with the others.
-    return Stability(np.where(known, report.values[:, 0], np.nan), report.thresholds, is_preconditioned=True)
+    products = np.where(known, report.values[:, 0], np.nan)
+    return Stability(products, report.thresholds, is_preconditioned=True, reasons=report.reasons)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Along(eqx.Module):
 
     - `loss`: $L(\theta)$.
     - `multiple`: the critical multiple, the c > 0 with f(c) = 0: beyond it the loss is higher than before the step. 0 where u
-        leads upwards, infinite where there is none in reach.
+        leads upwards, infinite where there is none in reach, nan for a step of length 0.
     - `slope`, `curvature`: $f'(0) = g \cdot u$ and $f''(0) = u^\top H u$.
     - `length`: |u|.
     - `drop`: -f(1), by how much the loss falls in the step.
@@ -102,7 +102,9 @@ def along(loss: Loss, params: Params, step: Params, args: Args, guess: Guess | N
     )
     is_open = ~end.is_near & jnp.isinf(end.high)
     multiple = jnp.where(slope < 0, jnp.where(is_open, far, end.c), jnp.where(slope >= 0, start, slope))
-    return Along(value, multiple, slope, curvature, _tree.norm(step), -first, end.power, end.evaluations)
+    length = _tree.norm(step)
+    multiple = jnp.where(length == 0, jnp.nan, multiple)
+    return Along(value, multiple, slope, curvature, length, -first, end.power, end.evaluations)
 
 
 def _advance(at: _Search, change: jax.Array, bend: jax.Array) -> _Search:

@@ -7,8 +7,21 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from typing_extensions import override
 
-from eomdl._result import AbstractResult, Note, Table, series_table
-from eomdl.telemetry.at_edge import find_stay
+from eomdl._result import AbstractResult, Note, Table, format_number, series_table
+from eomdl.maps.sensitivity import Unknown
+from eomdl.telemetry.at_edge import BEYOND, find_since, say_when
+
+
+_DIVERGED = 10  # times the loss where a run came to its edge, above which it diverges
+_BATCHES = (
+    "The data changed between the measurements. Each compares the largest eigenvalue of one batch with the threshold for training on the "
+    "whole data, whose eigenvalue is smaller. What SGD keeps at its threshold is the batch sharpness E[g' H g] / E[|g|^2] over batches, "
+    "with the gradient g and the Hessian H of a batch (arXiv 2412.20553); with momentum it has two levels (arXiv 2604.14108)."
+)
+_ACCUMULATION = (
+    "The optimizer takes a step after several gradients. What is measured is that step, with the gradient of the measurement in the place "
+    "of those still to come."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,20 +31,24 @@ class EdgeReport(AbstractResult):
     Along the step u, with f(c) the change of the loss in c times the step:
 
     - `steps`: shape (m,). `losses`: the loss before the step.
-    - `multiples`: the critical multiple, f(c) = 0; mostly to within 2 %; 0 where u leads upwards, infinite where none was found.
+    - `multiples`: the critical multiple, f(c) = 0; mostly to within 2 %; 0 where u leads upwards, infinite where none was
+        found, nan for a step of length 0.
     - `curvatures`: $u^\top H u / |u|^2$. `drops`: -f(1), and `predicted_drops`: $-g \cdot u - u^\top H u / 2$.
     - `evaluations`: forward passes.
 
     At the edge:
 
-    - `edge_steps`: (n,). `values`: (n, k), the largest eigenvalues of R H, $\eta\lambda$ for one rate $\eta$; of H where the
-        threshold is nan.
-    - `thresholds`: (n,), the optimizer's own; nan where none is known.
+    - `edge_steps`: (n,). `values`: (n, k), the largest eigenvalues of R H, $\eta\lambda$ for one rate $\eta$, a decay of the weights
+        included; of H where the threshold is nan.
+    - `thresholds`: (n,), the optimizer's own, of several groups the smallest one; nan where none is known. `reasons`: (n,), why.
     - `residuals`: (n, k), `converged`: (n, k), `matvecs`: (n,): as in `eomdl.curvature.Eigenpairs`. A value that has not converged
         is a lower bound.
     - `fractions`: `{block: (n,)}`, the part of the first eigenvector in each leaf of the parameters, squared: they sum to 1.
     - `discreteness`: (n,), $\eta|\xi_0|/|g|$; `local_errors`: `{block: (n,)}`, $\eta^2 |\xi_0|$, what gradient flow is off in one step.
         With a rate for each parameter and a memory those of its flow in the long run. nan where the threshold is.
+
+    Of all: `is_batched`, whether the data changed between the measurements at the edge; `accumulates`, whether the optimizer takes a
+    step only after several gradients; `failures`, what could not be measured, and why. A number that could not be measured is nan.
 
     Its picture shows, on top, $\eta\lambda$ in black and the optimizer's threshold, dashed; the areas are the parts of the blocks in the
     eigenvector, the largest first, and hollow points did not converge (lower bounds). Below, on a log scale, how many times the step may
@@ -54,6 +71,10 @@ class EdgeReport(AbstractResult):
     fractions: dict[str, Float[np.ndarray, " n"]]
     discreteness: Float[np.ndarray, " n"]
     local_errors: dict[str, Float[np.ndarray, " n"]]
+    reasons: tuple[str, ...] = ()
+    is_batched: bool = False
+    accumulates: bool = False
+    failures: tuple[str, ...] = ()
 
     @property
     def ratios(self) -> Float[np.ndarray, " n"]:
@@ -61,26 +82,38 @@ class EdgeReport(AbstractResult):
         return self.values[:, 0] / self.thresholds
 
     @property
+    def _is_lost(self) -> Bool[np.ndarray, " n"]:
+        """Where the curvature was measured and was not finite."""
+        reasons = np.array([bool(reason) for reason in self.reasons] or np.zeros(len(self.edge_steps), bool))
+        return ~np.isfinite(self.values).all(axis=1) & (reasons | np.isfinite(self.thresholds))
+
+    @property
     @override
     def verdict(self) -> str:
-        """Whether the run is at the edge, since when, and which block limits its rate, in a line."""
+        """When the run is at the edge or beyond it, and which block limits its rate, in a line."""
         known = np.isfinite(self.ratios)
         if not known.any():
             return f"{self._without_threshold()}{self._along_steps()}."
-        return f"{self._when_at_edge(known)}; {self._limit(known)}."
+        compared = "one batch against the threshold for the whole data: " * self.is_batched
+        when = say_when(self.edge_steps[known], self.ratios[known])
+        return f"{compared}{when}{self._divergence(known)}; {self._limit(known)}."
 
-    def _when_at_edge(self, known: np.ndarray) -> str:
+    def _divergence(self, known: np.ndarray) -> str:
+        """Return whether a run that is beyond its edge diverges, in words; empty for others."""
         steps, ratios = self.edge_steps[known], self.ratios[known]
-        stay = find_stay(ratios)
-        if stay is None:
-            top = int(np.argmax(ratios))
-            return f"below the edge: at most {ratios[top]:.0%} of the threshold, at step {steps[top]}"
-        if stay.lasts:
-            return f"at the edge since step {steps[stay.first]}"
-        now = f"{ratios[-1]:.0%} of the threshold at step {steps[-1]}"
-        if stay.last == 0:  # the first step of Adam, say, whose second moments are those of one gradient
-            return f"below the edge but for the first measurement: {now}"
-        return f"at the edge up to step {steps[stay.last]}, then below: {now}"
+        lost = self._is_lost & (self.edge_steps > steps[-1])
+        if lost.any():
+            return f"; it diverged: from step {self.edge_steps[lost][0]} on the curvature is not finite"
+        since = find_since(ratios)
+        if since is None or ratios[-1] < BEYOND:
+            return ""
+        losses = self.losses[self.steps >= steps[since]]
+        if len(losses) < 2:
+            return "; a quadratic loss would diverge there"
+        goes = f"the loss goes from {format_number(losses[0])} to {format_number(losses[-1])}"
+        if not losses[-1] <= _DIVERGED * losses[0]:
+            return f"; it diverges: {goes}"
+        return f"; a quadratic loss would diverge there, and {goes}"
 
     def _limit(self, known: np.ndarray) -> str:
         """Return the block with most of the eigenvector where the ratio is largest in the last quarter of the measurements."""
@@ -99,6 +132,9 @@ class EdgeReport(AbstractResult):
         if len(self.steps) == 0:
             return "nothing was measured along the steps"
         last = self.multiples[-max(len(self.steps) // 4, 1) :]
+        last = last[~np.isnan(last)]
+        if len(last) == 0:
+            return "along the last steps nothing could be measured"
         return f"the loss begins to rise at {np.median(last):.2g} times the step (median of the last {len(last)} measurements)"
 
     @property
@@ -106,19 +142,27 @@ class EdgeReport(AbstractResult):
     def notes(self) -> tuple[Note, ...]:
         notes = []
         many = len(self.edge_steps)
-        loose = int(np.sum(~self.converged.all(axis=1)))
+        loose = int(np.sum(~self.converged.all(axis=1) & np.isfinite(self.values).all(axis=1)))
         if loose:
             said = f"In {loose} of {many} measurements the eigensolver did not converge: those values are lower bounds."
             notes.append(Note(said, is_fault=True))
-        unknown = int(np.sum(np.isnan(self.thresholds)))
-        if unknown:
+        for reason in sorted({reason for reason in self.reasons if reason}):
             said = (
-                f"In {unknown} of {many} measurements the optimizer's update was not linear in the gradient and one "
-                "memory, so there is no threshold: the values are eigenvalues of H only, and discreteness is not given. What "
-                "is along the step holds for every optimizer."
+                f"In {self.reasons.count(reason)} of {many} measurements there is no threshold: of the optimizer, {reason}. The "
+                "values there are eigenvalues of H only, and discreteness is not given. What is along the step holds for every optimizer."
             )
             notes.append(Note(said))
-        broken = int(np.sum(~np.isfinite(self.values).all(axis=1)))
+        if self.is_batched and np.isfinite(self.thresholds).any():
+            notes.append(Note(_BATCHES))
+        if self.accumulates:
+            notes.append(Note(_ACCUMULATION))
+        still = int(np.sum(np.isnan(self.multiples) & np.isfinite(self.losses)))
+        if still:
+            notes.append(
+                Note(f"In {still} of {len(self.steps)} measurements along the step it had no length.")
+            )
+        notes.extend(Note(f"Not measured: {failure}", is_fault=True) for failure in self.failures)
+        broken = int(np.sum(self._is_lost))
         if broken:
             notes.append(Note(f"In {broken} measurements the curvature was not finite.", is_fault=True))
         return tuple(notes)
@@ -148,7 +192,11 @@ class EdgeReport(AbstractResult):
 
 
 def make_edge_report(
-    names: list[str], along: tuple[np.ndarray, Any], edge: tuple[np.ndarray, Any]
+    names: list[str],
+    along: tuple[np.ndarray, Any],
+    edge: tuple[np.ndarray, Any],
+    accumulates: bool,
+    failures: Any,
 ) -> EdgeReport:
     """Make the report from each kind's steps and measurements, stacked along a leading axis (None for none)."""
     steps, a = along
@@ -172,7 +220,15 @@ def make_edge_report(
         fractions={} if e is None else _by_block(names, e.fractions),
         discreteness=none if e is None else e.discreteness,
         local_errors={} if e is None else _by_block(names, e.local_errors),
+        reasons=() if e is None else tuple(Unknown(int(i)).reason for i in e.unknown),
+        is_batched=e is not None and _differ(e.data[np.isfinite(e.values[:, 0])]),
+        accumulates=accumulates,
+        failures=tuple(failures),
     )
+
+
+def _differ(checksums: np.ndarray) -> bool:
+    return bool(np.any(checksums != checksums[:1]))
 
 
 def _by_block(names: list[str], columns: np.ndarray) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from eomdl.plotting._study import lines_picture, sharpness_picture
 from eomdl.reports.finding import Finding, number, percent
 from eomdl.reports.stability import Stability
 from eomdl.reports.study import Study
-from eomdl.telemetry.at_edge import NEAR, find_stay
+from eomdl.telemetry.at_edge import NEAR, Interval, find_intervals, find_since, say_intervals
 
 
 TITLE = "Is this learning rate at the edge of stability?"
@@ -83,9 +83,9 @@ def _notes(study: Study, known: np.ndarray) -> tuple[str, ...]:
             "the threshold, so a run may be at its edge earlier than these numbers say."
         )
     if study.stability.is_preconditioned and not known.all():
+        reasons = "; ".join(sorted({reason for reason in study.stability.reasons if reason}))
         notes.append(
-            f"At {np.sum(~known)} of the {len(known)} measured steps the optimizer's update was not linear in the gradient and one "
-            "memory (clipped, say), so there is no threshold there."
+            f"At {np.sum(~known)} of the {len(known)} measured steps there is no threshold: of the optimizer, {reasons}."
         )
     return tuple(notes)
 
@@ -110,29 +110,25 @@ def _verdict(steps: np.ndarray, stability: Stability) -> tuple[str, str, int | N
         return answer, f"For this optimizer no edge of stability is known; η λ goes {trend}.", None
     steps, products, thresholds = (x[known] for x in (steps, stability.products, stability.thresholds))
     ratios, trend = products / thresholds, _trend(products)
-    stay = find_stay(ratios)
-    if stay is None:
+    intervals, row = find_intervals(ratios), find_since(ratios)
+    if not intervals:
         top = int(np.argmax(ratios))
         highest = f"{percent(ratios[top])} of the threshold"
         answer = f"No. η λ goes {trend}; at most it is {number(products[top])}, {highest} {number(thresholds[top])}."
         return answer, f"The learning rate is below the edge of stability: η λ is at most {highest}.", None
-    there = f"η λ {{}} {number(products[stay.first])}, with a threshold of {number(thresholds[stay.first])}"
-    is_below = ratios[-1] < NEAR
-    if not stay.lasts:
-        if stay.last == 0:  # of Adam, say, whose second moments are those of one gradient
+    first = intervals[0].first if row is None else row
+    there = f"η λ {{}} {number(products[first])}, with a threshold of {number(thresholds[first])}"
+    if row is None:
+        if intervals == [Interval(0, 0)]:  # of Adam, say, whose second moments are those of one gradient
             answer = f"No, but for the first step: there {there.format('is')}. It goes {trend}."
             return answer, "The learning rate is below the edge of stability but for the first step.", None
-        until = f"up to about step {steps[stay.last]}"
-        answer = (
-            f"No longer; {until} it was: at step {steps[stay.first]} {there.format('is')}. It goes {trend}."
-        )
-        return answer, f"The run is at the edge of stability {until}; at the end it is below again.", None
-    end = "the last measurement is below" if is_below else "at the end it is there"
-    since = int(steps[stay.first])
+        when = say_intervals(steps, ratios, intervals)
+        answer = f"No longer; it was {when}: at step {steps[first]} {there.format('is')}. It goes {trend}."
+        return answer, f"The run is at the edge of stability {when}; at the end it is below again.", None
+    end = "the last measurement is below" if ratios[-1] < NEAR else "at the end it is there"
+    since = int(steps[row])
     if since == 0:
-        answer = (
-            f"Yes, from the first step on: {there.format('is')} at the start; {end} ({number(products[-1])})."
-        )
+        answer = f"Yes, from the first step on: there {there.format('is')} at the start; {end} ({number(products[-1])})."
         return answer, f"The learning rate is at the edge of stability from the start; {end}.", since
     answer = f"Yes, from about step {since} on: there {there.format('reaches')}. It goes {trend}; {end}."
     return answer, f"The run comes to the edge of stability at about step {since}; {end}.", since
