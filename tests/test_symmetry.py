@@ -338,6 +338,23 @@ def test_equilibrium_norm_and_angle():
     np.testing.assert_allclose(eomdl.symmetry.equilibrium_angle(1e-4, 1e-2), np.sqrt(2e-6), rtol=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+def test_equilibrium_norm_with_momentum_is_that_of_random_gradients(beta):
+    """Heavy ball with a tangential gradient of size c/r in a new random direction at each step: uncorrelated with the last update."""
+    eta, decay, c, rng = 0.5, 0.3, 1.7, np.random.default_rng(0)
+    w = np.full(1000, eomdl.symmetry.equilibrium_norm(1.0, c, eta, decay, beta) / np.sqrt(1000))
+    update, norms = np.zeros(1000), []
+    for _ in range(1500):
+        r2 = w @ w
+        direction = rng.normal(size=1000)
+        direction -= (direction @ w / r2) * w
+        update = beta * update - eta * (c / np.sqrt(r2 * (direction @ direction)) * direction + decay * w)
+        w = w + update
+        norms.append(r2)
+    expected = eomdl.symmetry.equilibrium_norm(1.0, c, eta, decay, beta)
+    np.testing.assert_allclose(np.sqrt(np.mean(norms[300:])), expected, rtol=5e-3)
+
+
 def test_rescaling_law():
     # f(a u, v/a) = f(u, v): gradient flow conserves |u|^2 - |v|^2; the counter term changes it by
     # eta (|grad_u f|^2 - |grad_v f|^2), since gradient descent does by eta^2 times that a step

@@ -352,7 +352,7 @@ def estimates(loss: Loss, probe: Probe) -> list[Estimate]:
 def _smallest_term(measured: Differences, rounding: float) -> int:
     r"""Return the j of the smallest term $|\Delta^j \theta| / j$ of the logarithm's series, where it is to be cut.
 
-    Kinks, and multipliers further than 1 from 1, make higher differences grow. Where the series has fallen to rounding nothing is to be cut.
+    Kinks, and multipliers further than 1 from 1, make higher differences grow. Where the series falls to rounding nothing is cut.
     """
     j, sizes = np.arange(1, measured.order + 1), measured.sizes()
     terms = np.where(sizes > rounding * 2.0**j, sizes / j, 0)

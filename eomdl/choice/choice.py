@@ -149,9 +149,9 @@ def choose_flow(
     products with the map's derivative, at the end of the probe) say what is stable. The cheapest candidate then has a
     trial: it is integrated over the probe, the first steps of the run, and compared with the real run there. After it its error is
     taken to grow in each doubling of the steps as in the last one: by as much, or, for an optimizer with a memory, by the same
-    factor, at most 2. If that is more than the tolerance, its error is corrected by the factor found (those of other flows by at most 5, until
-    two kinds of flows agree on more), and the next has a trial, up to five. If none is predicted to be within the tolerance, the nearest has a
-    trial; where that is far from its prediction (10 times), one cheap flow of each other kind.
+    factor, at most 2. If that is more than the tolerance, its error is corrected by the factor found (those of other flows by at most 5,
+    until two kinds of flows agree on more), and the next has a trial, up to five. If none is predicted to be within the tolerance, the
+    nearest has a trial; where that is 5 times off its prediction, also one cheap flow of each other kind.
 
     **Arguments:**
 
@@ -167,8 +167,8 @@ def choose_flow(
 
     **Returns:** `eomdl.choice.Choice`. If no candidate is within the tolerance, the nearest, and a note.
 
-    **Cost:** a real run over the probe, 50 steps more (118 with stride 2), 43 gradients for the multipliers, and the trials, within `budget`;
-    counted in `Choice.cost`. **Memory:** 54 copies of the parameters (float32: 30).
+    **Cost:** a real run over the probe, 50 steps more (118 with stride 2), 43 gradients for the multipliers, and the trials, within
+    `budget`; counted in `Choice.cost`. **Memory:** 54 copies of the parameters (float32: 30).
 
     **Raises:** `ValueError` for a wrong argument, an optimizer that has no flow, a run that does not stay finite.
 
@@ -237,8 +237,8 @@ def _notes(chosen: Candidate, tolerance: float, probe: Probe) -> tuple[Note, ...
         )
     if probe.num_terms <= _FEW_TERMS:
         notes.append(
-            f"The differences of the run fall only up to order {probe.num_terms} (kinks of the loss, or steps too long for the series): what "
-            "a flow leaves out was estimated from these few, and may be some times more."
+            f"The differences of the run fall only up to order {probe.num_terms} (kinks of the loss, or steps too long for the series): "
+            "what a flow leaves out was estimated from these few, and may be some times more."
         )
     if probe.instability > _UNSTABLE:
         notes.append(
@@ -269,7 +269,7 @@ def _trial_notes(chosen: Candidate, tolerance: float, trials: Trials) -> tuple[N
         )
     if trials.is_cut and chosen.predicted_error > tolerance:
         notes.append(
-            f"The trials have ended at their budget of {trials.budget:.0f} gradients, about what a run of a flow costs unless `budget=` says "
-            "more. A flow that had no trial may be nearer, or cheaper."
+            f"The trials have ended at their budget of {trials.budget:.0f} gradients, about what a run of a flow costs unless `budget=` "
+            "says more. A flow that had no trial may be nearer, or cheaper."
         )
     return tuple(Note(text, is_fault=True) for text in notes)

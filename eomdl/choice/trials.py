@@ -73,13 +73,15 @@ class Real:
         return compare(self.run, {"trial": path}).distance["trial"]
 
 
-Factors = dict[Any, tuple[str, float]]  # what trials measured over what was predicted, each with the kind of its flow
+Factors = dict[
+    Any, tuple[str, float]
+]  # what trials measured over what was predicted, each with the kind of its flow
 
 
 class Trials(NamedTuple):
     """The candidates that had a trial, the best first; the others; the cost of all trials in gradients.
 
-    `error_ratio`: the largest error after a trial over the one that the first differences predict; infinite where it did not get to its end.
+    `error_ratio`: the largest error after a trial over the one that the first differences predict; infinite where it did not end.
     `budget`: in gradients; `is_cut`: whether it kept a flow from a trial.
     """
 
@@ -138,15 +140,11 @@ class Search:
     def with_trial(self, estimate: Estimate, before: Candidate, after: Candidate) -> "Search":
         """Return the search after a trial. Of a flow that did not get to its end nothing is learnt for others."""
         ratio, factor = after.predicted_error / before.predicted_error, _factor(self.errors, after.model)
-        new = dataclasses.replace(
-            self, tried=(*self.tried, after), ratios=(*self.ratios, ratio * factor)
-        )
+        new = dataclasses.replace(self, tried=(*self.tried, after), ratios=(*self.ratios, ratio * factor))
         if np.isinf(ratio):
             return new.without(estimate)
         is_within = after.predicted_error <= self.tolerance
-        is_best = is_within and (
-            self.accepted is None or after.predicted_cost < self.accepted.predicted_cost
-        )
+        is_best = is_within and (self.accepted is None or after.predicted_cost < self.accepted.predicted_cost)
         # Well within the tolerance, errors are smaller than predicted: cheaper ones may do.
         margin = max(1.1 * ratio, 0.5) if is_within else 1.05 * ratio
         cost_ratio = self.cost_ratio(estimate) * after.predicted_cost / before.predicted_cost
@@ -165,7 +163,7 @@ class Search:
         return None if self.accepted else self._nearest()
 
     def _nearest(self) -> Estimate | None:
-        """Return what is predicted to be the nearest, twice as near as any tried; where predictions mislead, a cheap one of another kind."""
+        """Return what is predicted to be the nearest, twice as near as any tried; where predictions mislead, a cheap other kind."""
         best = min((candidate.predicted_error for candidate in self.tried), default=math.inf)
         known = [e for e in self.estimates if e.is_asymptotic or not self.tried]
         nearest = min(known, key=self._distance, default=None)
