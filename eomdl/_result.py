@@ -41,10 +41,14 @@ class Note(str):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over random samples: `value`, and its `standard_error`."""
+    """A mean over random samples: `value`, its `standard_error`, and the `interval` that is to cover the right value in 95 of 100 cases.
+
+    Of few samples the interval is wider than two standard errors.
+    """
 
     value: float
     standard_error: float
+    interval: tuple[float, float] = (np.nan, np.nan)
 
 
 def _read_note(found: Any) -> Note:

@@ -316,6 +316,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             args=None,
             start=None,
             probe_steps=4,
+            budget=None,
             progress=False,
         ),
     ),

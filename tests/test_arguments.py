@@ -26,6 +26,7 @@ OPTIONAL = {
     "iterate.step_size",
     "solve.dt0",
     "choice.choose_flow.probe_steps",
+    "choice.choose_flow.budget",
     "errors.convergence_study.time",
     "choice.fitted_weights.order",
     "sharpness.rtol",

@@ -268,6 +268,32 @@ def test_one_direction_of_two_is_not_enough():
     assert any(n.startswith("curvature of the next direction") and n.is_fault for n in run.notes)
 
 
+def turned_loss(w, args):
+    """The same in coordinates that mix the two directions with ten of less curvature."""
+    turn, rates = args
+    curvature = jnp.concatenate([w["y"], jnp.linspace(-0.5, 5.5, 10)])
+    return 0.5 * jnp.sum(curvature * (turn.T @ w["x"]) ** 2) - jnp.sum(rates * w["y"])
+
+
+def test_variances_of_two_directions_that_do_not_couple():
+    """Each is 2 of its rate, whatever the covariance of the two, of which the curvature knows nothing."""
+    turn = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))[0])
+    flow, args = CentralFlow(turned_loss, ETA, 2), (turn, jnp.array([0.05, 0.03]))
+    state = flow.init({"x": jnp.zeros(12), "y": jnp.full(2, 2 / ETA - 0.07)}, args)
+
+    @jax.jit
+    def advance(state, k):  # by Euler: in balance it is exact
+        state = flow.refresh(ETA * k, state, args)
+        velocity = flow(0.0, state, args).params
+        return state._replace(params=jax.tree.map(lambda x, v: x + ETA * v, state.params, velocity))
+
+    for k in range(30):
+        state = advance(state, k)
+    np.testing.assert_allclose(flow.variances(0.0, state, args), [0.1, 0.06], rtol=2e-3)
+    axes = np.abs(flow.axes(0.0, state, args)[:, :12] @ turn)
+    np.testing.assert_allclose(axes[:, :2], np.eye(2), atol=0.03)
+
+
 # -------------------------------------------- the oscillation of a real run
 
 

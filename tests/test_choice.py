@@ -1,5 +1,6 @@
 """Which flow to take: fitted weights, what the first steps of the run tell of flows and solvers, and the choice."""
 
+import dataclasses
 import math
 
 import diffrax
@@ -12,8 +13,10 @@ from helpers import NET, NET_ARGS, VALLEY, net_loss, valley_loss
 
 import eomdl
 from eomdl.choice import choose_flow
+from eomdl.choice.candidates import Estimate, Model, estimates, probe_run
 from eomdl.choice.differences import differences
 from eomdl.choice.step_lengths import METHODS, stable_length, step_lengths
+from eomdl.choice.trials import Search
 from eomdl.series.weights import (
     difference_coefficients,
     log_coefficients,
@@ -169,6 +172,99 @@ def test_a_tolerance_that_no_flow_meets_is_said():
     assert "No candidate is within 1.0e-14" in choice.notes[0]
     assert choice.chosen.trial_error > 1e-14
     assert "! No candidate" in choice.table()
+
+
+def make_net_problem(loss_of, activation, seed, fraction):
+    """A network 3-6-1 with biases of 0 and a target sin 2x, at eta = fraction / sharpness."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(40, 3)))
+    params = [(jnp.asarray(rng.normal(size=(a, b)) / np.sqrt(a)), jnp.zeros(b)) for a, b in ((3, 6), (6, 1))]
+
+    def loss(params, args):
+        (w, b), (v, c) = params
+        return loss_of(activation(args[0] @ w + b) @ v + c, args[1])
+
+    args = (x, jnp.sin(2 * x[:, :1]))
+    return loss, params, args, fraction / eomdl.curvature.eigenpairs(loss, params, args, 1).values[0]
+
+
+def test_steps_too_long_for_the_series_cost_no_more_than_the_run():
+    """Near the edge the differences grow from order 7 on: flows of 14 points, predicted to be the nearest, are the farthest and the dearest."""
+    huber = lambda out, y: jnp.mean(optax.huber_loss(out, y))
+    loss, params, args, eta = make_net_problem(huber, jax.nn.gelu, 22, 0.6)
+    choice = choose_flow(loss, params, optax.sgd(eta), 200, 1e-4, learning_rate=eta, args=args)
+    assert choice.cost < 5 * 200
+    tried = [c for c in choice.candidates if np.isfinite(c.trial_error)]
+    assert len({c.kind for c in tried}) >= 3
+    assert choice.chosen.trial_error == min(c.trial_error for c in tried) < 0.05
+    # Nothing is claimed of what is not known.
+    assert all(np.isnan(c.predicted_error) for c in choice.candidates if "14 points" in c.model)
+    assert any("no prediction here contains" in note or "No candidate" in note for note in choice.notes)
+
+
+def test_kinks_do_not_hide_what_is_near():
+    """ReLU: high differences are those of the kinks, 2^j of each; what stands before them says how far a flow is."""
+    square = lambda out, y: jnp.mean((out - y) ** 2)
+    loss, params, args, eta = make_net_problem(square, jax.nn.relu, 3, 0.3)
+    step = eomdl.optimizer_step(loss, optax.sgd(eta))
+    real = eomdl.iterate(step, params, 32, args=args, step_size=eta)
+    probe = probe_run(step, params, eta, args, None, real.end, 200)
+    assert probe.num_terms <= 4
+    predicted = {e.model.name: e.model_error for e in estimates(loss, probe)}
+    path = eomdl.solve(eomdl.GradientFlow(loss, eta), params, 32, args=args, rtol=1e-6, atol=1e-4, estimate_error=False)
+    measured = eomdl.compare(real, {"flow": path}).distance["flow"].max()
+    assert measured / 3 < predicted["gradient flow"] < 10 * measured  # 200 times as much with all differences
+
+
+def fake_estimate(kind, error, cost=1, method=METHODS[1], is_asymptotic=True):
+    """An estimate of a flow named by its kind and its error."""
+    flow = eomdl.InterpolatingFlow(decay, 1.0, cost)
+    lengths = step_lengths(method, found(24, 18))
+    model = Model(kind, f"{kind} {error}", flow, np.ones(1))
+    return Estimate(model, error, is_asymptotic, lengths, np.inf, 3, 1e-16, 1e-15, 24)
+
+
+def after_trial(search, estimate, times):
+    before = search.candidate(estimate)
+    after = dataclasses.replace(before, predicted_error=times * before.predicted_error)
+    return search.with_trial(estimate, before, after)
+
+
+def test_the_failure_of_one_flow_is_not_that_of_the_others():
+    fitted, taylor, minimax = (fake_estimate(kind, 1e-6) for kind in ("fitted", "Taylor", "minimax"))
+    search = Search(1e-4, [fitted, taylor, minimax])
+    search = after_trial(search, fitted, 3000)
+    assert search.candidate(fitted).predicted_error > 1e-3
+    assert search.next() in (taylor, minimax)
+    assert search.candidate(taylor).predicted_error == pytest.approx(1e-4)
+    # What two kinds agree on is the path's, and a third one has it too.
+    search = after_trial(search, taylor, 1000)
+    assert search.next() is None or search.next() is not minimax
+    assert search.candidate(minimax).predicted_error > 5e-4
+    # One that does not get to its end says nothing of others.
+    stuck = after_trial(Search(1e-4, [fitted, taylor]), fitted, np.inf)
+    assert stuck.next() is taylor
+    assert stuck.candidate(taylor).predicted_cost == Search(1e-4, []).candidate(taylor).predicted_cost
+
+
+def test_where_predictions_mislead_other_kinds_have_a_trial_the_cheap_ones_first():
+    near, cheap, dear = fake_estimate("fitted", 1e-2), fake_estimate("Taylor", 5e-2), fake_estimate("minimax", 4e-2, 8)
+    search = Search(1e-4, [near, cheap, dear, fake_estimate("Taylor", 1e-3, 14, is_asymptotic=False)])
+    assert search.next() is near
+    assert after_trial(search, near, 2).next() is None  # as predicted: the nearest is found
+    misled = after_trial(search, near, 100)
+    assert misled.next() is cheap
+    assert after_trial(misled, cheap, 100).next() is dear
+    unknown = misled.described(misled.estimates[-1])
+    assert np.isnan(unknown.predicted_error)
+
+
+def test_a_budget_ends_the_search_and_is_told():
+    choice = choose_flow(net_loss, NET, SGD, 60, 1e-5, learning_rate=0.1, args=NET_ARGS, budget=1.0)
+    assert choice.chosen.trial_error is not choice.chosen.measured_error
+    assert np.isnan(choice.chosen.trial_error)
+    assert choice.cost < 200
+    assert any("ended at their budget of 1 gradients" in note for note in choice.notes)
 
 
 def test_an_optimizer_with_a_memory_has_interpolating_flows_only():

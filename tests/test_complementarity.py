@@ -82,3 +82,21 @@ def test_what_cannot_be_lifted_is_told():
         found = SOLVE(np.diag([0.2, -0.3]), gram)
         assert np.all(np.isfinite(found.matrix))
         assert found.error > 0.1
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-12, -1e-6, 1e-4])
+def test_what_the_response_does_not_see_is_not_decided_by_noise(noise):
+    """Two directions that do not couple: X_12 changes nothing, and any C_12 would make X singular."""
+    constant = np.array([[-0.1, noise], [noise, -0.06]])
+    found = jax.jit(solve_complementarity, static_argnums=2)(constant, np.diag([1.0, 0.0, 1.0]), 1e-4)
+    np.testing.assert_allclose(found.matrix, np.diag([0.1, 0.06]), atol=max(2 * abs(noise), 1e-9))
+
+
+def test_the_solution_of_least_norm_in_any_basis():
+    """The same in a basis that mixes the two directions."""
+    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(2, 2)))[0]
+    basis = symmetric_basis(2)
+    change = np.einsum("aij,ki,lj,bkl->ba", basis, turn, turn, basis)
+    constant = turn @ np.diag([-0.1, -0.06]) @ turn.T + 1e-7 * np.ones((2, 2))
+    found = SOLVE(constant, change @ np.diag([1.0, 0.0, 1.0]) @ change.T)
+    np.testing.assert_allclose(found.matrix, turn @ np.diag([0.1, 0.06]) @ turn.T, atol=1e-6)

@@ -74,6 +74,26 @@ def test_a_residual_is_that_of_the_product():
     assert int(found.matvecs) == 6
 
 
+@pytest.mark.parametrize(
+    "spectrum", [[5.0, 4.0, 3.0, 1.0, 0.5, 0.1, -1.0], [0.5, 0.4, 0.1, -1.0, -2.0, -8.0]]
+)
+def test_converged_are_those_whose_residual_is_within_rtol(spectrum):
+    """Of the largest of the values found in modulus, on both sides of the limit."""
+    params, args = quadratic(spectrum)
+
+    def measure(rtol):
+        found = eigenpairs(quadratic_loss, params, args, 2, num_matvecs=2, rtol=rtol)
+        return np.asarray(found.residuals / jnp.max(jnp.abs(found.values))), np.asarray(found.converged)
+
+    limits, _ = measure(0.0)
+    assert np.all(limits > 1e-3)
+    for rtol in np.outer(limits, [1 / 3, 0.99, 1.01]).ravel():
+        relative, converged = measure(rtol)
+        np.testing.assert_array_equal(converged, relative <= rtol)
+    assert not np.any(measure(limits.min() / 3)[1])
+    assert np.all(measure(1.01 * limits.max())[1])
+
+
 def test_what_is_not_converged_is_said():
     params, args = quadratic(np.linspace(1, 2, 60))
     found = eigenpairs(quadratic_loss, params, args, 2, num_matvecs=3)

@@ -165,6 +165,41 @@ def test_proposes_nothing_for_a_tanh_network():
     assert eomdl.symmetry.propose(loss, NET, NET_ARGS) == []
 
 
+@pytest.mark.parametrize("zeros", [{"b"}, {"w1"}, {"b", "w1"}, {"b", "w1", "w0"}])
+def test_zeros_hide_no_symmetry_and_make_none(zeros):
+    """Biases start at 0 in flax and Keras, a last layer sometimes: there a bias scales freely, and the layers below are not used."""
+    start = {
+        f"layer{i}": {
+            "w": jnp.zeros_like(NET[f"layer{i}"]["w"]) if f"w{i}" in zeros else NET[f"layer{i}"]["w"],
+            "b": jnp.zeros_like(NET[f"layer{i}"]["b"]) if "b" in zeros else NET[f"layer{i}"]["b"],
+        }
+        for i in (0, 1)
+    }
+    found = eomdl.symmetry.propose(relu_loss, start, NET_ARGS)
+    assert labels_of(found) == {
+        "rescale of layer0.w (axis 1) and layer0.b (axis 0) against layer1.w (axis 0)"
+    }
+    # A check says the same.
+    assert eomdl.symmetry.check(relu_loss, start, RESCALE, NET_ARGS).holds
+    for false in (
+        eomdl.symmetry.Scaling(["layer0.b"]),
+        eomdl.symmetry.Translation("layer0.w"),
+        eomdl.symmetry.Scaling([("layer0.w", 1)], [("layer1.w", 0)]),
+    ):
+        found = eomdl.symmetry.check(relu_loss, start, false, NET_ARGS)
+        assert not found.holds
+        assert min(found.gradient, found.value) > 1e-4
+
+
+def test_a_loss_that_is_finite_at_one_point_only_is_said():
+    def loss(p, args):
+        return jnp.where(jnp.sum(p["b"] ** 2) > 0, jnp.nan, jnp.sum(p["w"] ** 2))
+
+    start = {"w": jnp.ones(2), "b": jnp.zeros(2)}
+    found = eomdl.symmetry.check(loss, start, eomdl.symmetry.Scaling(["b"]))
+    assert "because of zeros only" in found.notes[0]
+
+
 def test_the_loss_is_looked_at_first():
     with pytest.raises(ValueError, match=r"loss: expected .*\(6, 2\)"):
         eomdl.symmetry.check(lambda p, args: args[1] + p["layer1"]["b"][None], NET, RESCALE, NET_ARGS)
@@ -301,6 +336,23 @@ def test_equilibrium_norm_and_angle():
     np.testing.assert_allclose(end**4, eta * c**2 / (decay * (2 - eta * decay)), rtol=1e-13)
     np.testing.assert_allclose(eomdl.symmetry.equilibrium_angle(eta, decay), angles[-1], rtol=1e-10)
     np.testing.assert_allclose(eomdl.symmetry.equilibrium_angle(1e-4, 1e-2), np.sqrt(2e-6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+def test_equilibrium_norm_with_momentum_is_that_of_random_gradients(beta):
+    """Heavy ball with a tangential gradient of size c/r in a new random direction at each step: uncorrelated with the last update."""
+    eta, decay, c, rng = 0.5, 0.3, 1.7, np.random.default_rng(0)
+    w = np.full(1000, eomdl.symmetry.equilibrium_norm(1.0, c, eta, decay, beta) / np.sqrt(1000))
+    update, norms = np.zeros(1000), []
+    for _ in range(1500):
+        r2 = w @ w
+        direction = rng.normal(size=1000)
+        direction -= (direction @ w / r2) * w
+        update = beta * update - eta * (c / np.sqrt(r2 * (direction @ direction)) * direction + decay * w)
+        w = w + update
+        norms.append(r2)
+    expected = eomdl.symmetry.equilibrium_norm(1.0, c, eta, decay, beta)
+    np.testing.assert_allclose(np.sqrt(np.mean(norms[300:])), expected, rtol=5e-3)
 
 
 def test_rescaling_law():

@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +38,7 @@ _ORDERS = (1, 2)  # of equations of motion
 _STRIDE_2_DEPARTURE = 0.7  # of the map from the identity, from which stride 2 is a candidate
 _BOUND_MARGIN = 1.2  # the bound of minimax weights over that departure
 _MODEL_FRACTION = 0.9  # of the tolerance, which a flow may take where it leaves the rest to the solver
+_SOLVER_FRACTION = 0.1  # of its error, where a flow is not within the tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +76,36 @@ class Candidate:
 
     def cost_of(self, path: Trajectory) -> float:
         """Return the gradients that a run of this candidate has cost."""
-        return self.flow.gradient_cost * (self.evaluations * int(path.stats.num_steps) + 1)
+        return self.cost_of_steps(int(path.stats.num_steps))
+
+    def cost_of_steps(self, ode_steps: float) -> float:
+        """Return the gradients that so many ODE steps cost."""
+        return self.flow.gradient_cost * (self.evaluations * ode_steps + 1)
+
+    def steps_of_cost(self, gradients: float) -> float:
+        """Return the ODE steps that so many gradients pay for."""
+        return (gradients / self.flow.gradient_cost - 1) / self.evaluations
 
     def with_trial(
-        self, distance: np.ndarray, fraction: float, is_linear: bool, cost_ratio: float
+        self, distance: np.ndarray, fraction: float, is_power: bool, cost_ratio: float
     ) -> "Candidate":
         """Return the candidate with the result of a trial over the first steps.
 
         `distance`: at each step; `fraction`: of the whole run; `cost_ratio`: of the trial's cost to that predicted. After
-        the trial the error is taken to grow linearly, or by as much in each doubling of the steps as in the last one.
+        the trial the error is taken to grow in each doubling of the steps as in the last one: by the same factor, at most 2,
+        where it `is_power` of the steps, else by the same amount.
         """
         largest = np.maximum.accumulate(distance)
         last, half = float(largest[-1]), float(largest[len(largest) // 2])
-        doubled = last + (last - half) * math.log2(1 / fraction) if np.isfinite(last) else math.inf
+        doublings, predicted = math.log2(1 / fraction), math.inf
+        if np.isfinite(last) and is_power:
+            predicted = last * min(last / half if half > 0 else 2.0, 2.0) ** doublings
+        elif np.isfinite(last):
+            predicted = last + (last - half) * doublings
         return dataclasses.replace(
             self,
             trial_error=last,
-            predicted_error=last / fraction if is_linear else doubled,
+            predicted_error=predicted,
             predicted_cost=self.predicted_cost * cost_ratio,
         )
 
@@ -134,6 +147,17 @@ class Probe:
     rounding: float
     rtol: float
     cost: float
+
+    @property
+    def num_terms(self) -> int:
+        """How many terms of the logarithm's series fall along the path."""
+        return _smallest_term(self.differences[1], self.rounding)
+
+    @property
+    def instability(self) -> float:
+        """How many times as large a small error may be at the end of the run, by the multipliers at the end of the probe."""
+        left = self.num_steps - self.first - self.length
+        return float(np.abs(self.multipliers).max()) ** min(left, 1000)
 
     @property
     def growth(self) -> float:
@@ -221,11 +245,13 @@ def models(loss: Loss, probe: Probe) -> Iterator[Model]:
 class Estimate(NamedTuple):
     """A model with a solver: the estimated error of the model, and how it can be integrated.
 
-    `model_error`: of the flow over the whole run; `stable`: the longest ODE step, and `strides`: how many there are.
+    `model_error`: of the flow over the whole run; `is_asymptotic`: whether the series of the logarithm still falls after its last point.
+    `stable`: the longest ODE step, and `strides`: how many there are.
     """
 
     model: Model
     model_error: float
+    is_asymptotic: bool
     lengths: StepLengths
     stable: float
     size: int
@@ -238,21 +264,16 @@ class Estimate(NamedTuple):
         """The solver."""
         return self.lengths.method
 
-    def candidate(
-        self,
-        tolerance: float,
-        error_factor: float,
-        cost_ratios: Mapping[str, float] = MappingProxyType({}),
-    ) -> Candidate:
+    def candidate(self, tolerance: float, error_factor: float = 1.0, cost_ratio: float = 1.0) -> Candidate:
         """Return the candidate with the largest ODE tolerance that leaves the total error within `tolerance`.
 
-        `error_factor`: all errors are taken times this. `cost_ratios`: by method, how many times as many ODE steps as
-        predicted the trials took. Where the model is not within the tolerance, the solver may make half of its error.
+        `error_factor`: all errors are taken times this. `cost_ratio`: how many times as many ODE steps as predicted are
+        taken. Where the model is not within the tolerance, the solver may make a tenth of its error.
         """
         method, root = self.lengths.method, math.sqrt(self.size)
         left = tolerance / error_factor - self.model_error
         fits = self.fits(tolerance, error_factor)
-        allowed = left if fits else 0.5 * max(self.model_error, tolerance)
+        allowed = left if fits else _SOLVER_FRACTION * max(self.model_error, tolerance)
         growth = next_growth = method.growth[0]
         for _ in range(6):  # the growth depends on the tolerance by way of the steps
             growth = next_growth
@@ -261,7 +282,7 @@ class Estimate(NamedTuple):
             limited = float(np.mean(lengths == self.stable))
             next_growth = 0.5 * (growth + (1 - limited) * method.growth[0] + limited * method.growth[1])
         ode_error = growth * root * atol
-        steps = float(np.sum(1 / lengths)) * cost_ratios.get(method.name, 1.0)
+        steps = float(np.sum(1 / lengths)) * cost_ratio
         per_step = method.evaluations * steps / (self.strides * self.model.flow.stride)
         return Candidate(
             kind=self.model.kind,
@@ -281,11 +302,10 @@ class Estimate(NamedTuple):
             predicted_cost=self.model.flow.gradient_cost * per_step,
         )
 
-    def cost_ratio(self, path: Trajectory) -> float:
-        """Return the ODE steps that a run of this took over those predicted."""
-        strides = int(path.steps[-1] - path.steps[0]) / self.model.flow.stride
-        lengths = self.lengths.along(float(path.stats.atol), self.stable, strides)
-        return int(path.stats.num_steps) / float(np.sum(1 / lengths))
+    def ode_steps(self, atol: float, num_steps: int) -> float:
+        """Return the ODE steps predicted for the first steps of the run at an ODE tolerance."""
+        strides = num_steps / self.model.flow.stride
+        return float(np.sum(1 / self.lengths.along(atol, self.stable, strides)))
 
     def fits(self, tolerance: float, error_factor: float) -> bool:
         """Whether the model leaves a part of the tolerance for the solver."""
@@ -299,6 +319,7 @@ def estimates(loss: Loss, probe: Probe) -> list[Estimate]:
         for m, measured in probe.differences.items()
         for method in METHODS
     }
+    cuts = {m: _smallest_term(measured, probe.rounding) for m, measured in probe.differences.items()}
     out = []
     for model in models(loss, probe):
         m = model.flow.stride
@@ -307,13 +328,16 @@ def estimates(loss: Loss, probe: Probe) -> list[Estimate]:
         rates = np.sum(c * z[:, None] ** np.arange(1, len(c) + 1), axis=1)
         if np.any((rates.real > 0) & (np.abs(1 + z) < 1)):
             continue
-        left_out = np.pad(c, (0, measured.order - len(c))) - log_coefficients(measured.order)
+        cut = cuts[m]
+        known = np.where(np.arange(measured.order) < max(cut, len(c)), log_coefficients(measured.order), 0)
+        left_out = np.pad(c, (0, measured.order - len(c))) - known
         error = max(measured.largest_sum(left_out), measured.sum_at_rest(left_out))
         for method in METHODS:
             out.append(
                 Estimate(
                     model=model,
                     model_error=error,
+                    is_asymptotic=len(c) < cut,
                     lengths=lengths[m, method],
                     stable=stable_length(method, rates),
                     size=measured.size,
@@ -323,3 +347,13 @@ def estimates(loss: Loss, probe: Probe) -> list[Estimate]:
                 )
             )
     return out
+
+
+def _smallest_term(measured: Differences, rounding: float) -> int:
+    r"""Return the j of the smallest term $|\Delta^j \theta| / j$ of the logarithm's series, where it is to be cut.
+
+    Kinks, and multipliers further than 1 from 1, make higher differences grow. Where the series falls to rounding nothing is cut.
+    """
+    j, sizes = np.arange(1, measured.order + 1), measured.sizes()
+    terms = np.where(sizes > rounding * 2.0**j, sizes / j, 0)
+    return int(np.argmin(terms)) + 1 if terms.min() > 0 else measured.order + 1

@@ -15,7 +15,7 @@ from eomdl._result import AbstractResult, Note, Table
 from eomdl._types import Args, Loss, Params
 from eomdl.choice.candidates import Candidate, Probe, estimates, probe_run
 from eomdl.choice.differences import starting_state
-from eomdl.choice.trials import Real, Trials, real_run, run_trials
+from eomdl.choice.trials import MISLEADING, Real, Trials, real_run, run_trials
 from eomdl.errors.comparison import compare
 from eomdl.flows.base import AbstractFlow
 from eomdl.maps.optimizer import optimizer_step
@@ -25,6 +25,8 @@ from eomdl.runs.trajectory import Trajectory
 
 PROBE_FRACTION = 0.1  # of the run, on which flows have their trials,
 MIN_PROBE_STEPS = 32  # but at least as many steps
+_FEW_TERMS = 6  # of the series: a flow of two points and the four differences after it
+_UNSTABLE = 10.0  # times that small errors may grow after the probe: beyond it their prediction means nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,7 @@ def choose_flow(
     args: Args = None,
     start: End | None = None,
     probe_steps: int | None = None,
+    budget: float | None = None,
     progress: Any = False,
 ) -> Choice:
     r"""Choose the cheapest flow, solver and tolerance that stay within a distance of a run of an optimizer.
@@ -145,8 +148,10 @@ def choose_flow(
     the derivatives of the path, which say how long the steps of each solver may be at a tolerance; the multipliers (16
     products with the map's derivative, at the end of the probe) say what is stable. The cheapest candidate then has a
     trial: it is integrated over the probe, the first steps of the run, and compared with the real run there. After it its error is
-    taken to grow by as much in each doubling of the steps as in the last one (linearly for an optimizer with a memory). If
-    that is more than the tolerance all errors are corrected by the factor found, and the next has a trial, up to five.
+    taken to grow in each doubling of the steps as in the last one: by as much, or, for an optimizer with a memory, by the same
+    factor, at most 2. If that is more than the tolerance, its error is corrected by the factor found (those of other flows by at most 5,
+    until two kinds of flows agree on more), and the next has a trial, up to five. If none is predicted to be within the tolerance, the
+    nearest has a trial; where that is 5 times off its prediction, also one cheap flow of each other kind.
 
     **Arguments:**
 
@@ -156,12 +161,14 @@ def choose_flow(
     - `start`: the end of a real run, to begin there (pass it to `solve` as `resume` too).
     - `probe_steps`: how many first steps to try a flow on, by default a tenth of the run and at least 32. Differences are taken in
         the first 32 of them, which should hold the fastest part of the path.
+    - `budget`: the gradients that all trials together may cost, by default what a run of the first flow tried is predicted to cost over
+        all the steps, or five real runs if these cost more. A trial ends at 4 times the ODE steps predicted.
     - `progress`: as in `eomdl.solve`, for the trials.
 
     **Returns:** `eomdl.choice.Choice`. If no candidate is within the tolerance, the nearest, and a note.
 
-    **Cost:** a real run over the probe, 50 steps more, 43 gradients for the multipliers, and the trials; counted in
-    `Choice.cost`. **Memory:** 54 copies of the parameters (float32: 30).
+    **Cost:** a real run over the probe, 50 steps more (118 with stride 2), 43 gradients for the multipliers, and the trials, within
+    `budget`; counted in `Choice.cost`. **Memory:** 54 copies of the parameters (float32: 30).
 
     **Raises:** `ValueError` for a wrong argument, an optimizer that has no flow, a run that does not stay finite.
 
@@ -174,6 +181,7 @@ def choose_flow(
     num_steps = _check.integer("num_steps", num_steps, 1)
     tolerance = float(_check.positive_scalar("tolerance", tolerance))
     step_size = _check.positive_scalar("learning_rate", learning_rate)
+    budget = None if budget is None else float(_check.positive_scalar("budget", budget))
     step_map = optimizer_step(loss, optimizer)
     check_step(step_map, params, args)
     first = starting_state(step_map, params, start)[1]
@@ -186,7 +194,7 @@ def choose_flow(
     run = real_run(step_map, params, last, step_size, options)
     real = Real(step_map, params, step_size, first, num_steps, options, run)
     probe = probe_run(step_map, params, step_size, args, start, run.end, num_steps)
-    trials = run_trials(estimates(loss, probe), tolerance, real, probe.is_gradient_descent)
+    trials = run_trials(estimates(loss, probe), tolerance, real, probe.is_gradient_descent, budget)
     return _result(trials, tolerance, probe)
 
 
@@ -194,15 +202,17 @@ def _result(trials: Trials, tolerance: float, probe: Probe) -> Choice:
     """Return the chosen one first, then those within the tolerance by their cost, then the others by their error."""
     within = [c for c in trials.others if c.predicted_error <= tolerance]
     beyond = [c for c in trials.others if c.predicted_error > tolerance]
+    unknown = [c for c in trials.others if np.isnan(c.predicted_error)]
     ranked = sorted(within, key=lambda c: c.predicted_cost)
     ranked += sorted(beyond, key=lambda c: (c.predicted_error, c.predicted_cost))
+    ranked += sorted(unknown, key=lambda c: c.predicted_cost)
     candidates = (*trials.tried, *ranked)
     return Choice(
         chosen=candidates[0],
         candidates=candidates,
         tolerance=tolerance,
         cost=probe.cost + trials.cost,
-        notes=_notes(candidates[0], tolerance, probe),
+        notes=(*_notes(candidates[0], tolerance, probe), *_trial_notes(candidates[0], tolerance, trials)),
     )
 
 
@@ -225,10 +235,41 @@ def _notes(chosen: Candidate, tolerance: float, probe: Probe) -> tuple[Note, ...
             f"The rounding of the real run itself may come to {noise:.1e} in this precision. Use float64 "
             "(jax.config.update('jax_enable_x64', True)) for such a tolerance."
         )
+    if probe.num_terms <= _FEW_TERMS:
+        notes.append(
+            f"The differences of the run fall only up to order {probe.num_terms} (kinks of the loss, or steps too long for the series): "
+            "what a flow leaves out was estimated from these few, and may be some times more."
+        )
+    if probe.instability > _UNSTABLE:
+        notes.append(
+            f"At the end of the probe the run is unstable: in the steps left an error may grow {probe.instability:.0f} times, which no "
+            "prediction here contains. Raise `probe_steps`, and compare the flow with the real run."
+        )
     growth = probe.growth
     if growth > 1.5:
         notes.append(
             f"The steps of the run are {growth:.1f} times as long at the end of the probe as at its start: the fastest part of "
             "the path may come later, and was not seen. Raise `probe_steps`."
+        )
+    return tuple(Note(text, is_fault=True) for text in notes)
+
+
+def _trial_notes(chosen: Candidate, tolerance: float, trials: Trials) -> tuple[Note, ...]:
+    """Return what the trials say of the choice: whether predictions mislead, and whether the search came to its end."""
+    notes = []
+    if trials.error_ratio >= MISLEADING and chosen.predicted_error > tolerance:
+        off = (
+            "did not get to the end"
+            if np.isinf(trials.error_ratio)
+            else f"was {trials.error_ratio:.0f} times as far from the run as predicted"
+        )
+        notes.append(
+            f"A flow in a trial {off}: what flows leave out is not known from the first differences of this run (kinks, or steps too long "
+            'for the series). Believe what stands under "in the trial"; of flows without a trial neither error nor cost is known.'
+        )
+    if trials.is_cut and chosen.predicted_error > tolerance:
+        notes.append(
+            f"The trials have ended at their budget of {trials.budget:.0f} gradients, about what a run of a flow costs unless `budget=` "
+            "says more. A flow that had no trial may be nearer, or cheaper."
         )
     return tuple(Note(text, is_fault=True) for text in notes)

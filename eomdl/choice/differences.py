@@ -93,6 +93,11 @@ class Differences:
         r"""Return $|\sum_j u_j \Delta^j \theta_k|$ for each stride: an error of the velocity, per stride."""
         return self._norms(np.pad(u, (0, 2 * self.order - len(u))))
 
+    def sizes(self) -> Float[np.ndarray, " order"]:
+        r"""Return the mean of $|\Delta^j \theta_k|$ over the strides, for each j."""
+        squares = np.diagonal(self.products, axis1=1, axis2=2)[:, : self.order]
+        return np.sqrt(np.maximum(squares, 0)).mean(axis=0)
+
     def largest_sum(self, u: np.ndarray) -> float:
         r"""Return the largest sum of these errors as vectors, $|\sum_j u_j (\Delta^{j-1} \theta_k - \Delta^{j-1} \theta_0)|$.
 

@@ -1,7 +1,7 @@
 """Trials of candidates on the first steps of the real run."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,11 @@ from eomdl.runs.trajectory import Trajectory
 
 MAX_TRIALS = 5
 MIN_ODE_STEPS = 8  # of a trial: with fewer the length of the trial cuts them
+MISLEADING = 5.0  # from this ratio of an error to the one predicted, or back, predictions do not say which flow is near
+_MAX_COST_RATIO = 4  # a trial ends where it takes so many times as many ODE steps as predicted
+_REAL_RUNS = 5  # whose gradients the trials may cost at least
+_SHARED_FACTOR = 5.0  # what one kind of flow may say of the errors and costs of another
+_ABOUT_THE_LEAST = 2.0  # errors predicted up to so many times the least may as well be the least
 
 
 def real_run(
@@ -68,71 +73,174 @@ class Real:
         return compare(self.run, {"trial": path}).distance["trial"]
 
 
+Factors = dict[
+    Any, tuple[str, float]
+]  # what trials measured over what was predicted, each with the kind of its flow
+
+
 class Trials(NamedTuple):
-    """The candidates that had a trial, the best first; the others; the cost of all trials in gradients."""
+    """The candidates that had a trial, the best first; the others; the cost of all trials in gradients.
+
+    `error_ratio`: the largest error after a trial over the one that the first differences predict; infinite where it did not end.
+    `budget`: in gradients; `is_cut`: whether it kept a flow from a trial.
+    """
 
     tried: list[Candidate]
     others: list[Candidate]
     cost: float
+    error_ratio: float
+    budget: float
+    is_cut: bool
 
 
-def run_trials(estimates: list[Estimate], tolerance: float, real: Real, is_gradient_descent: bool) -> Trials:
-    """Integrate the cheapest over the first steps, until one is within the tolerance of the real run there.
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The search among estimates that may have a trial, with what the trials so far say.
 
-    All errors are corrected by the factor found. One that is well within the tolerance makes others eligible: these have
-    trials as long as what they would save pays for them. Where the optimizer has a memory its modes turn and
-    hardly contract, so errors add up: after the trial they are taken to grow linearly.
+    - `estimates`: those that may have one, or another one.
+    - `errors`, `costs`: factors over what was predicted, by flow, and by flow and solver.
+    - `tried`, `accepted`: the candidates after their trials, and the best one within the tolerance.
+    - `ratios`: of each trial, the error after it over the one that the first differences predict.
     """
-    cost, error_factor = 0.0, 1.0
-    tried: list[Candidate] = []
-    cost_ratios: dict[str, float] = {}
+
+    tolerance: float
+    estimates: list[Estimate]
+    errors: Factors = dataclasses.field(default_factory=dict)
+    costs: Factors = dataclasses.field(default_factory=dict)
+    tried: tuple[Candidate, ...] = ()
     accepted: Candidate | None = None
-    for _ in range(MAX_TRIALS):
-        estimate = _next(estimates, tolerance, error_factor, cost_ratios, is_first=not tried)
-        if estimate is None:
-            break
-        candidate = estimate.candidate(tolerance, error_factor, cost_ratios)
-        if accepted is not None and not _pays(candidate, accepted, real):
-            break
-        path, real, spent = _run_trial(candidate, real)
-        cost += spent
-        ratio = estimate.cost_ratio(path)
-        change = ratio / cost_ratios.get(estimate.method.name, 1.0)
-        candidate = candidate.with_trial(real.distance(path), real.fraction, not is_gradient_descent, change)
-        tried.append(candidate)
-        cost_ratios[estimate.method.name] = ratio
-        part = candidate.predicted_error / tolerance
-        if part <= 1:
-            accepted = candidate
-            error_factor *= max(1.1 * part, 0.5)
-        elif accepted is not None:
-            break
-        elif np.isinf(part):
-            estimates = [other for other in estimates if other is not estimate]
-        else:
-            error_factor *= 1.05 * part
-    others = [other.candidate(tolerance, error_factor, cost_ratios) for other in estimates]
-    return _rank(accepted, tried, others, cost + real.length)
+    ratios: tuple[float, ...] = ()
+
+    @property
+    def is_misled(self) -> bool:
+        """Whether a trial was far from what the first differences predict."""
+        return any(not 1 / MISLEADING < ratio < MISLEADING for ratio in self.ratios)
+
+    def candidate(self, estimate: Estimate) -> Candidate:
+        """Return the candidate with what the trials say of it."""
+        error_factor = _factor(self.errors, estimate.model.name)
+        return estimate.candidate(self.tolerance, error_factor, self.cost_ratio(estimate))
+
+    def described(self, estimate: Estimate) -> Candidate:
+        """Return the candidate for the table: without an error where nothing is known of it."""
+        candidate = self.candidate(estimate)
+        if estimate.is_asymptotic or candidate.model in self.errors:
+            return candidate
+        return dataclasses.replace(candidate, model_error=math.nan, predicted_error=math.nan)
+
+    def cost_ratio(self, estimate: Estimate) -> float:
+        """Return how many times as many ODE steps as predicted an estimate is taken to need."""
+        name, solver = estimate.model.name, estimate.method.name
+        return _factor({key: known for key, known in self.costs.items() if key[1] == solver}, (name, solver))
+
+    def without(self, estimate: Estimate) -> "Search":
+        """Return the search in which an estimate has no other trial."""
+        return dataclasses.replace(self, estimates=[e for e in self.estimates if e is not estimate])
+
+    def with_trial(self, estimate: Estimate, before: Candidate, after: Candidate) -> "Search":
+        """Return the search after a trial. Of a flow that did not get to its end nothing is learnt for others."""
+        ratio, factor = after.predicted_error / before.predicted_error, _factor(self.errors, after.model)
+        new = dataclasses.replace(self, tried=(*self.tried, after), ratios=(*self.ratios, ratio * factor))
+        if np.isinf(ratio):
+            return new.without(estimate)
+        is_within = after.predicted_error <= self.tolerance
+        is_best = is_within and (self.accepted is None or after.predicted_cost < self.accepted.predicted_cost)
+        # Well within the tolerance, errors are smaller than predicted: cheaper ones may do.
+        margin = max(1.1 * ratio, 0.5) if is_within else 1.05 * ratio
+        cost_ratio = self.cost_ratio(estimate) * after.predicted_cost / before.predicted_cost
+        return dataclasses.replace(
+            new,
+            accepted=after if is_best else self.accepted,
+            errors=self.errors | {after.model: (after.kind, margin * factor)},
+            costs=self.costs | {(after.model, after.method): (after.kind, cost_ratio)},
+        )
+
+    def next(self) -> Estimate | None:
+        """Return the cheapest within the tolerance, at best one whose differences fall; if there is none, what may be nearest."""
+        within = [e for e in self.estimates if e.fits(self.tolerance, _factor(self.errors, e.model.name))]
+        if within:
+            return min(within, key=lambda e: (not e.is_asymptotic, self.candidate(e).predicted_cost))
+        return None if self.accepted else self._nearest()
+
+    def _nearest(self) -> Estimate | None:
+        """Return what is predicted to be the nearest, twice as near as any tried; where predictions mislead, a cheap other kind."""
+        best = min((candidate.predicted_error for candidate in self.tried), default=math.inf)
+        known = [e for e in self.estimates if e.is_asymptotic or not self.tried]
+        nearest = min(known, key=self._distance, default=None)
+        if nearest is not None and self.candidate(nearest).predicted_error < best / _ABOUT_THE_LEAST:
+            return nearest
+        if not self.is_misled:
+            return None
+        kinds = {candidate.kind for candidate in self.tried}
+        untried = [e for e in self.estimates if e.model.kind not in kinds]
+        least: dict[str, float] = {}
+        for e in untried:
+            least[e.model.kind] = min(e.model_error, least.get(e.model.kind, math.inf))
+        near = [e for e in untried if e.model_error <= _ABOUT_THE_LEAST * least[e.model.kind]]
+        return min(near, key=lambda e: self.candidate(e).predicted_cost, default=None)
+
+    def _distance(self, e: Estimate) -> tuple[bool, float, float]:
+        return not e.is_asymptotic, e.model_error, self.candidate(e).predicted_cost
 
 
-def _next(
+def _factor(known: Factors, key: Any) -> float:
+    """Return the factor of a flow, or of the others the one nearest to 1.
+
+    What one kind of flow failed by is its own; what two kinds agree on is the path's.
+    """
+    if key in known:
+        return known[key][1]
+    nearest = min((factor for _, factor in known.values()), key=lambda x: abs(math.log(x)), default=1.0)
+    is_shared = len({kind for kind, _ in known.values()}) > 1
+    return nearest if is_shared else float(np.clip(nearest, 1 / _SHARED_FACTOR, _SHARED_FACTOR))
+
+
+def run_trials(
     estimates: list[Estimate],
     tolerance: float,
-    error_factor: float,
-    cost_ratios: Mapping[str, float],
-    is_first: bool,
-) -> Estimate | None:
-    """Return the cheapest within the tolerance; if none is, at first the nearest, with the cheapest of its solvers."""
+    real: Real,
+    is_gradient_descent: bool,
+    budget: float | None = None,
+) -> Trials:
+    """Integrate the cheapest over the first steps, until one is within the tolerance of the real run there.
 
-    def cost(estimate: Estimate) -> float:
-        return estimate.candidate(tolerance, error_factor, cost_ratios).predicted_cost
+    One that is well within the tolerance makes others eligible: these have trials as long as what they would save pays for them.
+    Where the optimizer has a memory its modes turn and hardly contract, so errors add up: after the trial they are taken to grow
+    as a power of the steps. `budget`: in gradients, by default those of a whole run of the first flow tried, or of
+    five real runs if these are more.
+    """
+    search, cost, is_cut = Search(tolerance, estimates), 0.0, False
+    while len(search.tried) < MAX_TRIALS and (estimate := search.next()) is not None:
+        before, accepted = search.candidate(estimate), search.accepted
+        if accepted is not None and not _pays(before, accepted, real):
+            break
+        if budget is None:
+            budget = max(before.predicted_cost, _REAL_RUNS) * (real.num_steps - real.first)
+        if cost + before.cost_of_steps(_trial_steps(search, estimate, real)) > budget:
+            is_cut, search = True, search.without(estimate)
+            continue
+        path, real, spent, cost_ratio = _run_trial(search, estimate, real, budget - cost)
+        cost += spent
+        after = before.with_trial(real.distance(path), real.fraction, not is_gradient_descent, cost_ratio)
+        search = search.with_trial(estimate, before, after)
+        if accepted is not None and after.predicted_error > tolerance:
+            break
+    tried = _once(sorted(search.tried, key=lambda c: (c is not search.accepted, c.predicted_error)))
+    names = {c.name for c in tried}
+    return Trials(
+        tried=tried,
+        others=[c for c in map(search.described, estimates) if c.name not in names],
+        cost=cost + real.length,
+        error_ratio=max(search.ratios, default=0.0),
+        budget=budget or 0.0,
+        is_cut=is_cut or cost >= (budget or math.inf),
+    )
 
-    within = [estimate for estimate in estimates if estimate.fits(tolerance, error_factor)]
-    if within:
-        return min(within, key=cost)
-    if is_first and estimates:
-        return min(estimates, key=lambda estimate: (estimate.model_error, cost(estimate)))
-    return None
+
+def _once(candidates: list[Candidate]) -> list[Candidate]:
+    """Return the first of each flow and solver."""
+    first = {c.name: c for c in reversed(candidates)}
+    return [c for c in candidates if first[c.name] is c]
 
 
 def _pays(candidate: Candidate, accepted: Candidate, real: Real) -> bool:
@@ -141,24 +249,30 @@ def _pays(candidate: Candidate, accepted: Candidate, real: Real) -> bool:
     return saved > candidate.predicted_cost * real.length
 
 
-def _rank(accepted: Candidate | None, tried: list[Candidate], others: list[Candidate], cost: float) -> Trials:
-    """Return the accepted one, or the nearest, first; the same flow and solver only once."""
-    best_first = sorted(tried, key=lambda c: (c is not accepted, c.predicted_error))
-    once = {c.name: c for c in reversed(best_first)}
-    return Trials(
-        [c for c in best_first if once[c.name] is c], [c for c in others if c.name not in once], cost
-    )
+def _trial_steps(search: Search, estimate: Estimate, real: Real) -> float:
+    """Return the ODE steps that a trial is predicted to take."""
+    atol = search.candidate(estimate).solve_options["atol"]
+    return search.cost_ratio(estimate) * estimate.ode_steps(atol, real.length)
 
 
-def _run_trial(candidate: Candidate, real: Real) -> tuple[Trajectory, Real, float]:
-    """Run a flow over the first steps, more of them until it takes enough ODE steps; also return the cost in gradients."""
-    cost = 0.0
+def _run_trial(
+    search: Search, estimate: Estimate, real: Real, budget: float
+) -> tuple[Trajectory, Real, float, float]:
+    """Run a flow over the first steps, more of them until it takes enough ODE steps.
+
+    Also return the cost in gradients, and the ODE steps over those predicted. It ends where these are too many, or beyond the budget.
+    """
+    candidate, cost = search.candidate(estimate), 0.0
     while True:
         last = real.first + real.length
-        path = solve(
-            candidate.flow, real.params, last, diagnose=False, **candidate.solve_options, **real.options
-        )
+        predicted = _trial_steps(search, estimate, real)
+        # Fewer than twice so many steps say little, and cost little.
+        paid = max(candidate.steps_of_cost(budget - cost), 2 * MIN_ODE_STEPS)
+        most = min(_MAX_COST_RATIO * max(predicted, MIN_ODE_STEPS), paid)
+        options = {**candidate.solve_options, **real.options, "max_steps": max(math.ceil(most), 1)}
+        path = solve(candidate.flow, real.params, last, diagnose=False, **options)
         cost += candidate.cost_of(path)
-        if path.message or int(path.stats.num_steps) >= MIN_ODE_STEPS or last == real.num_steps:
-            return path, real, cost
+        is_enough = int(path.stats.num_steps) >= MIN_ODE_STEPS or last == real.num_steps
+        if path.message or is_enough:
+            return path, real, cost, int(path.stats.num_steps) / predicted
         real = real.double()

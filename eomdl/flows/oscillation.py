@@ -10,7 +10,7 @@ import numpy as np
 from eomdl import _tree
 from eomdl._types import Args, Loss, Params
 from eomdl.curvature import third_derivative
-from eomdl.curvature.tracker import TrackedPairs
+from eomdl.curvature.tracker import RTOL, TrackedPairs
 from eomdl.flows.preconditioners import AbstractPreconditioner
 from eomdl.linalg.complementarity import ComplementaritySolution, solve_complementarity, symmetric_basis
 
@@ -93,7 +93,7 @@ class Balance(eqx.Module):
             return first._replace(matrix=jnp.zeros_like(constant).at[:1, :1].set(first.matrix))
 
         several = jnp.any(self.pairs.values[1:] >= NEAR)
-        return jax.lax.cond(several, lambda: solve_complementarity(constant, response), solve_first)
+        return jax.lax.cond(several, lambda: solve_complementarity(constant, response, RTOL**2), solve_first)
 
     def _stiffening(self, products: Params, squares: Any, moment: Any) -> jax.Array:
         r"""Return by how much P moving lowers the curvature in a step: $2 u_i^\top \dot P u_j$ at the threshold, for each $B_a$."""

@@ -32,7 +32,9 @@ def symmetric_basis(k: int) -> np.ndarray:
     return basis
 
 
-def solve_complementarity(constant: jax.Array, gram: jax.Array) -> ComplementaritySolution:
+def solve_complementarity(
+    constant: jax.Array, gram: jax.Array, resolution: float = 1e-12
+) -> ComplementaritySolution:
     r"""Return the symmetric X with $X \succeq 0$, $S = C + M[X] \succeq 0$, $\langle X, S \rangle = 0$.
 
     $M[X] = \sum_{ab} B_a M_{ab} \langle B_b, X \rangle$ in the basis of `symmetric_basis`: off-diagonal elements count on both
@@ -43,7 +45,11 @@ def solve_complementarity(constant: jax.Array, gram: jax.Array) -> Complementari
 
     Where no X lifts C, X is huge, or 0 if M is 0, and `error` is of the size of 1.
 
-    **Arguments:** `constant`: C, shape (k, k), symmetric; `gram`: $M_{ab}$, (k(k+1)/2, k(k+1)/2), positive semidefinite.
+    What M does not see of X is undetermined: of all solutions that are the same to M, the one of least norm is returned (where it is in the
+    cone). Without this rule the least error of C decides: with $M_{12} = 0$ any $C_{12} \ne 0$ makes S, and so X, singular.
+
+    **Arguments:** `constant`: C, shape (k, k), symmetric; `gram`: $M_{ab}$, (k(k+1)/2, k(k+1)/2), positive semidefinite;
+    `resolution`: eigenvalues of M below this part of their mean are taken to be 0.
     """
     k = len(constant)
     basis = jnp.asarray(symmetric_basis(k), constant.dtype)
@@ -60,7 +66,10 @@ def solve_complementarity(constant: jax.Array, gram: jax.Array) -> Complementari
     else:
         is_zero = (jnp.linalg.eigvalsh(constant)[0] >= 0) | ~can_lift
         matrix = jax.lax.cond(is_zero, lambda: jnp.zeros_like(constant), problem.solve)
-    return ComplementaritySolution(matrix * (size / unit), problem.error(matrix))
+    error = problem.error(matrix)
+    if k > 1:
+        matrix = problem.without_unseen(matrix, resolution)
+    return ComplementaritySolution(matrix * (size / unit), error)
 
 
 class _Problem(NamedTuple):
@@ -104,6 +113,15 @@ class _Problem(NamedTuple):
     def solve(self) -> jax.Array:
         """Return X: from the middle of the cone by interior points, then by Newton's method on the residual."""
         return self.matrix(self.polish(self.vector(self.find_interior())))
+
+    def without_unseen(self, matrix: jax.Array, resolution: float) -> jax.Array:
+        """Return X without its part in the null space of M, if that is in the cone."""
+        values, vectors = jnp.linalg.eigh(self.gram)
+        # A smooth step, so that X does not jump.
+        kept = values**2 / (values**2 + resolution**2)
+        least = self.matrix(vectors @ (kept * (vectors.T @ self.vector(matrix))))
+        rounding = 1e3 * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(matrix))
+        return jnp.where(jnp.linalg.eigvalsh(least)[0] >= -rounding, least, matrix)
 
     def polish(self, x: jax.Array) -> jax.Array:
         """Return x after Newton's steps (Qi & Sun 1993) as long as they come nearer."""

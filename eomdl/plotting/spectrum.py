@@ -17,7 +17,7 @@ REACH = 4  # widths beyond the outermost eigenvalues
 
 @plot.register
 def plot_spectral_density(density: SpectralDensity, width: float | None = None) -> Any:
-    """Return the density of the eigenvalues, log scale, with a band of one standard error and the height of a single one."""
+    """Return the density of the eigenvalues, log scale, with a band of 95 % intervals and the height of a single one."""
     from matplotlib.figure import Figure
 
     low, high = float(density.nodes.min()), float(density.nodes.max())
@@ -26,17 +26,18 @@ def plot_spectral_density(density: SpectralDensity, width: float | None = None) 
         width = scale / 100 if scale > 0 else 1.0
     width = float(_check.positive_scalar("width", width))
     points = np.linspace(low - REACH * width, high + REACH * width, POINTS)
-    found, error = density.at(points, width)
+    found, (lower, upper) = density.at(points, width)[0], density.interval(points, width)
     single = 1 / (density.num_params * width * np.sqrt(2 * np.pi))
     floor = single / 30
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    band = np.maximum(found - error, floor / 10), np.maximum(found + error, floor / 10)
-    axes.fill_between(points, *band, color="C0", alpha=0.3, lw=0, label="one standard error")
+    top = 3 * found.max()
+    band = np.clip(lower, floor / 10, 10 * top), np.clip(upper, floor / 10, 10 * top)
+    axes.fill_between(points, *band, color="C0", alpha=0.3, lw=0, label="95 % interval")
     axes.plot(points, np.maximum(found, floor / 10), "C0", lw=1.5, label="density")
     axes.axhline(single, color="k", ls=":", lw=1, label=f"one of {density.num_params:,} eigenvalues")
     axes.set(xlabel="eigenvalue of the Hessian", ylabel=f"density (width {width:.2g})", yscale="log")
-    axes.set_ylim(floor, 3 * found.max())
+    axes.set_ylim(floor, top)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

@@ -1,9 +1,9 @@
 """Whether the loss has a symmetry: a given one, or any that the shapes allow."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,6 +16,15 @@ from eomdl._result import AbstractResult, Note, Table
 from eomdl._types import Args, Loss, Params
 from eomdl.losses.penalties import WeightDecay
 from eomdl.symmetry.groups import AbstractSymmetry, Scaling, Translation
+
+
+_MOVES = (0.5, 0.05, 0.005)  # of the size of each array: the first with a finite gradient
+_NOTES = (
+    Note(
+        "The loss is finite at no point near these parameters that has no zeros: what holds here may hold because of zeros only.",
+        is_fault=True,
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +77,18 @@ def check(
     """Check whether the loss is the same along the group, by its gradient and by a finite transformation.
 
     `eomdl.WeightDecay`, which breaks it, is taken off the loss first. Scale symmetry before a normalization with
-    an epsilon holds up to that epsilon: the violation says how far.
+    an epsilon holds up to that epsilon: the violation says how far. Zeros (biases at the start, a last layer of zeros) hide whether it
+    holds, so that it is also checked at a moved point: the parameters plus normal numbers of half the root mean square of each array, or of
+    all parameters for an array of zeros.
 
     **Arguments:** `symmetry`, an `eomdl.symmetry.Translation` or `eomdl.symmetry.Scaling`; `tolerance`, by default the square root of the
     machine epsilon.
 
     **Returns:** a result with `gradient`, the cosine of the gradient and the symmetry's directions; `value`, the relative change of
-    the loss under a finite transformation; `holds`, whether both are at most the tolerance; `verdict`, the same in words.
+    the loss under a finite transformation, the larger ones of the two points; `holds`, whether both are at most the tolerance; `verdict`,
+    the same in words; `notes`, if the loss is finite at no moved point.
 
-    **Cost:** one gradient and two losses.
+    **Cost:** two gradients and five losses.
 
     **Raises:** `ValueError` for a wrong argument; for a block that does not exist, with the nearest names.
     """
@@ -85,9 +97,7 @@ def check(
     _check.kind("symmetry", symmetry, AbstractSymmetry, expected)
     loss = without_decay(_check.function("loss", loss))
     _check.loss_is_scalar(loss, params, args)
-    return _check_with_gradient(
-        loss, params, symmetry, args, jax.grad(loss)(params, args), _tolerance(params, tolerance)
-    )
+    return _check_at_places(loss, symmetry, args, _places(loss, params, args), _tolerance(params, tolerance))
 
 
 def _tolerance(params: Params, tolerance: float | None) -> float:
@@ -96,16 +106,51 @@ def _tolerance(params: Params, tolerance: float | None) -> float:
     return float(_check.positive_scalar("tolerance", tolerance))
 
 
-def _check_with_gradient(
-    loss: Loss, params: Params, symmetry: AbstractSymmetry, args: Args, gradient: Params, tolerance: float
+class _Place(NamedTuple):
+    """Where a symmetry is looked for, with the gradient of the loss there."""
+
+    params: Params
+    gradient: Params
+
+
+def _places(loss: Loss, params: Params, args: Args) -> list[_Place]:
+    """Return the parameters, and, if the loss is finite there, a point near them without their zeros."""
+    places = [_Place(params, _gradient(loss, params, args))]
+    for size in _MOVES:
+        moved = _move(params, size)
+        gradient = _gradient(loss, moved, args)
+        if np.isfinite(_tree.norm(gradient) + _value(loss, moved, args)):
+            return [*places, _Place(moved, gradient)]
+    return places
+
+
+@eqx.filter_jit
+def _move(params: Params, size: float) -> Params:
+    """Return the parameters plus normal numbers of a part of the size of each array, or of all for an array of zeros."""
+    whole = _tree.norm(params) / np.sqrt(_tree.size(params))
+    whole = jnp.where(whole > 0, whole, 1)
+
+    def move(x: jax.Array, direction: jax.Array) -> jax.Array:
+        own = jnp.sqrt(jnp.mean(x**2))
+        return (x + size * jnp.where(own > 0, own, whole) * direction).astype(x.dtype)
+
+    return jax.tree.map(move, params, _tree.random_normal(jax.random.key(1), params))
+
+
+def _check_at_places(
+    loss: Loss, symmetry: AbstractSymmetry, args: Args, places: list[_Place], tolerance: float
 ) -> SymmetryCheck:
-    charge = symmetry.charge(params)
-    moved = symmetry.transform(params, jax.random.normal(jax.random.key(0), charge.shape, charge.dtype))
-    before, after = loss(params, args), loss(moved, args)
-    value = float(jnp.abs(after - before) / jnp.maximum(jnp.abs(before), jnp.finfo(before.dtype).tiny))
-    violation = float(symmetry.violation(params, gradient))
+    """Return the larger violations of all places."""
+    value = violation = 0.0
+    for params, gradient in places:
+        charge = symmetry.charge(params)
+        amount = jax.random.normal(jax.random.key(0), charge.shape, charge.dtype)
+        before, after = (_value(loss, p, args) for p in (params, symmetry.transform(params, amount)))
+        change = jnp.abs(after - before) / jnp.maximum(jnp.abs(before), jnp.finfo(before.dtype).tiny)
+        value = float(np.fmax(value, change) if np.isfinite(change) else np.inf)
+        violation = max(violation, float(symmetry.violation(params, gradient)))
     holds = value <= tolerance and violation <= tolerance
-    return SymmetryCheck(holds, violation, value, tolerance, symmetry)
+    return SymmetryCheck(holds, violation, value, tolerance, symmetry, _NOTES * (len(places) == 1))
 
 
 @eqx.filter_jit
@@ -126,29 +171,29 @@ def propose(
     Candidates are all that the shapes allow: translations of each array along each axis; scalings of each array, as a
     whole and by units, by itself and with the bias of its layer; and rescalings of an array (with such a bias) against
     another with as many units. Those whose gradient passes are confirmed by a finite transformation. Of
-    a symmetry by units and the same as a whole only the first is returned, as it implies the second.
+    a symmetry by units and the same as a whole only the first is returned, as it implies the second. Both are done at the parameters
+    and at a moved point, as in `check`: what holds only because of zeros is not returned.
 
     It does not see symmetries of more than two layers, or of units that are no axis of an array. Name those yourself and
     `check`.
 
     **Returns:** a list of what `check` returns, all of which hold.
 
-    **Cost:** one gradient, and one loss for each candidate that its gradient does not rule out.
+    **Cost:** two gradients, and four losses for each candidate that these do not rule out.
 
     **Raises:** `ValueError` for a wrong argument.
     """
     params = _check.params("params", params)
     loss = without_decay(_check.function("loss", loss))
     _check.loss_is_scalar(loss, params, args)
-    gradient = _gradient(loss, params, args)
+    places = _places(loss, params, args)
     tolerance = _tolerance(params, tolerance)
-    compiled = functools.partial(_value, loss)
     found: list[SymmetryCheck] = []
 
     def holds(symmetry: AbstractSymmetry) -> bool:
-        if float(symmetry.violation(params, gradient)) > tolerance:
+        if any(float(symmetry.violation(*place)) > tolerance for place in places):
             return False
-        result = _check_with_gradient(compiled, params, symmetry, args, gradient, tolerance)
+        result = _check_at_places(loss, symmetry, args, places, tolerance)
         found.extend([result] * result.holds)
         return result.holds
 
