@@ -5,8 +5,6 @@ Each function returns the argument, converted, or raises. Traced values pass; sh
 
 import operator
 import os
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,6 @@ import numpy as np
 
 from eomdl import _tree
 from eomdl._types import Args, Array, Loss, Observable, Params, StateObservable
-
-
-# Frames of these packages stand between a warning and the line of the user's code that it is about.
-_BETWEEN = {"eomdl", "equinox", "jax", "jaxtyping", "beartype", "contextlib"}
-
-
-def warn(message: str) -> None:
-    """Warn at the line of the user's code from which the library was called."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
 
 
 def _wrong(name: str, expected: str, got: Any) -> ValueError:

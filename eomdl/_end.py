@@ -166,10 +166,15 @@ def require_end(name: str, end: End) -> None:
             _check.kind(place, value, _OTHER_STATS[field.name], f"a {_OTHER_STATS[field.name].__name__}")
         elif field.name == "stride":
             _check.integer(place, value, 1)
-        elif value is not None or field.name not in ("rtol", "atol"):
-            _check.numbers(place, value, "a number >= 0", lambda x: np.isfinite(x) & (x >= 0), ndim=0)
+        elif value is not None or field.name not in _MAY_BE_NONE:
+            # The cost of a flow is not always known.
+            lost = field.name == "gradient_evaluations"
+            _check.numbers(
+                place, value, "a number >= 0", lambda x, lost=lost: (np.isfinite(x) & (x >= 0)) | lost, ndim=0
+            )
 
 
+_MAY_BE_NONE = ("rtol", "atol", "first_step", "first_length")
 _OTHER_STATS: dict[str, type] = {"flow": str, "data": str, "diagnostics": dict, "target": Target}
 
 

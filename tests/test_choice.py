@@ -211,7 +211,9 @@ def test_kinks_do_not_hide_what_is_near():
     probe = probe_run(step, params, eta, args, None, real.end, 200)
     assert probe.num_terms <= 4
     predicted = {e.model.name: e.model_error for e in estimates(loss, probe)}
-    path = eomdl.solve(eomdl.GradientFlow(loss, eta), params, 32, args=args, rtol=1e-6, atol=1e-4, estimate_error=False)
+    path = eomdl.solve(
+        eomdl.GradientFlow(loss, eta), params, 32, args=args, rtol=1e-6, atol=1e-4, estimate_error=False
+    )
     measured = eomdl.compare(real, {"flow": path}).distance["flow"].max()
     assert measured / 3 < predicted["gradient flow"] < 10 * measured  # 200 times as much with all differences
 
@@ -248,7 +250,11 @@ def test_the_failure_of_one_flow_is_not_that_of_the_others():
 
 
 def test_where_predictions_mislead_other_kinds_have_a_trial_the_cheap_ones_first():
-    near, cheap, dear = fake_estimate("fitted", 1e-2), fake_estimate("Taylor", 5e-2), fake_estimate("minimax", 4e-2, 8)
+    near, cheap, dear = (
+        fake_estimate("fitted", 1e-2),
+        fake_estimate("Taylor", 5e-2),
+        fake_estimate("minimax", 4e-2, 8),
+    )
     search = Search(1e-4, [near, cheap, dear, fake_estimate("Taylor", 1e-3, 14, is_asymptotic=False)])
     assert search.next() is near
     assert after_trial(search, near, 2).next() is None  # as predicted: the nearest is found

@@ -26,6 +26,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 GROUND = (
     "_types",
     "_tree",
+    "_warn",
     "_upstream",
     "_autodiff",
     "_check",

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from typing_extensions import override
 
-from eomdl import _check, _tree
+from eomdl import _check, _tree, _warn
 from eomdl._result import AbstractResult, Note, Table
 from eomdl._target import ITERATES, Target
 from eomdl._types import Params
@@ -357,7 +357,7 @@ def _notes(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> tup
         notes += found
         for note in found:
             if note.is_fault and note != f"{name}: {run.message}":
-                _check.warn(note)
+                _warn.warn(note)
     return tuple(notes)
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 from typing_extensions import override
 
-from eomdl import _check, _tree
+from eomdl import _check, _tree, _warn
 from eomdl._end import Diagnostic
 from eomdl._types import Args, Numbers, Params, State
 from eomdl.flows.base import AbstractFlow
@@ -164,7 +164,7 @@ class InterpolatingFlow(AbstractFlow):
             return
         ratio = float(_start_ratio(self, params, args))
         if ratio >= 1:
-            _check.warn(
+            _warn.warn(
                 f"step_map: expected a map near the identity, got second differences {ratio:.2f} times the "
                 f"first at the start (stride {self.stride}), where the series of the logarithm does not "
                 f"converge. Lower the learning rate, {_STRIDE_TWO * (self.stride == 1)}or start after a few real steps "

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from eomdl import _check, _devices, _processes, _structure
+from eomdl import _check, _devices, _processes, _structure, _warn
 from eomdl._end import End
 from eomdl._types import Args, Observable, Params
 from eomdl.observe.base import is_per_member
@@ -158,7 +158,7 @@ class Checkpoints:
         found, damaged = self._last_whole()
         if damaged:
             on = "none before is whole" if found is None else f"continuing from step {found.step}"
-            _check.warn(f"no whole checkpoints, {on}: {'; '.join(damaged)}")
+            _warn.warn(f"no whole checkpoints, {on}: {'; '.join(damaged)}")
         return found
 
     def _last_whole(self) -> tuple[End | None, list[str]]:
@@ -282,7 +282,7 @@ class Checkpoints:
             path.rename(aside)
             moved.append(aside.name)
         if moved:
-            _check.warn(f"no whole checkpoints, moved aside in {self.folder}: {', '.join(moved)}")
+            _warn.warn(f"no whole checkpoints, moved aside in {self.folder}: {', '.join(moved)}")
         for part in self.folder.glob("step-*.npz.*.part"):  # of a process that was killed in writing
             part.unlink()
 

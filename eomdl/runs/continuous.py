@@ -24,7 +24,7 @@ from eomdl.runs.ode import FlowState, OdeRequest
 from eomdl.runs.options import RunOptions, set_up
 from eomdl.runs.run import Run
 from eomdl.runs.trajectory import Trajectory
-from eomdl.runs.warmup import choose_warmup, warm_up
+from eomdl.runs.warmup import warm_up
 
 
 MAX_FLAT_SIZE = 2**20  # numbers in a state up to which it is integrated as one vector
@@ -122,14 +122,9 @@ def solve(
     run = set_up("solve", params, num_steps, options, model.stride)
     members.check_params(run.params)
     example = members.first_args(run.data.example)
-    count = choose_warmup(model, members, run, warmup)
-    if count:
-        real = warm_up(model, members, run, count)
-        if not succeeded(real.result) or count == run.num_steps:
-            return real
-        run = run.after(real, keep_saved=not observe_state)
-    else:
-        model.validate(members.first(run.params), example)
+    run, real = warm_up(model, members, run, warmup, keep_saved=not observe_state)
+    if real is not None and (not succeeded(real.result) or real.end.step == run.num_steps):
+        return real
     given = (rtol, atol, dt0, stepsize_controller)
     run, state, traced = _starting_state(run, members, estimate_error and stepsize_controller is None, given)
     one = members.first(state.members if isinstance(state, EnsembleState) else state).flow

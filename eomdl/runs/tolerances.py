@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eomdl import _check, _tree
+from eomdl import _tree, _warn
 from eomdl._autodiff import jvp
 from eomdl._end import Diagnostic, real_part
 from eomdl._types import Args, Params, State
@@ -148,7 +148,7 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Measu
         if step > 0 and float(distance(next_step, _tree.sub(target, state))) <= 8 * noise:
             return Measured(rtol, max(JUMP_TOLERANCE * step / int(length) / root, floor), True, step_length)
     if dtype != jnp.float64 and error <= noise:
-        _check.warn(
+        _warn.warn(
             f"{dtype} cannot carry this order here: the one-step error of {type(flow).__name__} is "
             f"{error:.1e}, and the rounding noise of one step is {noise:.1e} (Euclidean norms). Use "
             "float64 (jax.config.update('jax_enable_x64', True)) or a lower order."

@@ -18,7 +18,7 @@ from eomdl.runs.run import Run
 from eomdl.runs.trajectory import Trajectory
 
 
-def choose_warmup(flow: AbstractFlow, members: AbstractMembers, run: Run, warmup: Any) -> int:
+def _choose(flow: AbstractFlow, members: AbstractMembers, run: Run, warmup: Any) -> int:
     """Return how many real steps come first: as given, else as many as the flow asks for from an empty memory.
 
     At most half of the run, so that some of it is the flow's. A run that continues has its memory already.
@@ -49,11 +49,21 @@ def _starts_cold(step_map: StepMap, params: Params, args: Args) -> jax.Array:
     return jnp.asarray(step_map.starts_cold(params, args))
 
 
-def warm_up(flow: AbstractFlow, members: AbstractMembers, run: Run, count: int) -> Trajectory:
-    """Take the first steps of a run for real."""
+def warm_up(
+    flow: AbstractFlow, members: AbstractMembers, run: Run, warmup: Any, keep_saved: bool
+) -> tuple[Run, Trajectory | None]:
+    """Return what is left of a run after its first steps, which are taken for real, and those; None where there are none.
+
+    `keep_saved`: whether their saved steps are part of the run.
+    """
+    count = _choose(flow, members, run, warmup)
+    if count == 0:
+        flow.validate(members.first(run.params), members.first_args(run.data.example))
+        return run, None
     step_map = map_of(flow)
     state = members.start(step_map.init, 0)(run.params)
     dynamics = StepDynamics(step_map, flow.step_size, gradients=1)
     real = run.until(count).run(members.vectorize(dynamics), state)
     stats = dataclasses.replace(real.stats, warmup=count)
-    return dataclasses.replace(real, end=dataclasses.replace(real.end, stats=stats))
+    real = dataclasses.replace(real, end=dataclasses.replace(real.end, stats=stats))
+    return run.after(real, keep_saved), real
