@@ -307,6 +307,15 @@ def test_an_end_made_by_hand_is_checked(run, kind):
     assert eomdl.descend(valley_loss, VALLEY, ADAM, 4, resume=by_hand).end.step == 4
 
 
+def test_an_end_whose_parameters_are_not_those_of_its_state_is_refused(run):
+    """A run goes on from its state: parameters changed beside it would be passed over without a word."""
+    moved = dataclasses.replace(run.end, params=jax.tree.map(lambda x: x + 1e-6, run.end.params))
+    with pytest.raises(ValueError, match=r"^resume\.end\.params: expected the parameters in .*without_state"):
+        eomdl.descend(valley_loss, VALLEY, ADAM, 5, resume=moved)
+    begun = eomdl.descend(valley_loss, VALLEY, ADAM, 5, resume=moved.without_state())
+    assert_identical(begun.at(3), moved.params)
+
+
 # ------------------------------------------------------------ names and dtypes
 
 

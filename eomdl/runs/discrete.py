@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from typing_extensions import override
 
-from eomdl import _check, _devices, _structure, _tree
+from eomdl import _check, _devices, _processes, _structure, _tree
 from eomdl._end import RESULTS, Diagnostic
 from eomdl._fingerprint import fingerprint
 from eomdl._types import STATIC, Args, Loss, Params, State, record_type
@@ -199,7 +199,22 @@ def _run(members: AbstractMembers, run: Run, step_size: ArrayLike | None, gradie
     if run.begin is not None and run.begin.state is not None:
         hint = "another optimizer begins afresh with `resume.without_state()`"
         state = _structure.restore("resume.end.state", run.begin.state, state, hint)
+        is_here = not _tree.is_traced(state, run.starting_params) and not _processes.is_distributed()
+        if isinstance(members, Single) and is_here:
+            _require_params(step_map.params(state), run.starting_params)
     return run.run(members.vectorize(StepDynamics(step_map, time_step, gradients)), state)
+
+
+def _require_params(in_state: Params, params: Params) -> None:
+    """Raise where an end was given other parameters by hand: a run goes on from those in its state."""
+    for a, b in zip(jax.tree.leaves(in_state), jax.tree.leaves(params), strict=True):
+        # To rounding: a step map may compute its parameters from the state.
+        rounding = 1e3 * float(jnp.finfo(a.dtype).eps)
+        if not bool(jnp.allclose(a, b, rtol=rounding, atol=0, equal_nan=True)):
+            raise ValueError(
+                "resume.end.params: expected the parameters in resume.end.state, got others; change them in the state, or begin "
+                "there with a new state by `resume.without_state()`"
+            )
 
 
 @eqx.filter_jit
