@@ -202,7 +202,9 @@ def choose_for_bowl(args, start, num_steps):
 
 
 def test_a_run_that_speeds_up_later_is_said():
-    choice = choose_for_bowl((0.0, 0.1, 1.0), [1e-4, 1e-4], 400)  # from near a top it is fastest at the end of the probe
+    choice = choose_for_bowl(
+        (0.0, 0.1, 1.0), [1e-4, 1e-4], 400
+    )  # from near a top it is fastest at the end of the probe
     assert any("as long at the end of the probe" in note for note in choice.notes)
 
 
