@@ -168,10 +168,16 @@ def require_end(name: str, end: End) -> None:
             _check.integer(place, value, 1)
         elif value is not None or field.name not in _MAY_BE_NONE:
             # The cost of a flow is not always known.
-            lost = field.name == "gradient_evaluations"
-            _check.numbers(
-                place, value, "a number >= 0", lambda x, lost=lost: (np.isfinite(x) & (x >= 0)) | lost, ndim=0
-            )
+            allowed = _is_cost if field.name == "gradient_evaluations" else _is_count
+            _check.numbers(place, value, "a number >= 0", allowed, ndim=0)
+
+
+def _is_count(x: np.ndarray) -> Any:
+    return np.isfinite(x) & (x >= 0)
+
+
+def _is_cost(x: np.ndarray) -> Any:
+    return np.isnan(x) | _is_count(x)
 
 
 _MAY_BE_NONE = ("rtol", "atol", "first_step", "first_length")

@@ -3,6 +3,7 @@
 Whatever has to be computed is `Lazy`: importing this file runs nothing.
 """
 
+import inspect
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, pulled_loss, valley_loss
+from registry import FLOWS
 
 import eomdl
 
@@ -110,7 +112,21 @@ STORE = Lazy(checkpoints)
 DIMENSION = Lazy(lambda: eomdl.geometry.intrinsic_dimension(CLOUD))
 PLANE = eomdl.geometry.LossPlane(np.linspace(0, 1, 3), np.linspace(0, 1, 3), np.ones((3, 3)))
 
-CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+
+def flow_calls() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return a call of every class of flows in the registry, with the arguments of its first entry: they are its fields."""
+    calls: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for entry in FLOWS:
+        flow = entry.make(valley_loss, 0.05)
+        kind = type(flow)
+        name = kind.__name__ if hasattr(eomdl, kind.__name__) else f"flows.{kind.__name__}"
+        calls.setdefault(
+            name, (kind, {key: getattr(flow, key) for key in inspect.signature(kind).parameters})
+        )
+    return calls
+
+
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = flow_calls() | {
     "descend": (
         eomdl.descend,
         dict(
@@ -170,12 +186,6 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
     ),
     "sharpness": (eomdl.sharpness, dict(loss=valley_loss, num_matvecs=4, rtol=0.1)),
-    "EquationOfMotion": (eomdl.EquationOfMotion, dict(loss=valley_loss, learning_rate=0.05, order=1)),
-    "GradientFlow": (eomdl.GradientFlow, dict(loss=valley_loss, learning_rate=0.05)),
-    "InterpolatingFlow": (
-        eomdl.InterpolatingFlow,
-        dict(step_map=STEP, step_size=0.05, points=2, stride=1, weights=None, backward=1),
-    ),
     "WeightDecay": (eomdl.WeightDecay, dict(loss=valley_loss, weight_decay=0.1)),
     "Ensemble": (eomdl.Ensemble, dict(member=STEP, args_axis=None)),
     "runs.RowsOnDisk": (eomdl.runs.RowsOnDisk, dict(folder="nowhere")),
@@ -183,42 +193,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         eomdl.Checkpoints,
         dict(folder="nowhere", schedule=5, events=None, like=None, sharded=False),
     ),
-    "flows.AdamFlow": (
-        eomdl.flows.AdamFlow,
-        dict(loss=valley_loss, learning_rate=0.05, b1=0.9, b2=0.99, eps=1e-8, eps_root=0.0, order=1),
-    ),
-    "flows.CentralFlow": (
-        eomdl.flows.CentralFlow,
-        dict(
-            loss=valley_loss,
-            learning_rate=0.05,
-            directions=1,
-            preconditioner=eomdl.flows.SecondMoment(0.9),
-        ),
-    ),
     "flows.SecondMoment": (eomdl.flows.SecondMoment, dict(decay=0.9, eps=1e-8, scalar=False)),
-    "flows.ModifiedFlow": (
-        eomdl.flows.ModifiedFlow,
-        dict(field=lambda x, args: x, step_size=0.1, order=1, method=eomdl.series.HEUN),
-    ),
-    "flows.MomentumFlow": (
-        eomdl.flows.MomentumFlow,
-        dict(loss=valley_loss, learning_rate=0.05, momentum=0.9, nesterov=False),
-    ),
-    "flows.PrincipalFlow": (
-        eomdl.flows.PrincipalFlow,
-        dict(loss=valley_loss, learning_rate=0.05, num_matvecs=2),
-    ),
-    "flows.ComplexPrincipalFlow": (
-        eomdl.flows.ComplexPrincipalFlow,
-        dict(loss=valley_loss, learning_rate=0.05, num_matvecs=2),
-    ),
-    "flows.EdgeFlow": (
-        eomdl.flows.EdgeFlow,
-        dict(loss=valley_loss, learning_rate=0.05, direction=VALLEY, magnitude=0.1),
-    ),
-    "flows.RodFlow": (eomdl.flows.RodFlow, dict(step_map=STEP, step_size=0.05)),
-    "flows.ReshufflingFlow": (eomdl.flows.ReshufflingFlow, dict(loss=valley_loss, learning_rate=0.05)),
     "flows.rmsprop_flow": (
         eomdl.flows.rmsprop_flow,
         dict(loss=valley_loss, learning_rate=0.05, decay=0.9, eps=1e-8, order=1),

@@ -189,7 +189,7 @@ def make_net_problem(loss_of, activation, seed, fraction):
 
 
 def test_steps_too_long_for_the_series_cost_no_more_than_the_run():
-    """Near the edge the differences grow from order 7 on: flows of 14 points, predicted to be the nearest, are the farthest and the dearest."""
+    """Near the edge the differences grow from order 7 on: flows of 14 points, predicted to be the nearest, are the farthest."""
     huber = lambda out, y: jnp.mean(optax.huber_loss(out, y))
     loss, params, args, eta = make_net_problem(huber, jax.nn.gelu, 22, 0.6)
     choice = choose_flow(loss, params, optax.sgd(eta), 200, 1e-4, learning_rate=eta, args=args)

@@ -8,6 +8,7 @@ import optax
 import pytest
 from helpers import assert_close, symmetric
 from jax.flatten_util import ravel_pytree
+from registry import heavy_ball, sgd
 
 import eomdl
 from eomdl._target import SMOOTHED
@@ -51,7 +52,7 @@ def minimal_loss(w, args):
 
 @pytest.mark.parametrize("rate", [0.5, 0.9, 1.05])
 def test_the_principal_flow_is_exact_on_a_quadratic(rate):
-    real = eomdl.descend(quadratic_loss, START, optax.sgd(rate), 20, args=PLANE)
+    real = eomdl.iterate(sgd(quadratic_loss, rate), START, 20, args=PLANE, step_size=rate)
     options = {"args": PLANE, **TIGHT}
     paths = {
         "real": eomdl.solve(PrincipalFlow(quadratic_loss, rate), START, 20, **options),
@@ -264,11 +265,10 @@ def rod_of_tree(state):
 
 def test_the_rod_flow_of_heavy_ball_grows_at_its_threshold():
     """In the space of parameters and momenta a mode turns over at eta lambda = 2 + 2 beta."""
-    beta = 0.5
+    beta = 0.5  # that of `heavy_ball`
     rates = []
     for product in (2 + 2 * beta - 0.05, 2 + 2 * beta, 2 + 2 * beta + 0.05):
-        step = eomdl.optimizer_step(quadratic_loss, optax.sgd(product, momentum=beta))
-        flow = RodFlow(step, product / (1 - beta))
+        flow = RodFlow(heavy_ball(quadratic_loss, product), product / (1 - beta))
         state = flow.init(jnp.array([0.1, 0.2]), PLANE)
         multiplier = min(np.roots([1, -(1 + beta - product), beta]).real)
         rate = flow.step_size * flow(0.0, state, PLANE).log_length
@@ -280,7 +280,7 @@ def test_the_rod_flow_of_heavy_ball_grows_at_its_threshold():
 def test_the_rod_turns_in_the_plane_of_a_complex_pair():
     """Shortly before the edge of heavy ball: up to its length d is that of d' = -f' d."""
     beta, product = 0.5, 2.88
-    step = eomdl.optimizer_step(quadratic_loss, optax.sgd(product, momentum=beta))
+    step = heavy_ball(quadratic_loss, product)
     flow, start = RodFlow(step, product / (1 - beta)), jnp.array([0.1, 0.0])
     observe = {"d": lambda t, state, args: ravel_pytree(state.direction)[0]}
     path = eomdl.solve(flow, start, 10, args=PLANE, observe_state=observe, **TIGHT)
@@ -320,7 +320,7 @@ def test_a_growing_mode_beside_the_rod_is_told():
         (jnp.array([0.3, 0.0]), 1.9, True),
         (jnp.array([0.3, 0.0]), 1.7, False),
     ):
-        flow = RodFlow(eomdl.optimizer_step(quadratic_loss, optax.sgd(rate)), rate)
+        flow = RodFlow(sgd(quadratic_loss, rate), rate)
         (found,) = flow.diagnostics(0.0, flow.init(start, args), args).values()
         assert found.exceeded == told
     assert float(found.value) == pytest.approx(1.7 * 1.1, rel=1e-6)

@@ -1,6 +1,7 @@
 """The report on a learning rate: its numbers by the library's own functions, its reasons where there is no answer."""
 
 import dataclasses
+import functools
 import html
 import re
 
@@ -178,6 +179,7 @@ def test_flows_of_adam_begin_once_its_averages_have_filled(adam):
     ids=["adam", "rmsprop", "gradient descent"],
 )
 def test_threshold_and_since_are_those_of_the_telemetry(optimizer, rate, threshold, since):
+    optimizer = functools.cache(optimizer)  # the run of the report and this one share their program
     finding = edge.ask(make_study(net_loss, NET, rate, 16, optimizer, NET_ARGS, None, QUICK))
     telemetry = eomdl.telemetry.EdgeTelemetry(net_loss, optimizer(rate), along_every=None, edge_every=1)
     eomdl.descend(net_loss, NET, optimizer(rate), 17, args=NET_ARGS, monitors=[telemetry])

@@ -117,20 +117,17 @@ def solve(
     solver, stepsize_controller, dt0 = _solver_options(
         model, (solver, stepsize_controller, dt0), (rtol, atol)
     )
-    adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
-    _check.kind("adjoint", adjoint, diffrax.AbstractAdjoint, "a diffrax.AbstractAdjoint")
+    adjoint = _check_adjoint(diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint)
     run = set_up("solve", params, num_steps, options, model.stride)
     members.check_params(run.params)
     example = members.first_args(run.data.example)
     run, real = warm_up(model, members, run, warmup, keep_saved=not observe_state)
     if real is not None and (not succeeded(real.result) or real.end.step == run.num_steps):
         return real
-    given = (rtol, atol, dt0, stepsize_controller)
-    run, state, traced = _starting_state(run, members, estimate_error and stepsize_controller is None, given)
+    estimated = estimate_error and stepsize_controller is None
+    run, state, traced = _starting_state(run, members, estimated, (rtol, atol, dt0, stepsize_controller))
     one = members.first(state.members if isinstance(state, EnsembleState) else state).flow
-    _devices.require_auto("params", run.params)
-    _check.wide_enough("params", run.params)
-    _check.wide_enough("the state of flow", one)
+    _require_integrable(run.params, one)
     observe_state = _check.state_observables(observe_state, one, example)
     request = OdeRequest(
         problem=OdeProblem(
@@ -166,6 +163,16 @@ def _solver_options(flow: AbstractFlow, chosen: tuple, tolerances: tuple) -> tup
         expected = "a diffrax.AbstractStepSizeController"
         _check.kind("stepsize_controller", controller, diffrax.AbstractStepSizeController, expected)
     return solver, controller, _check.positive_scalar("dt0", dt0)
+
+
+def _check_adjoint(adjoint: Any) -> diffrax.AbstractAdjoint:
+    return _check.kind("adjoint", adjoint, diffrax.AbstractAdjoint, "a diffrax.AbstractAdjoint")
+
+
+def _require_integrable(params: Params, state: State) -> None:
+    _devices.require_auto("params", params)
+    _check.wide_enough("params", params)
+    _check.wide_enough("the state of flow", state)
 
 
 def _is_small(state: State) -> bool:
