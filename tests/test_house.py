@@ -27,6 +27,7 @@ GROUND = (
     "_types",
     "_tree",
     "_upstream",
+    "_reads",
     "_autodiff",
     "_check",
     "_blocks",

@@ -75,6 +75,8 @@ def trace(loss: Loss, params: Params, args: Args, num_samples: int = 32, seed: i
 
     **Arguments:** `num_samples`: how many vectors, at least 2; `seed`: of their random numbers.
 
+    Under `jit` its numbers are traced: return `.value` from there, as in an observable.
+
     **Returns:** an estimate with `value` and `standard_error`.
 
     **Cost:** `num_samples` Hessian-vector products, about 1.5 gradients each; memory for 2 copies of the parameters beside those of a
@@ -86,7 +88,10 @@ def trace(loss: Loss, params: Params, args: Args, num_samples: int = 32, seed: i
     _check.loss_is_scalar(loss, params, args)
     num_samples = _check.integer("num_samples", num_samples, 2)
     seed = _check.seed("seed", seed)
-    return _estimate(np.asarray(_forms(loss, _wide(params), args, _keys(seed, num_samples)), float))
+    forms = _forms(loss, _wide(params), args, _keys(seed, num_samples))
+    if _tree.is_traced(forms):
+        return Estimate(jnp.mean(forms), jnp.std(forms, ddof=1) / np.sqrt(num_samples))  # type: ignore[arg-type]
+    return _estimate(np.asarray(forms, float))
 
 
 def spectral_density(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import override
 
+from eomdl._check import RAGGED
 from eomdl._types import Args, Array, Observable, record_type
 from eomdl.flows.stride import StrideData
 from eomdl.losses.host import data_fingerprint
@@ -166,7 +167,7 @@ class StreamedBatches(AbstractData):
         except ValueError as error:
             raise ValueError(
                 f"batches: expected batches of one structure and shape, got steps {start} to "
-                f"{start + len(taken) - 1} that differ ({error})"
+                f"{start + len(taken) - 1} that differ ({error}); {RAGGED}"
             ) from error
         return ChunkData(self.args, stacked, np.asarray(start)), len(taken)
 
