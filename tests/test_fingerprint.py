@@ -19,9 +19,9 @@ from fingerprint_runs import INDEXED, data, models, parameters
 from helpers import VALLEY, valley_loss
 
 import eomdl
-from eomdl.runs.tolerances import DERIVATIVE_TEST
 from eomdl import _fingerprint
 from eomdl._fingerprint import fingerprint
+from eomdl.runs.tolerances import DERIVATIVE_TEST
 
 
 TESTS = Path(__file__).parent
