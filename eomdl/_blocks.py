@@ -1,5 +1,6 @@
 """Blocks of the parameters, by name or by function."""
 
+import collections
 import difflib
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -14,8 +15,10 @@ Where: TypeAlias = str | Callable[[Params], Any]
 
 
 def names(params: Params) -> list[str]:
-    """Return the names of all leaves: the keys of their paths, joined by dots."""
-    return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    """Return the names of all leaves: the keys of their paths, joined by dots; as JAX writes them where two would be the same."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    count = collections.Counter(map(_name, paths))
+    return [_name(path) if count[_name(path)] == 1 else jax.tree_util.keystr(path) for path in paths]
 
 
 def select(params: Params, where: Where) -> Any:
@@ -27,10 +30,14 @@ def select(params: Params, where: Where) -> Any:
         return where(params)
     if not isinstance(where, str):
         raise ValueError(f"block: expected a name or a function params -> block, got {where!r}")
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    found = [leaf for path, leaf in leaves if f"{_name(path)}.".startswith(f"{where}.")]
+    every = names(params)
+    leaves = zip(every, jax.tree_util.tree_leaves_with_path(params), strict=True)
+    found = [
+        leaf
+        for name, (path, leaf) in leaves
+        if where in (name, *(_name(path[:i]) for i in range(1, len(path))))
+    ]
     if not found:
-        every = names(params)
         nearest = difflib.get_close_matches(where, every, n=3, cutoff=0.5) or every[:8]
         raise ValueError(
             f"block: expected the name of a block of params, got {where!r}; the nearest are {nearest}"

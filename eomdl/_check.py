@@ -14,8 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eomdl import _tree
+from eomdl import _reads, _tree
 from eomdl._types import Args, Array, Loss, Observable, Params, StateObservable
+
+
+RAGGED = (  # what to do about it
+    "let the loader leave out a last batch that is smaller (`drop_last=True` in PyTorch, `drop_remainder=True` in tf.data), which "
+    "is a step less, or fill it up with examples whose weight in the loss is 0"
+)
 
 
 def _wrong(name: str, expected: str, got: Any) -> ValueError:
@@ -258,6 +264,8 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args")
     expected = "a function (params, args) -> real scalar"
     if not callable(loss):
         raise _wrong("loss", expected, repr(loss))
+    _reads.assert_unchanged("loss", loss)
+    _data(source, args)
     traced = _tree.is_traced(loss, params, args)
     call = eqx.filter_eval_shape if traced else _evaluate
     out = _try("loss", expected, call, loss, params, args, names=("params", source))
@@ -270,6 +278,23 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args")
         raise _wrong("loss", expected, f"output of dtype {out.dtype}")
     if not traced and not _tree.is_traced(out) and not np.isfinite(out):
         raise _wrong("loss", "a finite value at the initial params", float(out))
+
+
+def _data(name: str, args: Args) -> None:
+    """Raise for tables and sparse matrices of other packages, of which JAX can make nothing."""
+    sparse, table, tensor = (
+        "jax.experimental.sparse.BCOO.from_scipy_sparse(x), or x.toarray()",
+        "x.to_numpy()",
+        "x.numpy()",
+    )
+    hints = {"scipy": sparse, "pandas": table, "polars": table, "torch": tensor, "tensorflow": tensor}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        hint = hints.get(type(leaf).__module__.partition(".")[0])
+        if hint is not None:
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise _wrong(
+                where, "JAX or NumPy arrays", f"a {type(leaf).__module__}.{type(leaf).__name__}; take {hint}"
+            )
 
 
 @eqx.filter_jit
@@ -323,6 +348,7 @@ def _named_functions(argument: str, value: Any, expected: str) -> None:
             raise _wrong(argument, "names that are strings", repr(name))
         if not callable(function):
             raise _wrong(f"{argument}[{name!r}]", expected, repr(function))
+        _reads.assert_unchanged(f"{argument}[{name!r}]", function)
 
 
 def _only_arrays(place: str, shapes: Any) -> None:
@@ -360,6 +386,16 @@ def num_examples(name: str, value: Any) -> int:
         counts = ", ".join(f"{place}: {length}" for place, (length,) in lengths.items())
         raise _wrong(name, f"{expected}, as many in each", counts)
     return next(iter(lengths.values()))[0]
+
+
+def stacked(name: str, batches: Any) -> Any:
+    """Return batches in arrays with one leading axis that counts them; a list has one batch after the other, as in a run."""
+    if not isinstance(batches, list):
+        return batches
+    try:
+        return jax.tree.map(lambda *leaves: jnp.stack(list(map(jnp.asarray, leaves))), *batches)
+    except (TypeError, ValueError) as error:
+        raise _wrong(name, "batches of one structure and shape", f"others ({error}); {RAGGED}") from error
 
 
 def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:

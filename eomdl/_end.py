@@ -50,7 +50,8 @@ def result_where(condition: Any, this: Any, other: Any) -> Any:
 class Diagnostic:
     """A number that tells whether a model is valid: it is while `value` stays below `limit`. Or one that a reader should know.
 
-    - `value`: a scalar; in `Stats`, shape (m,), at the start of the run, every 64 to 1024 steps, and at its end.
+    - `value`: a scalar; in `Stats`, shape (m,), at the start of the run, every 64 to 1024 steps, and at its end; (1,) for what
+        is measured at the start only.
     - `limit`: where validity ends.
     - `meaning`: what it means to reach the limit, and what to do then.
     - `is_fault`: whether the model is not valid from there on (then its note in `Trajectory.notes` is a fault); else it is only told.

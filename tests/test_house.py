@@ -28,6 +28,7 @@ GROUND = (
     "_tree",
     "_warn",
     "_upstream",
+    "_reads",
     "_autodiff",
     "_check",
     "_blocks",

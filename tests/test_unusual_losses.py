@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.sparse
 from helpers import assert_close, linear_loss, normal
 
 import eomdl
+from eomdl import _blocks
 from eomdl.runs.tolerances import MAX_MISMATCH, derivative_mismatch
 
 
@@ -192,3 +194,123 @@ def test_a_loss_without_a_second_derivative_names_the_way_out():
     for loss, order in ((once_loss, 1), (adjoint_loss, 2)):
         with pytest.raises(ValueError, match=r"DirectAdjoint.*custom_jvp.*InterpolatingFlow"):
             eomdl.counterterms(loss, W, order, W)
+
+
+# -------------------------------------------------------------------- values that change between calls
+
+
+class Penalized:
+    """A loss as people write it in a class."""
+
+    def __init__(self):
+        self.strength, self.color = 0.1, "red"
+
+    def loss(self, w, args):
+        return self.strength * jnp.sum(w**2)
+
+
+def test_a_loss_that_reads_another_value_than_before_is_refused():
+    strength = 0.1
+
+    def term(w):
+        return strength * jnp.sum(w**2)
+
+    def loss(w, args):
+        return term(w)
+
+    eomdl.sharpness(loss)(W, None)
+    eomdl.sharpness(loss)(W, None)  # nothing has changed
+    eomdl.counterterms(loss, W, 1)
+    strength = 10.0
+    for call in (
+        lambda: eomdl.descend(loss, W, optax.sgd(ETA), 2),
+        lambda: eomdl.solve(eomdl.GradientFlow(loss, ETA), W, 2),
+        lambda: eomdl.iterate(eomdl.optimizer_step(loss, optax.sgd(ETA)), W, 2),
+        lambda: eomdl.counterterms(eomdl.WeightDecay(loss, 0.1), W, 1),
+    ):
+        with pytest.raises(ValueError, match=r"strength` = 10.0 after 0.1.*args"):
+            call()
+
+
+def test_an_attribute_of_a_bound_method_is_read_too():
+    problem = Penalized()
+    eomdl.counterterms(problem.loss, W, 1)
+    problem.color = "blue"  # not read
+    eomdl.counterterms(problem.loss, W, 1)
+    eomdl.counterterms(Penalized().loss, W, 1)  # another object
+    problem.strength = 2.0
+    with pytest.raises(ValueError, match=r"self.strength` = 2.0 after 0.1"):
+        eomdl.counterterms(problem.loss, W, 1)
+
+
+def test_a_counter_and_an_array_made_again_are_no_change():
+    calls, scale = 0, jnp.array([1.0, 2.0])
+
+    def loss(w, args):
+        nonlocal calls
+        calls += 1
+        return jnp.sum(scale * w**2)
+
+    eomdl.counterterms(loss, W, 1)
+    calls, scale = 7, jnp.array([1.0, 2.0])
+    eomdl.counterterms(loss, W, 1)
+    scale = jnp.array([1.0, 3.0])
+    with pytest.raises(ValueError, match="scale"):
+        eomdl.counterterms(loss, W, 1)
+
+
+# ------------------------------------------------------------------------------- data as people have them
+
+
+def test_a_list_of_batches_is_one_batch_after_the_other():
+    x, _, y = TD
+    batches = [(x[:3], y[:3]), (x[3:6], y[3:6])]
+    whole = (jnp.stack([x[:3], x[3:6]]), jnp.stack([y[:3], y[3:6]]))
+
+    def loss(w, args):
+        return jnp.mean((args[0] @ w - args[1]) ** 2)
+
+    found, expected = (eomdl.curvature.eigenvalues_over_batches(loss, W, b).values for b in (batches, whole))
+    assert found.shape == (2, 1)
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="drop_last"):
+        eomdl.curvature.eigenvalues_over_batches(loss, W, [batches[0], (x[:2], y[:2])])
+    with pytest.raises(ValueError, match="drop_last"):
+        eomdl.descend(loss, W, optax.sgd(ETA), 2, batches=[batches[0], (x[:2], y[:2])])
+    run = eomdl.descend(loss, W, optax.sgd(ETA), 2, batches=batches)
+    errors = [
+        eomdl.errors.local_error(eomdl.GradientFlow(loss, ETA), run, batches=b)[1] for b in (batches, whole)
+    ]
+    np.testing.assert_array_equal(*errors)
+
+
+def test_a_matrix_of_another_package_names_what_to_make_of_it():
+    matrix = scipy.sparse.csr_matrix(np.eye(2))
+    with pytest.raises(ValueError, match=r"args\['x'\].*csr_matrix.*from_scipy_sparse"):
+        eomdl.descend(lambda w, args: jnp.sum(args["x"] @ w), W, optax.sgd(ETA), 2, args={"x": matrix})
+
+
+def test_leaves_whose_names_would_be_the_same_are_all_there():
+    params = {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)}
+
+    def loss(p, args):
+        return jnp.sum(p["a"]["b"] ** 2) + 2 * jnp.sum(p["a.b"] ** 2)
+
+    found = eomdl.curvature.eigenpairs_by_block(loss, params, None)
+    values = {name: float(pairs.values[0]) for name, pairs in found.items()}
+    assert values == pytest.approx({"['a']['b']": 2.0, "['a.b']": 4.0})
+    assert _blocks.select(params, "a") is params["a"]["b"]
+    with pytest.raises(ValueError, match="nearest"):
+        _blocks.select(params, "c")
+
+
+def test_a_trace_under_jit_is_the_same_number():
+    def loss(w, args):
+        return jnp.sum(args * jnp.cosh(w))
+
+    goal = jnp.array([1.0, 2.0])
+    outside = eomdl.curvature.trace(loss, W, goal, num_samples=4)
+    inside = jax.jit(
+        lambda w: jnp.stack([(e := eomdl.curvature.trace(loss, w, goal, 4)).value, e.standard_error])
+    )(W)
+    np.testing.assert_allclose(inside, [outside.value, outside.standard_error], rtol=1e-12, atol=1e-14)

@@ -115,7 +115,8 @@ def eigenvalues_over_batches(
     The largest eigenvalue of a mean is at most the mean of the largest eigenvalues: over batches of one size that
     make up the data the mean here is an upper bound of $\lambda_{max}$ of the whole.
 
-    **Arguments:** `batches`: stacked, a pytree of arrays with one leading axis that counts the batches; the others as of `eigenpairs`.
+    **Arguments:** `batches`: stacked, a pytree of arrays with one leading axis that counts the batches, or a list of batches of one
+    shape; the others as of `eigenpairs`.
 
     **Returns:** an object with `values`, shape (b, k), largest first; `converged`, (b, k), as in `Eigenpairs`; `mean` and
     `standard_deviation` over the b batches, (k,) each.
@@ -123,6 +124,7 @@ def eigenvalues_over_batches(
     **Cost:** that of `eigenpairs` for each batch, one after the other in one program. **Raises:** `ValueError` for a wrong argument.
     """
     params = _check.params("params", params)
+    batches = _check.stacked("batches", batches)
     _check.num_examples("batches", batches)
     _check.loss_is_scalar(loss, params, jax.tree.map(lambda leaf: leaf[0], batches), "the first of batches")
     k = _check.integer("k", k, 1, _tree.size(params))

@@ -34,8 +34,8 @@ def local_error(
     for the equation of motion with n counter terms, $O(h^{K+1})$ for K points. A flow that carries
     an optimizer's state starts with the state that its map has there.
 
-    **Arguments:** `reference`: a real run with saved `params`; `args`, `batches` (stacked): those of that
-    run; `steps`: the steps k, by default up to 16 spread over the path.
+    **Arguments:** `reference`: a real run with saved `params`; `args`, `batches` (stacked, or a list of one for each step):
+    those of that run; `steps`: the steps k, by default up to 16 spread over the path.
 
     **Returns:** `(steps, errors)`, each of shape (m,).
 
@@ -50,6 +50,7 @@ def local_error(
     if reference.params is None:
         raise ValueError("reference: expected saved params, got a run with save_params=False")
     chosen = _chosen(reference, stride, steps)
+    batches = None if batches is None else _check.stacked("batches", batches)
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if batches is not None and (len(lengths) != 1 or () in lengths):
         raise ValueError(f"batches: expected arrays with one leading axis, the steps, got {batches!r:.80}")

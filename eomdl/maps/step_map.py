@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from typing_extensions import override
 
-from eomdl import _check, _structure, _tree
+from eomdl import _check, _reads, _structure, _tree
 from eomdl._end import real_part
 from eomdl._types import Args, Params, State
 
@@ -106,6 +106,7 @@ def as_step_map(step_map: StepMap | StepFunction) -> StepMap:
 
 def check_step(step_map: StepMap, params: Params, args: Args) -> None:
     """Check that the map keeps structure, shapes and dtypes of its state, which has only real arrays."""
+    _reads.assert_unchanged("step_map", step_map)
     state = _check.params("step_map.init(params)", step_map.init(params))
     k = jnp.zeros((), jnp.result_type(float))
     names = ("the state of params", "args", "k")

@@ -169,7 +169,7 @@ class StreamedBatches(AbstractData):
         except ValueError as error:
             raise ValueError(
                 f"batches: expected batches of one structure and shape, got steps {start} to "
-                f"{start + len(taken) - 1} that differ ({error})"
+                f"{start + len(taken) - 1} that differ ({error}); {_check.RAGGED}"
             ) from error
         return ChunkData(self.args, stacked, np.asarray(start)), len(taken)
 

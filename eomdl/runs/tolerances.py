@@ -199,7 +199,7 @@ def _first_steps(chunk: Chunk, stride: int, length: int) -> Chunk:
 def _map_params(
     flow: AbstractFlow, k: Any, state: State, data: ChunkData
 ) -> tuple[Params, jax.Array, jax.Array] | None:
-    """Parameters after the discrete map, over how many steps that is, and the norm of those before."""
+    """Parameters after the discrete map, over how many steps that is, and the larger of the two norms."""
     here = k - k % flow.stride
     args = data.stride(here, flow.stride)
     start, step_map = flow.params(state), flow.map
@@ -209,7 +209,8 @@ def _map_params(
     for n in range(flow.stride):
         state = step_map(state, step_data(args, n), jnp.asarray(here + n, jnp.result_type(float)))
         length += step_map.num_steps(args)
-    return flow.params(state), jnp.asarray(length), _tree.norm(start)
+    end = flow.params(state)
+    return end, jnp.asarray(length), jnp.maximum(_tree.norm(start), _tree.norm(end))
 
 
 def derivative_diagnostics(flow: AbstractFlow, state: State, chunk: Chunk) -> dict[str, Diagnostic]:
