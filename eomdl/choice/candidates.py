@@ -329,7 +329,9 @@ def estimates(loss: Loss, probe: Probe) -> list[Estimate]:
         if np.any((rates.real > 0) & (np.abs(1 + z) < 1)):
             continue
         cut = cuts[m]
-        known = np.where(np.arange(measured.order) < max(cut, len(c)), log_coefficients(measured.order), 0)
+        # Beyond the smallest term nothing is known; a flow that goes there is compared with all that was measured.
+        end = cut if len(c) < cut else measured.order
+        known = np.where(np.arange(measured.order) < end, log_coefficients(measured.order), 0)
         left_out = np.pad(c, (0, measured.order - len(c))) - known
         error = max(measured.largest_sum(left_out), measured.sum_at_rest(left_out))
         for method in METHODS:

@@ -267,9 +267,10 @@ def _trial_notes(chosen: Candidate, tolerance: float, trials: Trials) -> tuple[N
             f"A flow in a trial {off}: what flows leave out is not known from the first differences of this run (kinks, or steps too long "
             'for the series). Believe what stands under "in the trial"; of flows without a trial neither error nor cost is known.'
         )
-    if trials.is_cut and chosen.predicted_error > tolerance:
+    has_none = bool(np.isnan(chosen.trial_error))
+    if trials.is_cut and (chosen.predicted_error > tolerance or has_none):
         notes.append(
             f"The trials have ended at their budget of {trials.budget:.0f} gradients, about what a run of a flow costs unless `budget=` "
-            "says more. A flow that had no trial may be nearer, or cheaper."
+            f"says more. A flow that had no trial may be nearer, or cheaper{': the chosen one had none' * has_none}."
         )
     return tuple(Note(text, is_fault=True) for text in notes)

@@ -163,16 +163,22 @@ class Search:
         return None if self.accepted else self._nearest()
 
     def _nearest(self) -> Estimate | None:
-        """Return what is predicted to be the nearest, twice as near as any tried; where predictions mislead, a cheap other kind."""
+        """Return what may be the nearest: where predictions mislead, at first a cheap flow of each other kind."""
+        other = self._cheap_of_another_kind() if self.is_misled else None
+        if other is not None:
+            return other
         best = min((candidate.predicted_error for candidate in self.tried), default=math.inf)
         known = [e for e in self.estimates if e.is_asymptotic or not self.tried]
         nearest = min(known, key=self._distance, default=None)
-        if nearest is not None and self.candidate(nearest).predicted_error < best / _ABOUT_THE_LEAST:
-            return nearest
-        if not self.is_misled:
+        if nearest is None or self.candidate(nearest).predicted_error >= best / _ABOUT_THE_LEAST:
             return None
+        return nearest
+
+    def _cheap_of_another_kind(self) -> Estimate | None:
+        """Return the cheapest of those that may be the nearest of a kind without a trial."""
         kinds = {candidate.kind for candidate in self.tried}
         untried = [e for e in self.estimates if e.model.kind not in kinds]
+        untried = [e for e in untried if e.is_asymptotic] or untried
         least: dict[str, float] = {}
         for e in untried:
             least[e.model.kind] = min(e.model_error, least.get(e.model.kind, math.inf))

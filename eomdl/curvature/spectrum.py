@@ -84,20 +84,20 @@ class SpectralDensity(AbstractResult):
 def trace(loss: Loss, params: Params, args: Args, num_samples: int = 32, seed: int = 0) -> Estimate:
     r"""Return the trace of the Hessian, $\mathrm{tr} H = E[v^\top H v]$ over vectors v of random signs, with its standard error.
 
-        ```python
-        found = eomdl.curvature.trace(loss, params, data)
-        print(found.value, found.interval)
-        ```
+    ```python
+    found = eomdl.curvature.trace(loss, params, data)
+    print(found.value, found.interval)
+    ```
 
-        **Arguments:** `num_samples`: how many vectors, at least 2; `seed`: of their random numbers.
+    **Arguments:** `num_samples`: how many vectors, at least 2; `seed`: of their random numbers.
 
     **Returns:** an estimate with `value`, `standard_error`, and `interval`, as in `eomdl.curvature.SpectralDensity`.
     Under `jit` its numbers are traced: return `.value` from there, as in an observable.
 
-        **Cost:** `num_samples` Hessian-vector products, about 1.5 gradients each; memory for 2 copies of the parameters beside those of a
-        product. The standard error is at most $\sqrt{2 / \mathtt{num\_samples}}$ times the root of the sum of all squared eigenvalues.
+    **Cost:** `num_samples` Hessian-vector products, about 1.5 gradients each; memory for 2 copies of the parameters beside those of a
+    product. The standard error is at most $\sqrt{2 / \mathtt{num\_samples}}$ times the root of the sum of all squared eigenvalues.
 
-        **Raises:** `ValueError` for a wrong argument. Source: Hutchinson 1990.
+    **Raises:** `ValueError` for a wrong argument. Source: Hutchinson 1990.
     """
     params = _check.params("params", params)
     _check.loss_is_scalar(loss, params, args)
