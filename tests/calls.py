@@ -160,6 +160,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = flow_calls() | {
             max_steps=4096,
             estimate_error=True,
             diagnose=True,
+            warmup=None,
             **RUN_OPTIONS,
         ),
     ),
@@ -493,6 +494,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = flow_calls() | {
     "Comparison.at_multiples_of": (Lazy(lambda: COMPARISON.value.at_multiples_of), dict(stride=2)),
     "curvature.SpectralDensity.at": (
         Lazy(lambda: DENSITY.value.at),
+        dict(points=np.linspace(0, 1, 3), width=0.5),
+    ),
+    "curvature.SpectralDensity.interval": (
+        Lazy(lambda: DENSITY.value.interval),
         dict(points=np.linspace(0, 1, 3), width=0.5),
     ),
     "curvature.SpectralDensity.mean": (Lazy(lambda: DENSITY.value.mean), dict(function=np.square)),

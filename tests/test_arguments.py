@@ -88,6 +88,7 @@ ACCEPTED: dict[str, set[str]] = {
     "runs.Crossing.__call__.values": {"an array"},
     "Checkpoints.observe.observe": {"None"},
     "curvature.SpectralDensity.at.points": {"an array"},
+    "curvature.SpectralDensity.interval.points": {"an array"},
 }
 ACCEPTED |= {
     f"symmetry.{law}.{name}": ARRAYS

@@ -1,4 +1,4 @@
-"""Checkpoints of a run on disk: on a schedule, at events, to go on or branch off from."""
+"""Checkpoints of a run on disk: on a schedule, at events, to continue or branch from."""
 
 import contextlib
 import dataclasses
@@ -78,7 +78,7 @@ class Checkpoints:
     and of the events. A checkpoint is a `Trajectory` of one row, in a file of its own that is written
     aside and moved into place: a killed process leaves the earlier ones readable.
 
-    - `store.at(k)` reads one; `resume=store.at(k).end` goes on from it, and with something changed in the call
+    - `store.at(k)` reads one; `resume=store.at(k).end` continues from it, and with something changed in the call
         makes a branch. With nothing changed a real run is reproduced bit for bit, a flow to
         within its ODE error. (Optimizers that compute in float32 inside under x64, such as `MultiSteps`, `adafactor` and
         `inject_hyperparams`, may come to differ by float32's rounding.)
@@ -95,7 +95,7 @@ class Checkpoints:
     - `events`: `{name: eomdl.runs.Crossing}`, looked for at the recorded steps.
     - `like`: parameters of the structure to read, where it is not of dicts, lists and tuples.
     - `sharded`: what is spread over devices goes into a folder beside the checkpoint's file, each process writing its
-        part (orbax, `eomdl[distributed]`): no memory has the whole state. It is read when a run goes on from it, onto the
+        part (orbax, `eomdl[distributed]`): no memory has the whole state. It is read when a run continues from it, onto the
         devices that the run's parameters are on, whatever their number; `numpy.asarray` reads a leaf of `end` whole. Else
         the first process gathers the whole state in host memory, into one file.
 
@@ -105,7 +105,7 @@ class Checkpoints:
     One folder is for one run: a run locks it, for as long as it lasts or its process lives, and its checkpoints
     carry a checksum of what it began with. What has the name of a checkpoint from the start of a run on and is none (a damaged
     file, a run saved by hand, a folder, a broken link) is moved aside (`.npz.aside`), with a warning. Data on the host
-    (`eomdl.losses.OnHost`) are read once for their checksum, and a run that goes on with others is refused.
+    (`eomdl.losses.OnHost`) are read once for their checksum, and a run that continues with others is refused.
 
     **Raises:** `ValueError` for a wrong argument; `ImportError` for `sharded` without orbax. A run raises `ValueError`
     before its first step, and nothing is overwritten, where another run writes to the folder, or the folder holds
@@ -319,7 +319,7 @@ class Checkpoints:
         if last.step > start.step:
             raise ValueError(
                 f"checkpoints: expected a folder without checkpoints after step {start.step}, where the run begins, "
-                f"got {summary(self.steps)} in {self.folder}; nothing was overwritten: go on with resume=store.latest, or give a "
+                f"got {summary(self.steps)} in {self.folder}; nothing was overwritten: continue with resume=store.latest, or give a "
                 "branch a folder of its own"
             )
         hint = (

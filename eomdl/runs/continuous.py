@@ -121,7 +121,8 @@ def solve(
     run = set_up("solve", params, num_steps, options, model.stride)
     members.check_params(run.params)
     example = members.first_args(run.data.example)
-    run, real = warm_up(model, members, run, warmup, keep_saved=not observe_state)
+    keep_saved = not isinstance(observe_state, Mapping) or not observe_state
+    run, real = warm_up(model, members, run, warmup, keep_saved)
     if real is not None and (not succeeded(real.result) or real.end.step == run.num_steps):
         return real
     estimated = estimate_error and stepsize_controller is None
