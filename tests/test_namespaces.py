@@ -17,7 +17,7 @@ import eomdl
 ROOT = Path(eomdl.__file__).parent
 REPOSITORY = ROOT.parent
 NAMESPACES = [name for name in eomdl.__all__ if inspect.ismodule(getattr(eomdl, name))]
-PRIVATE_ROOMS = {"linalg", "reports", "storage"}
+PRIVATE_ROOMS = {"_check", "linalg", "reports", "storage"}
 PUBLIC = [(eomdl, name) for name in eomdl.__all__ if name not in {*NAMESPACES, "__version__"}]
 PUBLIC += [(getattr(eomdl, space), name) for space in NAMESPACES for name in getattr(eomdl, space).__all__]
 MODULES = [module.name for module in pkgutil.walk_packages(eomdl.__path__, "eomdl.")]

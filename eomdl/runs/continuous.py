@@ -27,6 +27,7 @@ from eomdl.runs.trajectory import Trajectory
 from eomdl.runs.warmup import warm_up
 
 
+_MODEL = "an eomdl.AbstractFlow or an eomdl.Ensemble of one"
 MAX_FLAT_SIZE = 2**20  # numbers in a state up to which it is integrated as one vector
 
 
@@ -109,8 +110,7 @@ def solve(
     precision is too coarse to resolve the order asked for.
     """
     members = as_members(flow)
-    expected = "an eomdl.AbstractFlow or an eomdl.Ensemble of one"
-    model: AbstractFlow = _check.kind("flow", members.member, AbstractFlow, expected)
+    model: AbstractFlow = _check.kind("flow", members.member, AbstractFlow, _MODEL)
     max_steps = _check.integer("max_steps", max_steps, 1)
     estimate_error = _check.flag("estimate_error", estimate_error)
     diagnose = _check.flag("diagnose", diagnose)

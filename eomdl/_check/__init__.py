@@ -1,0 +1,81 @@
+"""Argument checks: one `ValueError` form, "name: expected ..., got ...".
+
+Each function returns the argument, converted, or raises. Traced values pass; shapes and dtypes are always checked.
+"""
+
+from eomdl._check.functions import (
+    function,
+    loss_is_scalar,
+    observable,
+    observables,
+    optimizer,
+    shape_of,
+    state_observables,
+)
+from eomdl._check.trees import (
+    RAGGED,
+    floating,
+    num_examples,
+    params,
+    positive_like,
+    same_structure,
+    stack,
+    stacked,
+    wide_enough,
+)
+from eomdl._check.values import (
+    finite_scalar,
+    flag,
+    fraction,
+    fractions,
+    integer,
+    kind,
+    makes_array,
+    mapping,
+    nonnegative_numbers,
+    nonnegative_scalar,
+    numbers,
+    path,
+    positive_numbers,
+    positive_scalar,
+    seed,
+    step_numbers,
+    where,
+)
+
+
+__all__ = [
+    "RAGGED",
+    "finite_scalar",
+    "flag",
+    "floating",
+    "fraction",
+    "fractions",
+    "function",
+    "integer",
+    "kind",
+    "loss_is_scalar",
+    "makes_array",
+    "mapping",
+    "nonnegative_numbers",
+    "nonnegative_scalar",
+    "num_examples",
+    "numbers",
+    "observable",
+    "observables",
+    "optimizer",
+    "params",
+    "path",
+    "positive_like",
+    "positive_numbers",
+    "positive_scalar",
+    "same_structure",
+    "seed",
+    "shape_of",
+    "stack",
+    "stacked",
+    "state_observables",
+    "step_numbers",
+    "where",
+    "wide_enough",
+]
