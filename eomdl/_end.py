@@ -108,7 +108,7 @@ class Stats:
     run: Any = 0
     data: str = dataclasses.field(metadata=STATIC, default="")
     diagnostics: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
-    warmup: Any = 0
+    warmup: int = dataclasses.field(metadata=STATIC, default=0)
     first_step: Any = None
     first_length: Any = None
 

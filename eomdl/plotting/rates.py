@@ -25,7 +25,7 @@ def plot_largest_rate(rate: LargestRate) -> Any:
             rate.value,
             "o",
             color="C0",
-            label=f"reached here, by {as_label(rate.limited_by)}",
+            label="reached here" + (f", by {as_label(rate.limited_by)}" if rate.limited_by else ""),
         )
     axes.set(xlabel="time (learning rate times steps)", ylabel="largest learning rate", yscale="log")
     axes.grid(alpha=0.3)
