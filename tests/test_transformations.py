@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from helpers import COMPILED, VALLEY, assert_close, assert_identical, counted, valley_loss
+from registry import up_to
 
 import eomdl
 
@@ -18,12 +20,12 @@ def end(eta, params=VALLEY, order=1, num_steps=5):
     return eomdl.solve(eomdl.EquationOfMotion(valley_loss, eta, order), params, num_steps, **TIGHT)
 
 
-def test_second_learning_rate_traces_nothing():
-    """For one flow; that none compiles anything is a law of the registry."""
+@pytest.mark.parametrize("flow", up_to(2), ids=lambda f: f.name)
+def test_second_learning_rate_compiles_nothing(flow):
     loss, calls = counted(valley_loss)
 
     def run(eta):
-        trajectory = eomdl.solve(eomdl.EquationOfMotion(loss, eta), VALLEY, 5, observe={"loss": loss})
+        trajectory = eomdl.solve(flow.make(loss, eta), VALLEY, 5, observe={"loss": loss})
         return trajectory.params["x"][-1]
 
     first = run(0.1)

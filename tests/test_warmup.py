@@ -72,7 +72,7 @@ def test_the_readme_row():
     assert eomdl.compare(real, {"flow": path}).relative_distance["flow"][-1] < 0.005
 
 
-def test_batches_go_on_where_the_real_steps_ended(path):
+def test_batches_continue_where_the_real_steps_ended(path):
     def stream():
         for i in range(STEPS):
             yield jax.tree.map(lambda x, i=i: x[i], NET_BATCHES)

@@ -26,7 +26,6 @@ from eomdl.series.weights import (
 )
 
 
-_STRIDE_TWO = "try stride=2, which follows what alternates, "
 RELAXATION = 0.7  # contracts for multipliers up to 2.85: gradient descent of stride 2 up to eta*lambda = 2.69
 
 
@@ -167,8 +166,7 @@ class InterpolatingFlow(AbstractFlow):
             _warn.warn(
                 f"step_map: expected a map near the identity, got second differences {ratio:.2f} times the "
                 f"first at the start (stride {self.stride}), where the series of the logarithm does not "
-                f"converge. Lower the learning rate, {_STRIDE_TWO * (self.stride == 1)}or start after a few real steps "
-                "(warmup=10); an update by signs has no flow."
+                f"converge. {self._remedies(self.init(params, args))}; an update by signs has no flow."
             )
 
     @override
@@ -178,10 +176,17 @@ class InterpolatingFlow(AbstractFlow):
                 self.last_difference(t, state, args),
                 limit=1.0,
                 meaning="From 1 on the series of the logarithm has stopped converging, and more points make it worse: see "
-                f"eomdl.choice.choose_points, lower the learning rate, {_STRIDE_TWO * (self.stride == 1)}or start after a few "
-                "real steps (warmup=10).",
+                f"eomdl.choice.choose_points. {self._remedies(state)}.",
             )
         }
+
+    def _remedies(self, state: State) -> str:
+        """Return what may help where the series does not converge; real steps at first only fill a memory."""
+        memory = len(jax.tree.leaves(state)) - len(jax.tree.leaves(self.step_map.params(state)))
+        ways = ["lower the learning rate"]
+        ways += ["try stride=2, which follows what alternates"] * (self.stride == 1)
+        ways += ["start after a few real steps (warmup=10)"] * (memory > 0)
+        return ", or ".join(ways).replace("lower", "Lower", 1)
 
     def last_difference(self, t: ArrayLike, state: State, args: Args) -> jax.Array:
         r"""Return $|\Delta^K \theta| / |\Delta \theta|$ (K at least 2), the last difference over the first.

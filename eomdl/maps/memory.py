@@ -125,12 +125,12 @@ def whole_step(
         before = _replace(state, mini_step=mini_step, acc_grads=total)
         return _accumulations(optimizer.update(gradient, before, params)[1])[0]
 
-    def goes_on(mini_step: jax.Array) -> jax.Array:
+    def is_not_over(mini_step: jax.Array) -> jax.Array:
         is_last = after(mini_step, gradient, sums.acc_grads).gradient_step != sums.gradient_step
         return ~is_last & (mini_step < _MOST_MICRO_STEPS)
 
     # XLA leaves all but the counter out of the loop.
-    last = jax.lax.while_loop(goes_on, lambda i: i + 1, jnp.asarray(sums.mini_step))
+    last = jax.lax.while_loop(is_not_over, lambda i: i + 1, jnp.asarray(sums.mini_step))
     # After the second of three micro-steps, the mean of 1 and 0 is 1/2 and their sum is 1.
     second = after(jnp.asarray(1), _tree.zeros_like(params), jax.tree.map(jnp.ones_like, params))
     is_sum = (last >= 2) & (jnp.max(jax.tree.leaves(second.acc_grads)[0]) > 0.75)

@@ -22,7 +22,7 @@ from eomdl.runs.integrator import OdeProblem, integrator_for, tolerance_control
 MAX_ERROR_FRACTION = 5e-4  # of the flow's local error: the ODE error allowed in one ODE step
 FIRST_TOLERANCE = 1e-5  # of a discrete step: the tolerance tried first
 JUMP_TOLERANCE = 1e-3  # of a discrete step, where the gradient can only change by jumps
-KINK_DISTANCE = 1e-2  # of a discrete step, within which the gradient is looked at on both sides of a path
+KINK_DISTANCE = 1e-2  # of a discrete step, within which the gradient is compared on both sides of a path
 KINK_TEST = "jump of the gradient within a hundredth of a step, relative"
 SCALE_STEPS = 32  # discrete steps over which the scales of an optimizer's state are measured
 DERIVATIVE_TEST = "part of the gradient's change that its derivative misses"

@@ -11,7 +11,7 @@ from eomdl import _check, _tree
 from eomdl._types import Args, Params
 from eomdl.flows.base import AbstractFlow, map_of
 from eomdl.flows.stride import step_data
-from eomdl.maps.step_map import StepMap
+from eomdl.maps.step_map import StepMap, check_step
 from eomdl.runs.discrete import StepDynamics
 from eomdl.runs.ensemble import AbstractMembers
 from eomdl.runs.run import Run
@@ -61,6 +61,7 @@ def warm_up(
         flow.validate(members.first(run.params), members.first_args(run.data.example))
         return run, None
     step_map = map_of(flow)
+    check_step(step_map, members.first(run.params), step_data(members.first_args(run.data.example), 0))
     state = members.start(step_map.init, 0)(run.params)
     dynamics = StepDynamics(step_map, flow.step_size, gradients=1)
     real = run.until(count).run(members.vectorize(dynamics), state)

@@ -107,7 +107,7 @@ def _tolerance(params: Params, tolerance: float | None) -> float:
 
 
 class _Place(NamedTuple):
-    """Where a symmetry is looked for, with the gradient of the loss there."""
+    """Where a symmetry is tested, with the gradient of the loss there."""
 
     params: Params
     gradient: Params
