@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 import eomdl
 from benchmarks.problems import LOSS
@@ -27,16 +28,19 @@ class LiveBytes(diffrax.AbstractProgressMeter):
 
     seen: list = eqx.field(default_factory=list)
 
+    @override
     def init(self) -> None:
         """Begin with no state."""
         return None
 
+    @override
     def step(self, state: None, progress: ArrayLike) -> None:
         """Note the bytes that are live now."""
         del progress
         self.seen.append(sum(x.nbytes for x in jax.live_arrays()))
         return state
 
+    @override
     def close(self, state: None) -> None:
         """Keep what was noted."""
         pass

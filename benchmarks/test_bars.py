@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 import eomdl
 from benchmarks import measure
@@ -70,12 +71,14 @@ class Counted(eomdl.AbstractFlow):
     flow: eomdl.EquationOfMotion
     calls: Calls = eqx.field(static=True)
 
+    @override
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         """The flow's velocity, counted when it is computed."""
         jax.debug.callback(self.calls.add, t)
         return self.flow(t, state, args)
 
     @property
+    @override
     def map(self) -> eomdl.StepMap:
         """The map of the flow."""
         return self.flow.map

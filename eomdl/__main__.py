@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import optax
+from typing_extensions import override
 
 from eomdl.reports.problem import Problem, WrongFile, read_problem
 from eomdl.reports.written import report
@@ -44,6 +45,7 @@ example:
 
 
 class _Parser(argparse.ArgumentParser):
+    @override
     def error(self, message: str) -> NoReturn:
         """Exit with one line that says where there is more."""
         self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from typing_extensions import override
 
 from eomdl import _check
 from eomdl._types import Numbers
@@ -186,6 +187,7 @@ class AbstractResult(abc.ABC):
         1,
     )  # versions of the file that `load` reads; `save` writes the last one
 
+    @override
     def __init_subclass__(cls) -> None:
         make_storable(cls, lambda result: result._pack(), cls._unpack)
 
@@ -205,6 +207,7 @@ class AbstractResult(abc.ABC):
         notes = "".join(f"! {note}\n" for note in self.notes)
         return f"{self.verdict}\n" * bool(self.verdict) + tables + notes
 
+    @override
     def __str__(self) -> str:
         return self.table()
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from eomdl import _devices
 from eomdl._shards import StoredArray
@@ -36,6 +37,7 @@ class Node:
     def __getitem__(self, key: Any) -> Any:
         return self.children[self.keys.index(key)]
 
+    @override
     def __repr__(self) -> str:
         return f"{self.kind}({dict(zip(self.keys, self.children, strict=True))})"
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from typing_extensions import override
 
 import eomdl
 from paper_repro.runs import Loss
@@ -28,14 +29,17 @@ class Minibatches(eomdl.StepMap):
     step_map: eomdl.StepMap
     size: int
 
+    @override
     def init(self, params: Any) -> Any:
         """The optimizer's."""
         return self.step_map.init(params)
 
+    @override
     def params(self, state: Any) -> Any:
         """The optimizer's."""
         return self.step_map.params(state)
 
+    @override
     def __call__(self, state: Any, args: Any, k: Any) -> Any:
         """The optimizer's step on this step's own images."""
         images, seed = args

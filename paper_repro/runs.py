@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pandas as pd
 from tqdm import tqdm
+from typing_extensions import override
 
 import eomdl
 
@@ -174,22 +175,27 @@ class Still(eomdl.AbstractFlow):
     flow: eomdl.flows.CentralFlow
 
     @property
+    @override
     def target(self) -> eomdl.flows.Target:
         """The smoothed path."""
         return self.flow.target
 
+    @override
     def init(self, params: Any, args: Any) -> Any:
         """The state of the central flow before its first step."""
         return self.flow.init(params, args)
 
+    @override
     def begin(self, t: Any, params: Any, state: Any, args: Any) -> Any:
         """The same, with a real run's moment."""
         return self.flow.begin(t, params, state, args)
 
+    @override
     def params(self, state: Any) -> Any:
         """The parameters."""
         return state.params
 
+    @override
     def __call__(self, t: Any, state: Any, args: Any) -> Any:
         """The velocity, with no oscillation ever found."""
         return self.flow(t, state, args)

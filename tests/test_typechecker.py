@@ -89,3 +89,9 @@ def test_all_annotated_functions_of_the_library_are_checked():
                     unchecked.append((module.__name__, name, function.__annotations__["return"]))
     assert count > 500
     assert [entry for entry in unchecked if entry[2] is not typechecker.Any] == []
+
+
+def test_the_tests_of_a_group_run_in_one_worker(request):
+    """A group shares its programs: scattered over the workers it is compiled in each of them, which no result would show."""
+    if request.config.getoption("loadgroup", False):  # in a worker of pytest-xdist
+        assert request.node.nodeid.endswith("@test_typechecker")

@@ -126,6 +126,7 @@ class CentralFlow(AbstractDescentFlow):
         ) -> None: ...
 
     @property
+    @override
     def target(self) -> Target:
         """What it predicts: the smoothed path of a real run."""
         return SMOOTHED
@@ -140,20 +141,24 @@ class CentralFlow(AbstractDescentFlow):
     def gradient_cost(self) -> float:
         return 1.0  # what a step costs besides is in the docstring of the class
 
+    @override
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the loss is no real number, or there are fewer parameters than directions."""
         _check.loss_is_scalar(self.loss, params, args)
         _check.integer("directions", self._num_directions(params), 1, _tree.size(params))
 
+    @override
     def init(self, params: Params, args: Args) -> CentralState:
         """Return a state in which nothing oscillates yet; the moment is the squared gradient."""
         return self._start(params, self.preconditioner.init(jax.grad(self.loss)(params, args)), args)
 
+    @override
     def begin(self, t: ArrayLike, params: Params, state: Any, args: Args) -> CentralState:
         """Return the state where a real run ended, with its moment."""
         del t
         return self._start(params, self.preconditioner.read(state), args)
 
+    @override
     def __call__(self, t: ArrayLike, state: CentralState, args: Args) -> CentralState:
         """Return the velocity, with the oscillation of the last `refresh`."""
         del t
@@ -168,6 +173,7 @@ class CentralFlow(AbstractDescentFlow):
             moment=_tree.scale(1 / self.learning_rate, rate),
         )
 
+    @override
     def refresh(self, t: ArrayLike, state: CentralState, args: Args) -> CentralState:
         """Return the state with the directions here, and the oscillation that holds their curvature over the step."""
         tracker = self._tracker(state.params, state.moment, args)
@@ -229,6 +235,7 @@ class CentralFlow(AbstractDescentFlow):
         mixed = _tree.combine(self._principal_axes(state)[1], state.tracked.vectors)
         return jax.vmap(lambda u: ravel_pytree(u)[0])(mixed)
 
+    @override
     def diagnostics(self, t: ArrayLike, state: CentralState, args: Args) -> dict[str, Diagnostic]:
         """Return whether all critical directions are tracked and since when, how well, and whether the bound could be held."""
         del t

@@ -52,6 +52,7 @@ class MomentumFlow(AbstractFlow):
 
     # Equinox lets a property fill an AbstractVar; mypy does not know.
     @property  # type: ignore[misc]
+    @override
     def step_size(self) -> jax.Array:
         r"""$h = \eta / (1 - \beta)$: the step that a constant gradient makes, over that gradient."""
         return self.learning_rate / (1 - self.momentum)
@@ -70,12 +71,14 @@ class MomentumFlow(AbstractFlow):
     def differentiated(self, state: Params) -> Differentiated:
         return Differentiated(DescentField(self.loss), state)
 
+    @override
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         r"""$-\nabla$ of the loss with its penalty on the gradient."""
         del t
         age = mean_age(self.momentum, self.nesterov)
         return penalized_descent(self.loss, self.step_size * (1 + 2 * age) / 2, state, args)
 
+    @override
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the loss does not give one real number at `params`."""
         _check.loss_is_scalar(self.loss, params, args)

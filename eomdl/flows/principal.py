@@ -80,12 +80,14 @@ class PrincipalFlow(AbstractDescentFlow):
     def gradient_cost(self) -> float:
         return 1 + _costs.HESSIAN_VECTOR_PRODUCT * self.num_matvecs
 
+    @override
     def __call__(self, t: ArrayLike, state: Params, args: Args) -> Params:
         r"""Return $\varphi(\eta H)\, g$."""
         del t
         space = self._velocity(state, args)
         return _tree.combine(space.length * space.rates, space.basis)
 
+    @override
     def diagnostics(self, t: ArrayLike, state: Params, args: Args) -> dict[str, Diagnostic]:
         """Return the part of the velocity that leads out of the Krylov space."""
         del t
@@ -195,6 +197,7 @@ class ComplexPrincipalFlow(AbstractDescentFlow):
     def gradient_cost(self) -> float:
         return 4 * (1 + _costs.HESSIAN_VECTOR_PRODUCT * self.num_matvecs)
 
+    @override
     def __call__(self, t: ArrayLike, state: ComplexState, args: Args) -> ComplexState:
         r"""Return $\varphi(\eta H)\, g$ at complex parameters."""
         del t
@@ -206,6 +209,7 @@ class ComplexPrincipalFlow(AbstractDescentFlow):
         rates = vectors @ (_complex_rate(self.learning_rate * values) * first)
         return _split(_tree.combine(_tree.norm(g) * rates, krylov.basis))
 
+    @override
     def validate(self, params: Params, args: Args) -> None:
         """Raise `ValueError` if the loss is not analytic at `params`."""
         _check.loss_is_scalar(self.loss, params, args)

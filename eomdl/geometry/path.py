@@ -142,6 +142,7 @@ class _FlowCurvature(AbstractObservable):
     flow: AbstractFlow
     num_derivatives: int = eqx.field(static=True)
 
+    @override
     def __call__(self, params: Params, args: Args) -> Float[jax.Array, ""]:
         lengths = _flow_frame(self.flow, params, args, self.num_derivatives)
         return lengths[-1] / (lengths[0] * lengths[-2])

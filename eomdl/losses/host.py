@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from eomdl import _check
 
@@ -67,6 +68,7 @@ class OnHost:
         self._last, self._direction = 0, -1  # as if it had just come back to the first chunk
         self._prefetched: tuple[Any, Future | None] = (None, None)
 
+    @override
     def __repr__(self) -> str:
         arrays = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(self._arrays)]
         return f"OnHost({', '.join(arrays)})"

@@ -4,6 +4,7 @@ import abc
 
 import equinox as eqx
 import jax
+from typing_extensions import override
 
 from eomdl._types import Args, Observable, Params
 
@@ -29,9 +30,11 @@ class AbstractObservable(eqx.Module):
     def __call__(self, params: Params, args: Args) -> jax.Array:
         """Return the value at the parameters, with the data."""
 
+    @override
     def __hash__(self) -> int:
         return id(self)
 
+    @override
     def __eq__(self, other: object) -> bool:
         return self is other
 

@@ -84,7 +84,8 @@ class EnsembleDynamics(AbstractDynamics):
     args_axis: Any = dataclasses.field(metadata=STATIC)
 
     @property
-    def max_records(self) -> int:  # type: ignore[override]
+    @override
+    def max_records(self) -> int:
         """The number of records of a member's chunk."""
         return self.member.max_records
 
@@ -161,7 +162,8 @@ class EnsemblePreparation(AbstractPreparation):
     args_axis: Any = dataclasses.field(metadata=STATIC)
 
     @property
-    def max_records(self) -> int:  # type: ignore[override]
+    @override
+    def max_records(self) -> int:
         """The number of records of a member's chunk."""
         return self.member.max_records
 

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import jax
 import numpy as np
+from typing_extensions import override
 
 from eomdl import _check, _processes
 from eomdl._types import Array, Params
@@ -44,6 +45,7 @@ class RowsOnDisk:
     def __init__(self, folder: str | Path):
         self.folder = _check.path("folder", folder)
 
+    @override
     def __repr__(self) -> str:
         return f"RowsOnDisk({str(self.folder)!r})"
 

@@ -48,6 +48,7 @@ class Sharded(AbstractStorage):
     def __init__(self) -> None:
         _shards.orbax()
 
+    @override
     def write(self, path: Path, checkpoint: Trajectory, events: Sequence[str]) -> None:
         """Write the folder, then the file."""
         folder = path.with_suffix(".arrays")

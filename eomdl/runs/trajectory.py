@@ -65,9 +65,11 @@ class Trajectory(AbstractResult):
 
     _formats = (5,)
 
+    @override
     def __str__(self) -> str:
         return repr(self)
 
+    @override
     def __repr__(self) -> str:
         columns = ", ".join(["params"] * (self.params is not None) + list(self.observables))
         if _tree.is_traced(self.steps, self.result):

@@ -185,6 +185,7 @@ class EdgeTelemetry(AbstractMonitor):
         """Return the verdict of all measurements so far and their table, as text."""
         return self.results().table()
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and copying keep: the measurements, on the host."""
         along, edge = jax.device_get((self._along, self._edge))
