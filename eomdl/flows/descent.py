@@ -8,10 +8,12 @@ from eomdl import _check
 from eomdl._autodiff import DescentField
 from eomdl._types import Args, Loss, Params, State
 from eomdl.flows.base import AbstractFlow, Differentiated
+from eomdl.maps.gradient_descent import GradientDescentStep
+from eomdl.maps.step_map import StepMap
 
 
 class AbstractDescentFlow(AbstractFlow):
-    """A flow of a loss whose state is the parameters, and in which a step takes the learning rate as its time."""
+    """A flow of a loss in which a step takes the learning rate as its time: of gradient descent, where it has no other `map`."""
 
     loss: eqx.AbstractVar[Loss]
     learning_rate: eqx.AbstractVar[jax.Array]
@@ -21,6 +23,11 @@ class AbstractDescentFlow(AbstractFlow):
     @override
     def step_size(self) -> jax.Array:
         return self.learning_rate
+
+    @property
+    @override
+    def map(self) -> StepMap:
+        return GradientDescentStep(self.loss, self.learning_rate)
 
     @override
     def differentiated(self, state: State) -> Differentiated | None:

@@ -14,7 +14,6 @@ from eomdl._end import Diagnostic
 from eomdl._types import Args, Loss, Params
 from eomdl.flows.base import Differentiated
 from eomdl.flows.descent import AbstractDescentFlow
-from eomdl.maps.gradient_descent import GradientDescentStep
 from eomdl.observe.curvature import sharpness
 from eomdl.series.euler import MAX_ORDER, counterterms, modified_field
 
@@ -64,11 +63,6 @@ class EquationOfMotion(AbstractDescentFlow):
     if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
 
         def __init__(self, loss: Loss, learning_rate: ArrayLike, order: int = 1) -> None: ...
-
-    @property
-    @override
-    def map(self) -> GradientDescentStep:
-        return GradientDescentStep(self.loss, self.learning_rate)
 
     @property
     @override

@@ -12,7 +12,6 @@ from eomdl._autodiff import descent_field
 from eomdl._types import Args, Loss, Params
 from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.flows.equation_of_motion import EquationOfMotion, with_leading_error
-from eomdl.maps.gradient_descent import GradientDescentStep
 
 
 class GradientFlow(AbstractDescentFlow):
@@ -42,11 +41,6 @@ class GradientFlow(AbstractDescentFlow):
     if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
 
         def __init__(self, loss: Loss, learning_rate: ArrayLike) -> None: ...
-
-    @property
-    @override
-    def map(self) -> GradientDescentStep:
-        return GradientDescentStep(self.loss, self.learning_rate)
 
     @property
     @override

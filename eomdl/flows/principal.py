@@ -16,7 +16,6 @@ from eomdl._types import Args, Loss, Params, State
 from eomdl.flows.descent import AbstractDescentFlow
 from eomdl.linalg.arnoldi import arnoldi
 from eomdl.linalg.lanczos import lanczos
-from eomdl.maps.gradient_descent import GradientDescentStep
 from eomdl.maps.step_map import StepMap
 
 
@@ -69,11 +68,6 @@ class PrincipalFlow(AbstractDescentFlow):
     if TYPE_CHECKING:  # a checker knows no converters, and takes an AbstractVar for an argument
 
         def __init__(self, loss: Loss, learning_rate: ArrayLike, num_matvecs: int = MATVECS) -> None: ...
-
-    @property
-    @override
-    def map(self) -> GradientDescentStep:
-        return GradientDescentStep(self.loss, self.learning_rate)
 
     @property
     @override

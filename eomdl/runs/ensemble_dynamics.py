@@ -75,12 +75,10 @@ def freeze(old: EnsembleState, alive: jax.Array, new: State, step: Any) -> Ensem
 
 
 @record_type
-class EnsembleDynamics(AbstractDynamics):
-    """The dynamics of one member for all of them, by `vmap`. The member's state is an `EnsembleState` of one."""
+class _OfMembers(AbstractPreparation):
+    """What is asked of one member, asked of all of them: they have one plan and one time of a step."""
 
-    has_members: ClassVar[bool] = True
-
-    member: AbstractDynamics
+    member: AbstractPreparation
     args_axis: Any = dataclasses.field(metadata=STATIC)
 
     @property
@@ -96,7 +94,17 @@ class EnsembleDynamics(AbstractDynamics):
 
     @override
     def fingerprint(self, params: Params, args: Args) -> str:
-        return _fingerprint(self.member, self.args_axis, params, args)
+        own = self.member.fingerprint(of_member(params, 0, 0), of_member(args, self.args_axis, 0))
+        return f"Ensemble({own}, {self.args_axis})"
+
+
+@record_type
+class EnsembleDynamics(_OfMembers, AbstractDynamics):
+    """The dynamics of one member for all of them, by `vmap`. The member's state is an `EnsembleState` of one."""
+
+    has_members: ClassVar[bool] = True
+
+    member: AbstractDynamics
 
     @override
     def as_member(self) -> AbstractPreparation:
@@ -155,26 +163,8 @@ def _advance_members(
 
 
 @record_type
-class EnsemblePreparation(AbstractPreparation):
+class EnsemblePreparation(_OfMembers):
     """What was asked of one member, for all of them."""
-
-    member: AbstractPreparation
-    args_axis: Any = dataclasses.field(metadata=STATIC)
-
-    @property
-    @override
-    def max_records(self) -> int:
-        """The number of records of a member's chunk."""
-        return self.member.max_records
-
-    @property
-    @override
-    def step_size(self) -> Any:
-        return self.member.step_size
-
-    @override
-    def fingerprint(self, params: Params, args: Args) -> str:
-        return _fingerprint(self.member, self.args_axis, params, args)
 
     @override
     def as_member(self) -> AbstractPreparation:
@@ -190,11 +180,6 @@ class EnsemblePreparation(AbstractPreparation):
             own = jax.tree.map(lambda x, s=s: x[s], state)
             prepared.append(self.member.prepare(own, chunk.with_data(data)))
         return EnsembleDynamics(prepared[0].for_all(prepared), self.args_axis)
-
-
-def _fingerprint(member: AbstractPreparation, args_axis: Any, params: Params, args: Args) -> str:
-    own = member.fingerprint(of_member(params, 0, 0), of_member(args, args_axis, 0))
-    return f"Ensemble({own}, {args_axis})"
 
 
 def _data_axes(data: ChunkData, args_axis: Any) -> Any:

@@ -54,21 +54,11 @@ class FlowState(NamedTuple):
 
 
 @record_type
-class OdeRequest(AbstractPreparation):
-    """What was asked of a flow: `controller`, `rtol` and `atol` are None where they are to be measured.
-
-    - `name`: the flow's fingerprint. `before`: the numbers of an earlier run; one of the same flow has tolerances already.
-    - `is_member`: the state is that of one member of an ensemble.
-    """
+class _OfFlow(AbstractPreparation):
+    """A flow and how it is integrated. `name`: the flow's fingerprint."""
 
     problem: OdeProblem
     name: str = dataclasses.field(metadata=STATIC)
-    controller: diffrax.AbstractStepSizeController | None
-    rtol: Any
-    atol: Any
-    diagnosed: bool = dataclasses.field(metadata=STATIC)
-    before: Stats | None
-    is_member: bool = dataclasses.field(metadata=STATIC, default=False)
 
     @property
     @override
@@ -78,6 +68,22 @@ class OdeRequest(AbstractPreparation):
     @override
     def fingerprint(self, params: Params, args: Args) -> str:
         return self.name
+
+
+@record_type
+class OdeRequest(_OfFlow):
+    """What was asked of a flow: `controller`, `rtol` and `atol` are None where they are to be measured.
+
+    - `before`: the numbers of an earlier run; one of the same flow has tolerances already.
+    - `is_member`: the state is that of one member of an ensemble.
+    """
+
+    controller: diffrax.AbstractStepSizeController | None
+    rtol: Any
+    atol: Any
+    diagnosed: bool = dataclasses.field(metadata=STATIC)
+    before: Stats | None
+    is_member: bool = dataclasses.field(metadata=STATIC, default=False)
 
     @override
     def as_member(self) -> "OdeRequest":
@@ -131,7 +137,7 @@ class OdeRequest(AbstractPreparation):
             control = coarse = StepControl(self.controller)
         else:
             control, coarse = _controls(rtol, atol, dtype)
-        return OdeDynamics(problem, control, coarse, rtol, atol, self.name, self.diagnosed)
+        return OdeDynamics(problem, self.name, control, coarse, rtol, atol, self.diagnosed)
 
 
 def _controls(rtol: Any, atol: Any, dtype: Any) -> tuple[StepControl, StepControl]:
@@ -143,32 +149,21 @@ def _controls(rtol: Any, atol: Any, dtype: Any) -> tuple[StepControl, StepContro
 
 
 @record_type
-class OdeDynamics(AbstractDynamics):
+class OdeDynamics(_OfFlow, AbstractDynamics):
     """A flow and how it is integrated; `coarse` is the control of the run that estimates the error.
 
     - `at_start`: diagnostics that were measured before the first step, and are not measured again.
     - `measured`: what was measured at the step `start`, where tolerances were.
     """
 
-    problem: OdeProblem
     control: StepControl
     coarse: StepControl
     rtol: Any
     atol: Any
-    name: str = dataclasses.field(metadata=STATIC)
     diagnosed: bool = dataclasses.field(metadata=STATIC)
     at_start: dict[str, Diagnostic] = dataclasses.field(default_factory=dict)
     start: int = dataclasses.field(metadata=STATIC, default=0)
     measured: Measured | None = dataclasses.field(metadata=STATIC, default=None)
-
-    @property
-    @override
-    def step_size(self) -> Any:
-        return self.problem.flow.step_size
-
-    @override
-    def fingerprint(self, params: Params, args: Args) -> str:
-        return self.name
 
     @override
     def as_member(self) -> "MemberOde":
