@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,20 @@ def test_a_warning_points_at_the_users_line():
     with pytest.warns(UserWarning, match="words") as caught:
         library["outer"]()
     assert caught[0].filename == __file__
+
+
+def test_a_flow_beyond_its_validity_warns_once_at_its_run():
+    flow = eomdl.EquationOfMotion(quadratic_loss, 0.6, 1)  # eta*lambda_max is 1.2
+    options = {"args": QUADRATIC.args, "rtol": 1e-6, "atol": 1e-8, "estimate_error": False}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = eomdl.solve(flow, QUADRATIC.params, 2, **options)
+        jax.jit(lambda w: eomdl.solve(flow, w, 2, **options).final_params)(QUADRATIC.params)
+        prediction = eomdl.errors.predict_error(flow, QUADRATIC.params, 2, args=QUADRATIC.args)
+    # Under jit no value is known, and a prediction hands on the notes.
+    assert [str(warning.message) for warning in caught] == [str(note) for note in path.notes if note.is_fault]
+    assert "eta*lambda_max reached" in str(caught[0].message)
+    assert any("eta*lambda_max" in note for note in prediction.notes)
 
 
 def test_a_generator_that_a_run_has_read_is_refused():

@@ -439,5 +439,4 @@ def test_at_most_six_frames_lead_from_solve_to_the_solver(monkeypatch):
         eomdl.solve(flow, VALLEY, 3, rtol=1e-6, atol=1e-8)
     frames = [frame.f_code for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
     ours = [code.co_qualname for code in frames if "/eomdl/" in code.co_filename]
-    assert ours[0] == "solve"
-    assert len(ours) <= 6, ours
+    assert len(ours[ours.index("solve") :]) <= 6, ours

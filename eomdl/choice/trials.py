@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from eomdl import _warn
 from eomdl._types import Params
 from eomdl.choice.candidates import Candidate, Estimate
 from eomdl.errors.comparison import compare
@@ -276,7 +277,7 @@ def _run_trial(
         paid = max(candidate.steps_of_cost(budget - cost), 2 * MIN_ODE_STEPS)
         most = min(_MAX_COST_RATIO * max(predicted, MIN_ODE_STEPS), paid)
         options = {**candidate.solve_options, **real.options, "max_steps": max(math.ceil(most), 1)}
-        path = solve(candidate.flow, real.params, last, diagnose=False, **options)
+        path = _warn.quietly(solve)(candidate.flow, real.params, last, diagnose=False, **options)
         cost += candidate.cost_of(path)
         is_enough = int(path.stats.num_steps) >= MIN_ODE_STEPS or last == real.num_steps
         if path.message or is_enough:

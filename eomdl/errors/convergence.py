@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Float, Int
 from typing_extensions import override
 
-from eomdl import _check
+from eomdl import _check, _warn
 from eomdl._result import AbstractResult, Note, Table, series_table
 from eomdl._types import Args, Loss, Numbers, Params
 from eomdl.errors.comparison import compare
@@ -128,7 +128,9 @@ def convergence_study(
         real = descend(loss, params, real_optimizer, ends[1], args=args, save_steps=ends, resume=start)
         # Not what the flow recommends: this is the error of the flow itself.
         solver = diffrax.Tsit5()
-        model = solve(model_flow, params, ends[1], solver=solver, args=args, save_steps=ends, resume=start)
+        model = _warn.quietly(solve)(
+            model_flow, params, ends[1], solver=solver, args=args, save_steps=ends, resume=start
+        )
         comparison = compare(real, {"model": model})
         counts.append(count)
         errors.append(comparison.distance["model"][-1])

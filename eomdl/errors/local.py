@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from eomdl import _check, _tree
+from eomdl import _check, _tree, _warn
 from eomdl._end import End
 from eomdl._types import Args, State
 from eomdl.flows.base import AbstractFlow, map_of
@@ -58,7 +58,7 @@ def local_error(
     errors = []
     for k, state in zip(chosen, _states(flow, reference, chosen, data), strict=True):
         here, end = reference.at(k), int(k + stride)
-        path = solve(
+        path = _warn.quietly(solve)(
             flow,
             here,
             end,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from typing_extensions import override
 
-from eomdl import _check, _tree
+from eomdl import _check, _tree, _warn
 from eomdl._autodiff import jvp
 from eomdl._end import End
 from eomdl._result import AbstractResult, Note, Table, series_table
@@ -142,7 +142,7 @@ def predict_error(
     if options.get("save_params", True) is not True:
         raise ValueError(f"save_params: expected True, got {options['save_params']!r}")
     with_error = LeadingErrorFlow(flow) if leading else LinearizedErrorFlow(flow)
-    path = solve(
+    path = _warn.quietly(solve)(
         with_error,
         params,
         num_steps,
@@ -154,7 +154,7 @@ def predict_error(
     better = None
     if check and flow.next_order is not None:
         # With the default solver, whatever the flow recommends: this is about the error of the flow itself.
-        better = solve(
+        better = _warn.quietly(solve)(
             flow.next_order,
             params,
             num_steps,

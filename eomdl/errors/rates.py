@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 from typing_extensions import override
 
-from eomdl import _check, _tree
+from eomdl import _check, _tree, _warn
 from eomdl._autodiff import descent_field, linearize
 from eomdl._result import AbstractResult, Note, Table
 from eomdl._types import Args, Loss, Params
@@ -159,7 +159,7 @@ def largest_learning_rate(
     relative = _check.flag("relative", relative)
     points = _check.integer("points", points, 1)
     flow = ScaledError(_check.function("loss", loss), jnp.asarray(time / points), order)
-    path = solve(
+    path = _warn.quietly(solve)(
         flow,
         params,
         points,

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
-from eomdl import _check, _tree
+from eomdl import _check, _tree, _warn
 from eomdl._end import RESULTS
 from eomdl._types import Args, Loss, Params
 from eomdl.errors.comparison import Comparison, compare
@@ -285,7 +285,7 @@ class Study:
             if model.first:
                 begin = self._options(model.first)
                 options["resume"] = descend(self.loss, self.params, self.optimizer, model.first, **begin)
-            run = solve(
+            run = _warn.quietly(solve)(
                 model.flow,
                 self.params,
                 self.reached,

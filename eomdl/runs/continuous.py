@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from eomdl import _check, _devices, _structure, _tree
+from eomdl import _check, _devices, _structure, _tree, _warn
 from eomdl._end import Stats, real_part, succeeded
 from eomdl._fingerprint import fingerprint
 from eomdl._types import Params, State, StateObservable
@@ -31,6 +31,7 @@ _MODEL = "an eomdl.AbstractFlow or an eomdl.Ensemble of one"
 MAX_FLAT_SIZE = 2**20  # numbers in a state up to which it is integrated as one vector
 
 
+@_warn.of_faults
 def solve(
     flow: AbstractFlow | Ensemble,
     params: Params,
@@ -97,7 +98,7 @@ def solve(
 
     **Returns:** `eomdl.Trajectory`; `stats` holds the ODE steps taken and rejected by both
     runs together, the tolerances, and the flow's diagnostics along the path (such as
-    `eta*lambda_max`); `notes` says which of them left their limits. If the solver reaches
+    `eta*lambda_max`); `notes` says which of them left their limits, and a warning too. If the solver reaches
     `max_steps` or the state becomes non-finite, the part computed is returned with a `result`
     and `message` that say so.
     Under `jit`, `vmap` or `grad` values are not known, so there `rtol` and `atol` default
@@ -107,7 +108,7 @@ def solve(
     steps of the optimizer where the path is smooth. With `batches` at least one ODE step per step.
 
     **Raises:** `ValueError` for a wrong argument. **Warns** where the floating-point
-    precision is too coarse to resolve the order asked for.
+    precision is too coarse to resolve the order asked for, and where the flow leaves what it is valid for.
     """
     members = as_members(flow)
     model: AbstractFlow = _check.kind("flow", members.member, AbstractFlow, _MODEL)
