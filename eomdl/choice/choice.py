@@ -229,6 +229,12 @@ def _notes(chosen: Candidate, tolerance: float, probe: Probe) -> tuple[Note, ...
             f"The map departs from the identity by {probe.departure:.2f} (eta*lambda_max of gradient descent). From 1 on the "
             "series of the logarithm has no limit for stride 1, and what is left out of it is not known from its next terms."
         )
+    if np.isnan(probe.departure):
+        notes.append(
+            "The optimizer's step has no finite derivative at the end of the probe (Adam where a parameter has had no gradient, a root at "
+            "0): how far its map is from the identity, which ODE steps are stable and whether small errors grow is not known, and "
+            "stride 2 and minimax weights were not tried. Believe what was measured in the trial."
+        )
     noise = probe.rounding * np.sqrt(probe.num_steps - probe.first)
     if noise > 0.1 * tolerance:
         notes.append(
