@@ -12,7 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from eomdl import _check, _devices, _tree
-from eomdl._end import RESULTS, Stats
+from eomdl._end import RESULTS
 from eomdl._types import Args, Observable, Params, State
 from eomdl.flows.base import AbstractFlow
 from eomdl.maps.step_map import StepFunction, StepMap
@@ -243,7 +243,8 @@ def members(trajectory: Any) -> list[Any]:
     """One `eomdl.Trajectory` for each member, from a run (`eomdl.iterate`, `eomdl.solve`) of an `eomdl.Ensemble`.
 
     Params lose their axis of members, and so do the observables made by `eomdl.runs.each` and those of a flow's state
-    (`observe_state`). Other observables are of the ensemble as a whole: they are left out, as are `stats` and `ode_error`.
+    (`observe_state`). Other observables are of the ensemble as a whole: they are left out, as are `ode_error` and what the
+    run has cost; the diagnostics and all else in `stats` are the member's.
     A frozen member has the saved steps up to the last at which it was finite, and the result
     `RESULTS.nonfinite` or `RESULTS.max_steps_reached`. Its `end` is what `resume=` takes in a run of the member alone.
 
@@ -260,7 +261,7 @@ def members(trajectory: Any) -> list[Any]:
             step=round(float(reached[s])),
             state=jax.tree.map(lambda x: x[s], state.members),
             params=jax.tree.map(lambda x: np.asarray(x)[s], final_params),
-            stats=Stats(),
+            stats=trajectory.stats.of_member(s),
         )
         own = {name: rows.observables[name] for name in rows.per_member}
         return dataclasses.replace(
