@@ -353,7 +353,8 @@ def test_a_member_has_its_own_diagnostics_and_an_ensemble_is_compared_with_its_o
 
 
 def test_a_member_of_a_flow_of_a_stride_says_so():
-    flow = eomdl.InterpolatingFlow(HEAVY_BALL, 0.4, points=2, stride=2)
+    step_map = eomdl.optimizer_step(valley_loss, optax.sgd(0.05))
+    flow = eomdl.InterpolatingFlow(step_map, 0.05, points=2, stride=2)
     run = eomdl.solve(Ensemble(flow), stack(STARTS), 4, estimate_error=False, diagnose=False)
     assert members(run)[0].notes == run.notes
     assert "stride of 2" in run.notes[0] or "stride 2" in run.notes[0]
