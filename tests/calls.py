@@ -74,7 +74,7 @@ WRONG: dict[str, Any] = {
     "infinity": float("inf"),
     "huge": 10**30,
     "True": True,
-    "a wrong shape": np.ones((2, 7, 3)),
+    "a wrong shape": np.ones((2, 70, 3)),  # whose text would fill pages
     "empty": (),
     "an object": object(),
     "complex": 1j,

@@ -108,6 +108,9 @@ ALSO_NAMED = {
 }
 
 
+MOST = 600  # characters of a message: more is not read
+
+
 def accepted(place: str, wrong: str, valid: Any) -> bool:
     if place in ANYTHING or wrong in ACCEPTED.get(place, set()):
         return True
@@ -120,6 +123,8 @@ def refused(function: Any, options: dict[str, Any], place: str, name: str, value
     try:
         evaluate(function)(**{key: evaluate(valid) for key, valid in {**options, name: value}.items()})
     except ValueError as error:
+        if len(str(error)) > MOST:
+            return f"a message of {len(str(error))} characters"
         named = name in str(error) or ALSO_NAMED.get(place, name) in str(error)
         return None if named else f"does not name {name}: {error!s:.100}"
     except Exception as error:

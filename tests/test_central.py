@@ -390,7 +390,10 @@ def test_rmsprop_begins_with_the_moment_of_a_real_run():
     ("optimizer", "got"),
     [
         (optax.sgd(0.01), "got none"),
-        (optax.partition({"a": optax.adam(0.01), "b": optax.rmsprop(0.01)}, {"x": "a", "y": "b"}), "got several"),
+        (
+            optax.partition({"a": optax.adam(0.01), "b": optax.rmsprop(0.01)}, {"x": "a", "y": "b"}),
+            "got several",
+        ),
         (optax.masked(optax.rmsprop(0.01), {"x": True, "y": False}), "in another form"),
     ],
 )

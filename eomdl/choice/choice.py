@@ -80,7 +80,7 @@ class Choice(AbstractResult):
         unknown = sorted(set(paths) - {c.name for c in self.candidates})
         if unknown or not paths:
             raise ValueError(
-                f"paths: expected names of candidates, such as {self.chosen.name!r}, got {unknown}"
+                f"paths: expected names of candidates, such as {self.chosen.name!r}, got {_check.show(unknown)}"
             )
         distance = compare(real, paths).distance
         candidates = tuple(

@@ -64,7 +64,7 @@ def observed_order(learning_rates: Numbers, errors: Numbers) -> float:
     if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 or not np.all(np.isfinite([x, y])):
         raise ValueError(
             "errors: expected positive errors at two learning rates or more, got "
-            f"learning_rates={learning_rates!r}, errors={errors!r}"
+            f"learning_rates={_check.show(learning_rates)}, errors={_check.show(errors)}"
         )
     return float(np.polyfit(x, y, 1)[0])
 

@@ -152,7 +152,7 @@ def secants(
     if not callable(run):
         raise ValueError(f"run: expected a function of the options of a run, got {type(run).__name__}")
     if not isinstance(losses, Mapping) or not losses:
-        raise ValueError(f"losses: expected a dict {{name: loss}}, got {losses!r}")
+        raise ValueError(f"losses: expected a dict {{name: loss}}, got {_check.show(losses)}")
     first = None
     if end is None:
         first = run(observe=None, save_params=False)

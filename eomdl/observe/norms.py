@@ -105,7 +105,7 @@ def angle_per_step(block: Any) -> Float[np.ndarray, " steps"]:
     """
     leaves = jax.tree.leaves(block)
     if not leaves or len({np.shape(x)[:1] for x in leaves}) != 1 or np.ndim(leaves[0]) < 1:
-        raise ValueError(f"block: expected arrays with one leading axis in common, got {block!r:.80}")
+        raise ValueError(f"block: expected arrays with one leading axis in common, got {_check.show(block)}")
     for leaf in leaves:
         _check.numbers("block", leaf, "a pytree of arrays of finite numbers")
     rows = _tree.rows(leaves)

@@ -362,6 +362,6 @@ def _make(optimizer: Any, rate: float) -> optax.GradientTransformation:
         made = optimizer(rate)
     except Exception as error:
         raise ValueError(
-            f"optimizer: expected {expected}, got a function that raised {type(error).__name__}: {error}"
+            f"optimizer: expected {expected}, got a function that raised {type(error).__name__}: {error!s:.200}"
         ) from error
     return _check.kind("optimizer", made, optax.GradientTransformation, expected)

@@ -169,7 +169,7 @@ class StreamedBatches(AbstractData):
         except ValueError as error:
             raise ValueError(
                 f"batches: expected batches of one structure and shape, got steps {start} to "
-                f"{start + len(taken) - 1} that differ ({error}); {_check.RAGGED}"
+                f"{start + len(taken) - 1} that differ ({error!s:.200}); {_check.RAGGED}"
             ) from error
         return ChunkData(self.args, stacked, np.asarray(start)), len(taken)
 

@@ -130,7 +130,7 @@ class Ensemble(AbstractMembers):
         if not callable(member):
             raise ValueError(
                 "member: expected an eomdl.StepMap, a function (state, args, k) -> state or an eomdl.AbstractFlow, got "
-                f"{member!r:.80}"
+                f"{_check.show(member)}"
             )
         self.member = member
         self.args_axis = _axis(args_axis)
@@ -184,7 +184,7 @@ def _axis(value: Any) -> Any:
     if isinstance(value, tuple) and value:
         return tuple(_axis(v) for v in value)
     raise ValueError(
-        f"args_axis: expected None, an integer or a tuple of these (in_axes of jax.vmap), got {value!r}"
+        f"args_axis: expected None, an integer or a tuple of these (in_axes of jax.vmap), got {_check.show(value)}"
     )
 
 
@@ -208,7 +208,7 @@ def stack(params: Sequence[Params]) -> Params:
     **Raises:** `ValueError` if there is none, or if structures or shapes differ.
     """
     if not isinstance(params, Sequence) or isinstance(params, str) or len(params) == 0:
-        raise ValueError(f"params: expected a sequence of at least one pytree, got {params!r:.80}")
+        raise ValueError(f"params: expected a sequence of at least one pytree, got {_check.show(params)}")
     params = [_check.params(f"params[{i}]", p) for i, p in enumerate(params)]
     for i, p in enumerate(params[1:], 1):
         _check.same_structure(f"params[{i}]", p, "params[0]", params[0])

@@ -147,7 +147,7 @@ class Trajectory(AbstractResult):
             is_column = False
         if not is_column:
             raise ValueError(
-                f"index: expected a slice, integers or booleans of shape ({len(self.steps)},), got {index!r:.80}"
+                f"index: expected a slice, integers or booleans of shape ({len(self.steps)},), got {_check.show(index)}"
             )
         return self.map_columns(lambda column: np.asarray(column)[index])
 

@@ -74,7 +74,7 @@ class Translation(AbstractSymmetry):
     def _array(self, params: Params) -> Array:
         block = _blocks.select(params, self.block)
         if not hasattr(block, "shape"):
-            raise ValueError(f"block: expected one array of params, got {block!r:.80}")
+            raise ValueError(f"block: expected one array of params, got {_check.show(block)}")
         if self.axis is not None and not -block.ndim <= self.axis < block.ndim:
             raise ValueError(
                 f"axis: expected an axis of {_blocks.label(self.block)}, shape {block.shape}, got {self.axis}"
@@ -200,7 +200,7 @@ class Scaling(AbstractSymmetry):
 
 def _members(name: str, members: Any) -> tuple:
     if isinstance(members, str) or not isinstance(members, Sequence):
-        raise ValueError(f"{name}: expected a list of blocks or (block, axis), got {members!r}")
+        raise ValueError(f"{name}: expected a list of blocks or (block, axis), got {_check.show(members)}")
     pairs = []
     for member in members:
         pair = member if isinstance(member, tuple) else (member, None)
@@ -208,7 +208,9 @@ def _members(name: str, members: Any) -> tuple:
         if not is_block or not (
             pair[1] is None or (isinstance(pair[1], int) and not isinstance(pair[1], bool))
         ):
-            raise ValueError(f"{name}: expected a list of blocks or (block, axis), got {member!r} in it")
+            raise ValueError(
+                f"{name}: expected a list of blocks or (block, axis), got {_check.show(member)} in it"
+            )
         pairs.append(pair)
     return tuple(pairs)
 
@@ -218,7 +220,7 @@ def _product(a: Any, b: Any, block: Where, axis: int | None) -> jax.Array:
         return _tree.vdot(a, b)
     if not hasattr(a, "shape") or not -a.ndim <= axis < a.ndim:
         raise ValueError(
-            f"axis: expected an axis of the array {_blocks.label(block)}, got {axis} for {a!r:.80}"
+            f"axis: expected an axis of the array {_blocks.label(block)}, got {axis} for {_check.show(a)}"
         )
     others = tuple(i for i in range(a.ndim) if i != axis % a.ndim)
     return jnp.sum(a * b, axis=others)
