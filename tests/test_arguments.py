@@ -65,6 +65,8 @@ ACCEPTED: dict[str, set[str]] = {
     "geometry.loss_plane.y": {"an array"},
     "geometry.secant.end": {"minus a half", *ARRAYS},
     "symmetry.Scaling.outgoing": {"empty"},
+    "symmetry.Scaling.transform.amount": {"minus one", "minus a half"},  # the same for all units
+    "symmetry.Translation.transform.amount": {"minus one", "minus a half"},
     "symmetry.Translation.block": {"a string"},
     "symmetry.Translation.axis": {"None", "minus one"},
     "symmetry.conservation.models": {"empty"},
@@ -166,12 +168,11 @@ def test_every_public_function_is_here():
                 assert known <= set(options), f"arguments of {name} left out: {known - set(options)}"
 
 
-# What a run calls, and `with_runs`, which takes what `choose_flow` gives.
+# What a run calls.
 NO_METHODS = [
     "Checkpoints.begin",
     "Checkpoints.due",
     "Checkpoints.write",
-    "Choice.with_runs",
     "Trajectory.events_in",
 ]
 

@@ -15,6 +15,7 @@ from eomdl import _warn
 
 
 SGD, RATE = optax.sgd(0.05), 0.05
+FLOW = eomdl.GradientFlow(valley_loss, RATE)
 SCHEDULE = optax.cosine_decay_schedule(0.1, 10)
 FOR_OPTIMIZERS = r"InterpolatingFlow\(eomdl\.optimizer_step\(loss, optimizer\)"
 
@@ -65,6 +66,40 @@ CASES = {
     "a warm-up without the optimizer's step": (
         lambda: eomdl.solve(eomdl.flows.AdamFlow(valley_loss, RATE), VALLEY, 4, warmup=2),
         r"warmup: .*AdamFlow does not know .*resume=eomdl\.descend",
+    ),
+}
+
+
+CASES |= {
+    "a flow without a rate": (
+        lambda: eomdl.errors.convergence_study(lambda: FLOW, valley_loss, VALLEY, [0.1, 0.05]),
+        r"flow: expected a function learning rate -> .*cannot be called so: too many positional",
+    ),
+    "an optimizer of two arguments": (
+        lambda: eomdl.errors.convergence_study(
+            lambda rate: FLOW, valley_loss, VALLEY, [0.1], optimizer=lambda rate, momentum: SGD
+        ),
+        "optimizer: expected a function learning rate -> .*missing a required argument: 'momentum'",
+    ),
+    "a run without options": (
+        lambda: eomdl.geometry.secants(lambda: descend(), {"loss": valley_loss}),
+        r"run: expected .*lambda \*\*options: .*unexpected keyword argument 'observe'",
+    ),
+    "more arguments of one": (
+        lambda: eomdl.optimizer_step(valley_loss, SGD, extra_args=lambda params: {}),
+        r"extra_args: expected a function \(params, args\) -> dict",
+    ),
+    "more arguments that are none": (
+        lambda: descend(extra_args=lambda params, args: 1.0),
+        r"extra_args: expected a function \(params, args\) -> dict, got float",
+    ),
+    "a loss without data": (
+        lambda: eomdl.GradientFlow(lambda params: 0.0, RATE),
+        r"loss: expected a function \(params, args\)",
+    ),
+    "an amount for other units": (
+        lambda: eomdl.symmetry.Scaling(["x"]).transform(VALLEY, jnp.ones(3)),
+        r"amount: expected the shape of the charge, \(\)",
     ),
 }
 

@@ -1,5 +1,6 @@
 """Checks of what users write: losses, observables, optimizers. Functions are tried on shapes."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,10 +82,22 @@ def _evaluate(loss: Loss, params: Params, args: Args) -> Any:
     return loss(params, args)
 
 
-def function(name: str, value: Any, expected: str = "a function (params, args) -> real scalar") -> Any:
-    """Return the value, something to call."""
+def function(
+    name: str,
+    value: Any,
+    expected: str = "a function (params, args) -> real scalar",
+    takes: int = 2,
+    options: Sequence[str] = (),
+) -> Any:
+    """Return the value, something to call with so many arguments by place, and options by these names."""
     if not callable(value):
         raise wrong(name, expected, show(value))
+    try:
+        inspect.signature(value).bind(*[None] * takes, **dict.fromkeys(options))
+    except TypeError as error:
+        raise wrong(name, expected, f"{show(value)}, which cannot be called so: {error}") from None
+    except ValueError:  # of some functions written in C no signature is known
+        pass
     return value
 
 

@@ -76,9 +76,10 @@ class Choice(AbstractResult):
 
         **Raises:** `ValueError` for a name that is not a candidate's, or runs that cannot be compared.
         """
-        _check.kind("paths", paths, Mapping, "a dict {name of a candidate: Trajectory}")
+        _check.kind("real", real, Trajectory, "an eomdl.Trajectory")
+        _check.mapping("paths", paths, Trajectory, "eomdl.Trajectory")
         unknown = sorted(set(paths) - {c.name for c in self.candidates})
-        if unknown or not paths:
+        if unknown:
             raise ValueError(
                 f"paths: expected names of candidates, such as {self.chosen.name!r}, got {_check.show(unknown)}"
             )

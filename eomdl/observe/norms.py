@@ -79,7 +79,7 @@ def lie_derivative(observable: Observable, flow: Callable[[Any, Params, Args], P
 
     **Cost:** one evaluation of the flow, and one derivative of the observable.
     """
-    _check.function("flow", flow, "a flow, or a function (t, params, args) -> velocity")
+    _check.function("flow", flow, "a flow, or a function (t, params, args) -> velocity", takes=3)
     return _LieDerivative(_check.observable("observable", observable), flow)
 
 

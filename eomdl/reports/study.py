@@ -357,7 +357,7 @@ def make_study(
 
 def _make(optimizer: Any, rate: float) -> optax.GradientTransformation:
     expected = "an optax.GradientTransformation, or a function learning_rate -> one"
-    _check.function("optimizer", optimizer, expected)
+    _check.function("optimizer", optimizer, expected, takes=1)
     try:
         made = optimizer(rate)
     except Exception as error:

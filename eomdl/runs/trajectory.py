@@ -134,7 +134,7 @@ class Trajectory(AbstractResult):
 
     def map_columns(self, function: Callable[[Any], Any]) -> "Trajectory":
         """A function of arrays with leading axis n applied to every column."""
-        _check.function("function", function, "a function of one array")
+        _check.function("function", function, "a function of one array", takes=1)
         return dataclasses.replace(
             self, **{name: jax.tree.map(function, getattr(self, name)) for name in _COLUMNS}
         )

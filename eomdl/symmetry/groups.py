@@ -37,7 +37,12 @@ class AbstractSymmetry(eqx.Module):
 
     @abc.abstractmethod
     def transform(self, params: Params, amount: jax.Array) -> Params:
-        """Return the parameters after a finite transformation; `amount` has the shape of the charge, 0 is the identity."""
+        """Return the parameters after a finite transformation; an amount of 0 is the identity.
+
+        `amount` has the shape of the charge, or is one number for all of it.
+
+        **Raises:** `ValueError` for another amount.
+        """
 
     @abc.abstractmethod
     def violation(self, params: Params, gradient: Params) -> Float[jax.Array, ""]:
@@ -93,7 +98,7 @@ class Translation(AbstractSymmetry):
 
     @override
     def transform(self, params: Params, amount: jax.Array) -> Params:
-        block = self._array(params)
+        block, amount = self._array(params), _amount(self, params, amount)
         shift = amount if self.axis is None else jnp.expand_dims(amount, self.axis)
         return _replace(params, self.block, block + jnp.broadcast_to(shift, block.shape))
 
@@ -174,6 +179,7 @@ class Scaling(AbstractSymmetry):
 
     @override
     def transform(self, params: Params, amount: jax.Array) -> Params:
+        amount = _amount(self, params, amount)
         # A is multiplied by e^amount, B divided by it.
         for members, sign in ((self.incoming, 1.0), (self.outgoing, -1.0)):
             for block, axis in members:
@@ -196,6 +202,17 @@ class Scaling(AbstractSymmetry):
             jnp.linalg.norm(jnp.atleast_1d(self.pair(params, gradient))),
             jnp.sqrt(jnp.sum(square_params * square_gradient)),
         )
+
+
+def _amount(symmetry: AbstractSymmetry, params: Params, amount: Any) -> jax.Array:
+    """Return a finite amount in the shape of the charge."""
+    shape = jax.eval_shape(symmetry.charge, _check.params("params", params)).shape
+    amount = jnp.asarray(_check.numbers("amount", amount, "finite numbers"))
+    if amount.shape not in ((), shape):
+        raise ValueError(
+            f"amount: expected the shape of the charge, {shape}, or one number, got {amount.shape}"
+        )
+    return jnp.broadcast_to(amount, shape)
 
 
 def _members(name: str, members: Any) -> tuple:
