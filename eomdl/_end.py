@@ -31,8 +31,8 @@ class RESULTS(eqx.Enumeration):
     )
     interrupted = "Interrupted from the keyboard. Continue with `resume=` this trajectory."
     batches_exhausted = (
-        "`batches` ended before the run did. Give as many batches as steps, then continue with `resume=` "
-        "this trajectory."
+        "`batches` ended before the run did. Give as many batches as steps (an iterator that another run has read from has fewer "
+        "left), then continue with `resume=` this trajectory."
     )
 
 

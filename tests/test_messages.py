@@ -147,6 +147,7 @@ def test_a_warning_gives_no_advice_that_was_taken():
             path = eomdl.solve(flow, jnp.ones(3), 4, args=steep, estimate_error=False)
         said = " ".join([str(caught[0].message), *path.notes])
         assert ("try stride=2" in said) == advice
+        assert "warmup" not in said  # there is no memory to fill
 
 
 def test_a_warning_points_at_the_users_line():
@@ -168,6 +169,21 @@ def test_a_generator_that_a_run_has_read_is_refused():
         ValueError, match=r"^batches: expected an iterator that begins at step 0, got one that another run"
     ):
         eomdl.solve(flow, QUADRATIC.params, 4, batches=source)
+
+
+@pytest.mark.parametrize(
+    "once", [lambda pulls: zip(*pulls, strict=True), lambda pulls: map(tuple, zip(*pulls, strict=True)), iter]
+)
+def test_an_iterator_that_is_used_up_is_told_from_one_without_batches(once):
+    pulls = [(QUADRATIC.args)] * 4
+    source = once(pulls) if once is iter else once(tuple(zip(*pulls, strict=True)))
+    eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 3, batches=source)
+    short = eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 4, batches=source)
+    assert "another run has read from" in short.message
+    with pytest.raises(
+        ValueError, match=r"^batches: .* an iterator that is used up, by another run perhaps; a list"
+    ):
+        eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 4, batches=source)
 
 
 def test_a_generator_may_go_through_a_run_and_its_continuation():
