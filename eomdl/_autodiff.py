@@ -91,7 +91,7 @@ def _both_ways(forwards: Callable[[], Any], backwards: Callable[[], Any]) -> Any
             "loss: expected one whose gradient JAX can differentiate, got one with a `custom_vjp` that has no derivative "
             "of this order, neither forwards nor backwards. Of `diffrax.diffeqsolve` take `adjoint=diffrax.DirectAdjoint()`; "
             "of a function of your own `jax.custom_jvp`. Or take a flow that needs the gradient only: GradientFlow, or "
-            f"InterpolatingFlow(optimizer_step(loss, optimizer), learning_rate, points=2). ({error})"
+            f"InterpolatingFlow(optimizer_step(loss, optimizer), learning_rate, points=2). ({error!s:.200})"
         ) from error
 
 

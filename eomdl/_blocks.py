@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from eomdl import _check
 from eomdl._types import Params
 
 
@@ -29,7 +30,7 @@ def select(params: Params, where: Where) -> Any:
     if callable(where):
         return where(params)
     if not isinstance(where, str):
-        raise ValueError(f"block: expected a name or a function params -> block, got {where!r}")
+        raise ValueError(f"block: expected a name or a function params -> block, got {_check.show(where)}")
     every = names(params)
     leaves = zip(every, jax.tree_util.tree_leaves_with_path(params), strict=True)
     found = [
@@ -40,7 +41,7 @@ def select(params: Params, where: Where) -> Any:
     if not found:
         nearest = difflib.get_close_matches(where, every, n=3, cutoff=0.5) or every[:8]
         raise ValueError(
-            f"block: expected the name of a block of params, got {where!r}; the nearest are {nearest}"
+            f"block: expected the name of a block of params, got {_check.show(where)}; the nearest are {nearest}"
         )
     return found[0] if len(found) == 1 else tuple(found)
 

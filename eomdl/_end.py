@@ -31,8 +31,8 @@ class RESULTS(eqx.Enumeration):
     )
     interrupted = "Interrupted from the keyboard. Continue with `resume=` this trajectory."
     batches_exhausted = (
-        "`batches` ended before the run did. Give as many batches as steps, then continue with `resume=` "
-        "this trajectory."
+        "`batches` ended before the run did. Give as many batches as steps (an iterator that another run has read from has fewer "
+        "left), then continue with `resume=` this trajectory."
     )
 
 
@@ -44,6 +44,9 @@ def succeeded(result: Any) -> bool:
 def result_where(condition: Any, this: Any, other: Any) -> Any:
     """`this` item of `RESULTS` where the condition holds, else the `other`."""
     return RESULTS.where(condition, this, other)
+
+
+STOPPED_MEMBERS = "members that stopped"  # a diagnostic of an ensemble, of none of its members
 
 
 @record_type
@@ -90,7 +93,7 @@ class Stats:
     - `flow`: the flow's fingerprint; empty for a real run.
     - `run`: which run, a checksum of its beginning; 0 if it was not written to checkpoints.
     - `data`: the fingerprint of data on the host (`eomdl.losses.OnHost`) in a run written to checkpoints, else empty.
-    - `diagnostics`: `{name: Diagnostic}` measured along the path.
+    - `diagnostics`: `{name: Diagnostic}` measured along the path; of an ensemble with one column for each member.
     - `warmup`: how many real steps of the optimizer came before the flow began (`warmup=` of `eomdl.solve`).
     - `first_step`, `first_length`: the step at which a flow's tolerances were measured, and the length of the stride that the
         optimizer then takes according to the flow; None where the flow does not know the optimizer's own step.
@@ -120,16 +123,30 @@ class Stats:
         """Return these stats with the values of diagnostics appended."""
         if not found:
             return self
-        longer = {
-            name: dataclasses.replace(
-                new, value=np.concatenate([self._values(name), np.atleast_1d(new.value)])
-            )
-            for name, new in found.items()
-        }
+        longer = {}
+        for name, new in found.items():
+            value = np.atleast_1d(new.value)
+            before = np.asarray(self.diagnostics[name].value) if name in self.diagnostics else value[:0]
+            if (
+                before.ndim < value.ndim
+            ):  # of an ensemble in a file of before: the largest one stands for each member
+                before = np.broadcast_to(before[:, None], (len(before), *value.shape[1:]))
+            longer[name] = dataclasses.replace(new, value=np.concatenate([before, value]))
         return dataclasses.replace(self, diagnostics=self.diagnostics | longer)
 
-    def _values(self, name: str) -> np.ndarray:
-        return np.asarray(self.diagnostics[name].value) if name in self.diagnostics else np.zeros(0)
+    def of_member(self, s: int) -> "Stats":
+        """Return what holds for one member of an ensemble. What its run has cost by itself is not known.
+
+        A diagnostic that was measured of several members at once is the largest of theirs, and its name says so.
+        """
+        found = {}
+        for name, d in self.diagnostics.items():
+            if np.ndim(d.value) == 2:
+                found[name] = dataclasses.replace(d, value=np.asarray(d.value)[:, s])
+            elif name != STOPPED_MEMBERS:
+                found[f"{name} (the largest of the members measured)"] = d
+        kept = {name: getattr(self, name) for name in ("rtol", "atol", "stride", "target", "warmup")}
+        return Stats(gradient_evaluations=np.nan, diagnostics=found, **kept)
 
 
 @record_type

@@ -7,9 +7,9 @@ notebook, or an attribute of the object of a bound method, then counts in some p
 import contextlib
 import dis
 import functools
-import hashlib
 import types
 import weakref
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +21,7 @@ from eomdl import _tree
 
 _DEPTH = 6  # of functions and objects within each other
 _WRITES = {"STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_SUBSCR"}
+_of_jax_arrays: dict[int, tuple[Any, Any]] = {}  # by id, each with a weak reference to its array
 _first: weakref.WeakKeyDictionary[Any, dict[Any, dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -132,12 +133,23 @@ def _is_library(module: str | None) -> bool:
 
 
 def _checksum(array: Any) -> Any:
-    if isinstance(array, jax.Array) and (
-        not array.is_fully_addressable or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended)
-    ):
+    """Return a number as it is, and a checksum of an array: of one of JAX, which nothing changes in place, it is made once."""
+    if not isinstance(array, jax.Array):
+        return _checksum_of_numpy(array)
+    if not array.is_fully_addressable or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
         return None
+    key = id(array)
+    of, checksum = _of_jax_arrays.get(key, (None, None))
+    if of is None or of() is not array:
+        checksum = _checksum_of_numpy(array)
+        _of_jax_arrays[key] = weakref.ref(array, lambda _: _of_jax_arrays.pop(key, None)), checksum
+    return checksum
+
+
+def _checksum_of_numpy(array: Any) -> Any:
     array = np.asarray(array)
-    content = hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
-    return (
-        float(array) if array.ndim == 0 and array.dtype.kind in "fiub" else f"array {array.shape} #{content}"
-    )
+    if array.ndim == 0 and array.dtype.kind in "fiub":
+        return float(array)
+    flat = np.ascontiguousarray(array).reshape(-1)
+    content = zlib.crc32(flat.tobytes() if array.dtype.hasobject else flat.view(np.uint8))
+    return f"array {array.shape} #{content:08x}"

@@ -55,7 +55,7 @@ class Estimate:
 def _read_note(found: Any) -> Note:
     text, is_fault = found
     if not isinstance(text, str) or not isinstance(is_fault, bool):
-        raise ValueError(f"note: expected a text, and whether it is a fault, got {found!r:.80}")
+        raise ValueError(f"note: expected a text, and whether it is a fault, got {_check.show(found)}")
     return Note(text, is_fault)
 
 

@@ -36,10 +36,10 @@ class Target:
         try:
             pairs = tuple((operator.index(j), float(a)) for j, a in self.weights)
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"weights: expected {expected}, got {self.weights!r:.80}") from None
+            raise ValueError(f"weights: expected {expected}, got {_check.show(self.weights)}") from None
         total = math.fsum(a for _, a in pairs)
         if not abs(total - 1) < 1e-9:
-            raise ValueError(f"weights: expected {expected}, got {self.weights!r:.80} of sum {total}")
+            raise ValueError(f"weights: expected {expected}, got {_check.show(self.weights)} of sum {total}")
         object.__setattr__(self, "weights", pairs)
 
 

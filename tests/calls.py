@@ -16,6 +16,7 @@ from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, pulled_loss
 from registry import FLOWS
 
 import eomdl
+from eomdl.choice.candidates import Candidate
 
 
 class Lazy:
@@ -74,7 +75,7 @@ WRONG: dict[str, Any] = {
     "infinity": float("inf"),
     "huge": 10**30,
     "True": True,
-    "a wrong shape": np.ones((2, 7, 3)),
+    "a wrong shape": np.ones((2, 70, 3)),  # whose text would fill pages
     "empty": (),
     "an object": object(),
     "complex": 1j,
@@ -106,6 +107,11 @@ def checkpoints():
     runner(checkpoints=store)
     store.temporary = folder  # removed with the store
     return store
+
+
+def choice():
+    candidate = Candidate("gradient flow", "gradient flow", "Tsit5", FLOW, {}, 6, 0.1, 0.2, 0.3, 7.0)
+    return eomdl.choice.Choice(candidate, (candidate,), 0.5, 100.0, ())
 
 
 STORE = Lazy(checkpoints)
@@ -392,12 +398,21 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = flow_calls() | {
         ),
     ),
     "geometry.secant": (eomdl.geometry.secant, dict(loss=valley_loss, end=OTHER, num_random=2)),
+    "choice.Choice.with_runs": (
+        Lazy(lambda: choice().with_runs),
+        dict(real=RUN, paths=Lazy(lambda: {choice().chosen.name: PATH.value})),
+    ),
     "geometry.secants": (
         eomdl.geometry.secants,
         dict(run=runner, losses={"loss": valley_loss}, end=None, num_random=2),
     ),
     "symmetry.Scaling": (eomdl.symmetry.Scaling, dict(incoming=["first.w"], outgoing=())),
     "symmetry.Translation": (eomdl.symmetry.Translation, dict(block="head", axis=-1)),
+    "symmetry.Scaling.transform": (SCALE.transform, dict(params=NORMALIZED, amount=np.zeros(4))),
+    "symmetry.Translation.transform": (
+        eomdl.symmetry.Translation("head").transform,
+        dict(params=NORMALIZED, amount=np.zeros(4)),
+    ),
     "symmetry.check": (
         eomdl.symmetry.check,
         dict(loss=normalized_loss, params=NORMALIZED, symmetry=SCALE, args=LABEL_ARGS, tolerance=None),

@@ -384,3 +384,21 @@ def test_rmsprop_begins_with_the_moment_of_a_real_run():
     flow = CentralFlow(sharpening_loss, 0.01, 1, SecondMoment(0.9))
     state = flow.begin(0.0, real.final_params, real.end.state, COUPLED)
     assert_identical(state.moment, optax.tree.get(real.end.state, "nu"))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "got"),
+    [
+        (optax.sgd(0.01), "got none"),
+        (
+            optax.partition({"a": optax.adam(0.01), "b": optax.rmsprop(0.01)}, {"x": "a", "y": "b"}),
+            "got several",
+        ),
+        (optax.masked(optax.rmsprop(0.01), {"x": True, "y": False}), "in another form"),
+    ],
+)
+def test_a_state_without_one_second_moment_names_the_way_out(optimizer, got):
+    w = {"x": jnp.ones(2), "y": jnp.ones(2)}
+    flow = CentralFlow(lambda w, args: jnp.sum(w["x"] ** 2), 0.01, 1, SecondMoment(0.9))
+    with pytest.raises(ValueError, match=rf"resume: .*{got}.*without_state\(\)"):
+        flow.begin(0.0, w, optimizer.init(w), None)

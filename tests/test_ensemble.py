@@ -1,5 +1,7 @@
 """Many seeds at once: each member is the run made alone, and one that diverges harms no other."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -329,6 +331,33 @@ def test_a_member_of_a_flow_that_diverges_harms_no_other():
     np.testing.assert_array_equal(rest.end.state.alive, [1, 0, 1])
     np.testing.assert_array_equal(rest.params[-1, 1], frozen.params[-1])
     np.testing.assert_allclose(rest.params[-1, [0, 2]], starts[[0, 2]] / (1 - 12 * starts[[0, 2]]), rtol=1e-6)
+
+
+def test_a_member_has_its_own_diagnostics_and_an_ensemble_is_compared_with_its_own_kind():
+    starts, steep = (
+        [VALLEY, {"x": jnp.array(0.1), "y": jnp.array(0.1)}],
+        eomdl.EquationOfMotion(valley_loss, 0.4, 1),
+    )
+    run = eomdl.solve(Ensemble(steep), stack(starts), 2, **TIGHT)
+    alone = [eomdl.solve(steep, start, 2, **TIGHT) for start in starts]
+    for member, own in zip(members(run), alone, strict=True):
+        name = "eta*lambda_max"
+        values = (run.stats.diagnostics[name].value for run in (member, own))
+        np.testing.assert_allclose(*values, rtol=1e-3)
+        assert member.notes == own.notes
+    assert len(alone[0].notes) != len(alone[1].notes)
+    real = eomdl.iterate(Ensemble(eomdl.optimizer_step(valley_loss, optax.sgd(0.4))), stack(starts), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not any("another run" in note for note in eomdl.compare(real, {"flow": run}).notes)
+
+
+def test_a_member_of_a_flow_of_a_stride_says_so():
+    step_map = eomdl.optimizer_step(valley_loss, optax.sgd(0.05))
+    flow = eomdl.InterpolatingFlow(step_map, 0.05, points=2, stride=2)
+    run = eomdl.solve(Ensemble(flow), stack(STARTS), 4, estimate_error=False, diagnose=False)
+    assert members(run)[0].notes == run.notes
+    assert "stride of 2" in run.notes[0] or "stride 2" in run.notes[0]
 
 
 def test_a_member_says_why_it_stopped():

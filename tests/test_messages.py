@@ -16,6 +16,7 @@ from eomdl import _warn
 
 
 SGD, RATE = optax.sgd(0.05), 0.05
+FLOW = eomdl.GradientFlow(valley_loss, RATE)
 SCHEDULE = optax.cosine_decay_schedule(0.1, 10)
 FOR_OPTIMIZERS = r"InterpolatingFlow\(eomdl\.optimizer_step\(loss, optimizer\)"
 
@@ -70,6 +71,40 @@ CASES = {
 }
 
 
+CASES |= {
+    "a flow without a rate": (
+        lambda: eomdl.errors.convergence_study(lambda: FLOW, valley_loss, VALLEY, [0.1, 0.05]),
+        r"flow: expected a function learning rate -> .*cannot be called so: too many positional",
+    ),
+    "an optimizer of two arguments": (
+        lambda: eomdl.errors.convergence_study(
+            lambda rate: FLOW, valley_loss, VALLEY, [0.1], optimizer=lambda rate, momentum: SGD
+        ),
+        "optimizer: expected a function learning rate -> .*missing a required argument: 'momentum'",
+    ),
+    "a run without options": (
+        lambda: eomdl.geometry.secants(lambda: descend(), {"loss": valley_loss}),
+        r"run: expected .*lambda \*\*options: .*unexpected keyword argument 'observe'",
+    ),
+    "more arguments of one": (
+        lambda: eomdl.optimizer_step(valley_loss, SGD, extra_args=lambda params: {}),
+        r"extra_args: expected a function \(params, args\) -> dict",
+    ),
+    "more arguments that are none": (
+        lambda: descend(extra_args=lambda params, args: 1.0),
+        r"extra_args: expected a function \(params, args\) -> dict, got float",
+    ),
+    "a loss without data": (
+        lambda: eomdl.GradientFlow(lambda params: 0.0, RATE),
+        r"loss: expected a function \(params, args\)",
+    ),
+    "an amount for other units": (
+        lambda: eomdl.symmetry.Scaling(["x"]).transform(VALLEY, jnp.ones(3)),
+        r"amount: expected the shape of the charge, \(\)",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_answer_names_a_way_out(case):
     call, expected = CASES[case]
@@ -113,6 +148,7 @@ def test_a_warning_gives_no_advice_that_was_taken():
             path = eomdl.solve(flow, jnp.ones(3), 4, args=steep, estimate_error=False)
         said = " ".join([str(caught[0].message), *path.notes])
         assert ("try stride=2" in said) == advice
+        assert "warmup" not in said  # there is no memory to fill
 
 
 def test_a_warning_points_at_the_users_line():
@@ -148,6 +184,21 @@ def test_a_generator_that_a_run_has_read_is_refused():
         ValueError, match=r"^batches: expected an iterator that begins at step 0, got one that another run"
     ):
         eomdl.solve(flow, QUADRATIC.params, 4, batches=source)
+
+
+@pytest.mark.parametrize(
+    "once", [lambda pulls: zip(*pulls, strict=True), lambda pulls: map(tuple, zip(*pulls, strict=True)), iter]
+)
+def test_an_iterator_that_is_used_up_is_told_from_one_without_batches(once):
+    pulls = [(QUADRATIC.args)] * 4
+    source = once(pulls) if once is iter else once(tuple(zip(*pulls, strict=True)))
+    eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 3, batches=source)
+    short = eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 4, batches=source)
+    assert "another run has read from" in short.message
+    with pytest.raises(
+        ValueError, match=r"^batches: .* an iterator that is used up, by another run perhaps; a list"
+    ):
+        eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 4, batches=source)
 
 
 def test_a_generator_may_go_through_a_run_and_its_continuation():

@@ -18,6 +18,7 @@ from eomdl.series.weights import taylor_weights
 ETA = 0.4
 SGD = optax.sgd(ETA)
 HEAVY_BALL = optax.sgd(ETA, momentum=0.6)
+ADAM = optax.adam(ETA)
 QUADRATIC_SGD = eomdl.optimizer_step(quadratic_loss, SGD)
 QUADRATIC_HEAVY_BALL = eomdl.optimizer_step(quadratic_loss, HEAVY_BALL)
 VALLEY_HEAVY_BALL = eomdl.optimizer_step(valley_loss, HEAVY_BALL)
@@ -235,3 +236,10 @@ def test_wrong_multiples_and_windows_are_named(real):
         eomdl.compare(late, {"same": late}).at_multiples_of(4)
     with pytest.raises(ValueError, match=r"^smooth: expected an integer >= 1"):
         eomdl.compare(real, {"same": real}, smooth=0)
+
+
+def test_multipliers_of_a_step_without_a_derivative_are_not_known():
+    """A parameter that has had no gradient: the root of its second moment in Adam has no derivative at 0."""
+    step_map = eomdl.optimizer_step(lambda w, _: w[0] ** 2, ADAM)
+    state, first = starting_state(step_map, jnp.ones(2), None)
+    assert np.isnan(multipliers(step_map, state, first, None, 1, 3)).all()

@@ -200,6 +200,14 @@ def test_a_run_that_breaks_down_is_reported_up_to_there():
     assert "broke down" in finding.summary
 
 
+def test_an_edge_of_another_operator_is_said():
+    def held(w, args):
+        return jnp.sum(w * (w - 1.5 * jax.lax.stop_gradient(w)))
+
+    finding = edge.ask(study(held, jnp.array([1.0, 2.0]), 0.1, 4))
+    assert any("stop_gradient" in note and "75%" in note for note in finding.notes)
+
+
 def study(loss, params, rate, steps, args=None):
     return make_study(loss, params, rate, steps, optax.sgd, args, None, QUICK)
 

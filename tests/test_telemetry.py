@@ -437,3 +437,20 @@ def test_a_pickled_telemetry_has_its_measurements():
     assert again.summary() == telemetry.summary()
     with pytest.raises(ValueError, match="measure: expected a telemetry with a loss and an optimizer"):
         again.measure(1, W, SGD.init(W), STEEP)
+
+
+def semi_gradient_loss(w, args):
+    """The gradient of a squared error whose target is held, as in temporal differences."""
+    hessian, _ = args
+    return jnp.vdot(w, hessian @ (w - 1.5 * jax.lax.stop_gradient(w)))
+
+
+def test_a_hessian_that_is_not_the_derivative_of_the_gradient_is_said():
+    report = measured(semi_gradient_loss, W, SGD, STEEP, 2)
+    # The gradient is H (w - 1.5 w) + H w = H w / 2, the Hessian 2 H.
+    np.testing.assert_allclose(report.mismatch, 0.75, rtol=1e-6)
+    assert report.verdict.startswith("of a Hessian that is not the derivative of the gradient: ")
+    (note,) = (note for note in report.notes if "stop_gradient" in note)
+    assert note.is_fault
+    assert "75%" in note
+    assert measured(quadratic_loss, W, SGD, STEEP).mismatch == 0

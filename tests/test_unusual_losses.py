@@ -1,5 +1,8 @@
 """Losses that are not what the theory assumes: derivatives that JAX is told, kinks, and values that change between calls."""
 
+import gc
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from helpers import assert_close, linear_loss, normal
 
 import eomdl
 from eomdl import _blocks
+from eomdl._reads import _checksum, _of_jax_arrays, changed_since_first_seen
 from eomdl.runs.tolerances import MAX_MISMATCH, derivative_mismatch
 
 
@@ -257,6 +261,42 @@ def test_a_counter_and_an_array_made_again_are_no_change():
     scale = jnp.array([1.0, 3.0])
     with pytest.raises(ValueError, match="scale"):
         eomdl.counterterms(loss, W, 1)
+
+
+def test_an_array_of_jax_is_read_once_and_one_of_numpy_in_every_call(monkeypatch):
+    lengths, whole = [], zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda data: lengths.append(len(data)) or whole(data))
+    fixed, changing = jnp.arange(3.0), np.arange(5.0)
+
+    def loss(w, args):
+        return jnp.sum(fixed) * jnp.sum(changing) * jnp.sum(w**2)
+
+    assert changed_since_first_seen(loss) is None
+    assert changed_since_first_seen(loss) is None
+    assert sorted(lengths) == [24, 40, 40]
+    changing[[0, 4]] = changing[[4, 0]]  # shuffled in place
+    name, _, _ = changed_since_first_seen(loss)
+    assert name == "changing"
+    known = len(_of_jax_arrays)
+    del loss
+    fixed = None
+    gc.collect()
+    assert len(_of_jax_arrays) < known
+
+
+def test_arrays_of_every_kind_have_a_checksum():
+    for array in (
+        *(np.empty(shape) for shape in ((0,), (2, 0))),
+        np.arange(6.0).reshape(2, 3).T,
+        np.array(["a", "bc"]),
+        np.array([{}, None], object),
+        jnp.ones(3, jnp.bfloat16),
+        jnp.array(1 + 2j),
+    ):
+        assert _checksum(array) == _checksum(array)
+        assert "#" in _checksum(array)
+    assert _checksum(np.array([1.0, 2.0])) != _checksum(np.array([2.0, 1.0]))
+    assert _checksum(jnp.array(3)) == 3.0
 
 
 # ------------------------------------------------------------------------------- data as people have them

@@ -39,6 +39,7 @@ from eomdl._check.values import (
     positive_numbers,
     positive_scalar,
     seed,
+    show,
     step_numbers,
     where,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "same_structure",
     "seed",
     "shape_of",
+    "show",
     "stack",
     "stacked",
     "state_observables",

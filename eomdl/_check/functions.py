@@ -1,5 +1,6 @@
 """Checks of what users write: losses, observables, optimizers. Functions are tried on shapes."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def _try(
         hint = "; was the data not passed?" if "args = None" in given else ""
         if "harding" in f"{type(error).__name__}: {error}":
             hint += "; on a mesh with AxisType.Explicit name the sharding of every product (`out_sharding=`), or use AxisType.Auto"
-        got = f"a function that raised {type(error).__name__}: {error} ({', '.join(given)}{hint})"
+        got = f"a function that raised {type(error).__name__}: {error!s:.200} ({', '.join(given)}{hint})"
         raise wrong(name, expected, got) from error
 
 
@@ -41,7 +42,7 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args")
     """
     expected = "a function (params, args) -> real scalar"
     if not callable(loss):
-        raise wrong("loss", expected, repr(loss))
+        raise wrong("loss", expected, show(loss))
     _reads.assert_unchanged("loss", loss)
     _data(source, args)
     traced = _tree.is_traced(loss, params, args)
@@ -51,7 +52,7 @@ def loss_is_scalar(loss: Loss, params: Params, args: Args, source: str = "args")
         hint = "; take its mean: lambda p, args: jnp.mean(loss(p, args))" * hasattr(out, "shape")
         if isinstance(out, tuple):
             hint = "; of (value, aux) take the value: lambda p, args: loss(p, args)[0]"
-        raise wrong("loss", expected, f"output of shape {getattr(out, 'shape', None)}: {out!r:.80}{hint}")
+        raise wrong("loss", expected, f"output of shape {getattr(out, 'shape', None)}: {show(out)}{hint}")
     if not jnp.issubdtype(jnp.result_type(out), jnp.floating):
         raise wrong("loss", expected, f"output of dtype {out.dtype}")
     if not traced and not _tree.is_traced(out) and not np.isfinite(out):
@@ -81,10 +82,22 @@ def _evaluate(loss: Loss, params: Params, args: Args) -> Any:
     return loss(params, args)
 
 
-def function(name: str, value: Any, expected: str = "a function (params, args) -> real scalar") -> Any:
-    """Return the value, something to call."""
+def function(
+    name: str,
+    value: Any,
+    expected: str = "a function (params, args) -> real scalar",
+    takes: int = 2,
+    options: Sequence[str] = (),
+) -> Any:
+    """Return the value, something to call with so many arguments by place, and options by these names."""
     if not callable(value):
         raise wrong(name, expected, show(value))
+    try:
+        inspect.signature(value).bind(*[None] * takes, **dict.fromkeys(options))
+    except TypeError as error:
+        raise wrong(name, expected, f"{show(value)}, which cannot be called so: {error}") from None
+    except ValueError:  # of some functions written in C no signature is known
+        pass
     return value
 
 
@@ -119,16 +132,16 @@ def _named_functions(argument: str, value: Any, expected: str) -> None:
         raise wrong(argument, f"a dict {{name: {expected.removeprefix('a ')}}}", show(value))
     for name, function in (value or {}).items():
         if not isinstance(name, str):
-            raise wrong(argument, "names that are strings", repr(name))
+            raise wrong(argument, "names that are strings", show(name))
         if not callable(function):
-            raise wrong(f"{argument}[{name!r}]", expected, repr(function))
+            raise wrong(f"{argument}[{name!r}]", expected, show(function))
         _reads.assert_unchanged(f"{argument}[{name!r}]", function)
 
 
 def _only_arrays(place: str, shapes: Any) -> None:
     leaves = jax.tree.leaves(shapes, is_leaf=lambda x: x is None)
     if not leaves or not all(hasattr(leaf, "shape") for leaf in leaves):
-        raise wrong(place, "an array or a pytree of arrays", f"{shapes}")
+        raise wrong(place, "an array or a pytree of arrays", show(shapes))
 
 
 def state_observables(

@@ -71,7 +71,7 @@ def num_examples(name: str, value: Any) -> int:
             raise wrong(place, expected, "no examples" if length else f"a scalar; {hint}")
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{place}: {length}" for place, (length,) in lengths.items())
-        raise wrong(name, f"{expected}, as many in each", counts)
+        raise wrong(name, f"{expected}, as many in each", f"{counts:.200}")
     return next(iter(lengths.values()))[0]
 
 
@@ -82,7 +82,9 @@ def stacked(name: str, batches: Any) -> Any:
     try:
         return jax.tree.map(lambda *leaves: jnp.stack(list(map(jnp.asarray, leaves))), *batches)
     except (TypeError, ValueError) as error:
-        raise wrong(name, "batches of one structure and shape", f"others ({error}); {RAGGED}") from error
+        raise wrong(
+            name, "batches of one structure and shape", f"others ({error!s:.200}); {RAGGED}"
+        ) from error
 
 
 def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
@@ -90,8 +92,8 @@ def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
     if jax.tree.structure(value) != jax.tree.structure(like):
         raise wrong(
             name,
-            f"the structure of {like_name}, {jax.tree.structure(like)}",
-            jax.tree.structure(value),
+            f"the structure of {like_name}, {show(jax.tree.structure(like), 200)}",
+            show(jax.tree.structure(value), 200),
         )
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(value), jax.tree.leaves(like), strict=True):
         if jnp.shape(a) != jnp.shape(b):
@@ -108,7 +110,7 @@ def stack(name: str, value: Any, like_name: str, like: Any) -> Any:
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(value)}
     if len(lengths) != 1 or lengths & {(), (0,)} or max(lengths)[0] > _tree.size(like):
         expected = f"vectors like {like_name}, in leaves with one leading axis that counts them, at most {_tree.size(like)}"
-        raise wrong(name, expected, f"shapes {[jnp.shape(leaf) for leaf in jax.tree.leaves(value)]}")
+        raise wrong(name, expected, f"shapes {show([jnp.shape(leaf) for leaf in jax.tree.leaves(value)])}")
     same_structure(f"one of {name}", jax.tree.map(lambda leaf: leaf[0], value), like_name, like)
     return value
 

@@ -19,10 +19,10 @@ def wrong(name: str, expected: str, got: Any) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def show(value: Any) -> str:
-    """Return the beginning of a value's text."""
+def show(value: Any, most: int = 80) -> str:
+    """Return the beginning of a value's text: a message names a value, it does not print it."""
     try:
-        return f"{value!r:.80}"
+        return f"{value!r:.{most}}"
     except ValueError:  # Python prints no integer of more than 4300 digits
         return f"a {type(value).__name__} that is too long to print"
 

@@ -130,7 +130,7 @@ class Probe:
 
     - `step_map`, `step_size`: of the run.
     - `first`, `length`, `num_steps`: where the probe begins, its length, and where the whole run ends, in steps.
-    - `differences`: by stride; `multipliers`: those of one step at the end of the probe.
+    - `differences`: by stride; `multipliers`: those of one step at the end of the probe, nan where it has no derivative.
     - `is_gradient_descent`: whether the run is gradient descent with the step size as learning rate.
     - `rounding`: the norm of the parameters times the precision; `rtol`: the smallest that makes sense; `cost`: of the
         probe, in gradients.

@@ -76,11 +76,12 @@ class Choice(AbstractResult):
 
         **Raises:** `ValueError` for a name that is not a candidate's, or runs that cannot be compared.
         """
-        _check.kind("paths", paths, Mapping, "a dict {name of a candidate: Trajectory}")
+        _check.kind("real", real, Trajectory, "an eomdl.Trajectory")
+        _check.mapping("paths", paths, Trajectory, "eomdl.Trajectory")
         unknown = sorted(set(paths) - {c.name for c in self.candidates})
-        if unknown or not paths:
+        if unknown:
             raise ValueError(
-                f"paths: expected names of candidates, such as {self.chosen.name!r}, got {unknown}"
+                f"paths: expected names of candidates, such as {self.chosen.name!r}, got {_check.show(unknown)}"
             )
         distance = compare(real, paths).distance
         candidates = tuple(
@@ -228,6 +229,12 @@ def _notes(chosen: Candidate, tolerance: float, probe: Probe) -> tuple[Note, ...
         notes.append(
             f"The map departs from the identity by {probe.departure:.2f} (eta*lambda_max of gradient descent). From 1 on the "
             "series of the logarithm has no limit for stride 1, and what is left out of it is not known from its next terms."
+        )
+    if np.isnan(probe.departure):
+        notes.append(
+            "The optimizer's step has no finite derivative at the end of the probe (Adam where a parameter has had no gradient, a root at "
+            "0): how far its map is from the identity, which ODE steps are stable and whether small errors grow is not known, and "
+            "stride 2 and minimax weights were not tried. Believe what was measured in the trial."
         )
     noise = probe.rounding * np.sqrt(probe.num_steps - probe.first)
     if noise > 0.1 * tolerance:

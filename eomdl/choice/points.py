@@ -103,10 +103,12 @@ def multipliers(
 ) -> Complex[np.ndarray, " depth"]:
     """Return the Ritz values of the map's Jacobian on a Krylov space of dimension `depth`: its multipliers, the outermost best.
 
-    Where the Jacobian is not finite it counts as the identity.
+    Where the Jacobian is not finite they are nan: a root at 0 has no derivative, as of a second moment without a gradient.
     """
     matrix = np.asarray(_jacobian_matrix(step_map, state, np.asarray(float(step)), args, stride, depth))
-    return 1 + np.linalg.eigvals(np.nan_to_num(matrix)).astype(complex)
+    if not np.all(np.isfinite(matrix)):
+        return np.full(depth, complex(np.nan, np.nan))
+    return 1 + np.linalg.eigvals(matrix).astype(complex)
 
 
 @eqx.filter_jit

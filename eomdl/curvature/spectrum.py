@@ -44,7 +44,7 @@ class SpectralDensity(AbstractResult):
 
     def mean(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate:
         r"""Return the mean of f over all eigenvalues, $\mathrm{tr} f(H) / n$, with its interval; f takes an array, element by element."""
-        _check.function("function", function, "a function of an array of eigenvalues")
+        _check.function("function", function, "a function of an array of eigenvalues", takes=1)
         return _estimate(np.sum(self.weights * function(self.nodes), axis=1))
 
     def at(self, points: Numbers, width: float) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:

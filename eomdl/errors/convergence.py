@@ -64,7 +64,7 @@ def observed_order(learning_rates: Numbers, errors: Numbers) -> float:
     if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 or not np.all(np.isfinite([x, y])):
         raise ValueError(
             "errors: expected positive errors at two learning rates or more, got "
-            f"learning_rates={learning_rates!r}, errors={errors!r}"
+            f"learning_rates={_check.show(learning_rates)}, errors={_check.show(errors)}"
         )
     return float(np.polyfit(x, y, 1)[0])
 
@@ -100,8 +100,10 @@ def convergence_study(
 
     **Raises:** `ValueError` if `time` or `warmup` is not a whole number of steps of every learning rate.
     """
-    _check.function("flow", flow, "a function learning rate -> eomdl.AbstractFlow")
-    _check.function("optimizer", optimizer, "a function learning rate -> optax.GradientTransformation")
+    _check.function("flow", flow, "a function learning rate -> eomdl.AbstractFlow", takes=1)
+    _check.function(
+        "optimizer", optimizer, "a function learning rate -> optax.GradientTransformation", takes=1
+    )
     rates = np.asarray(_check.positive_numbers("learning_rates", learning_rates))
     if rates.ndim != 1:
         raise ValueError(f"learning_rates: expected a sequence of numbers, got shape {rates.shape}")

@@ -53,7 +53,9 @@ def local_error(
     batches = None if batches is None else _check.stacked("batches", batches)
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if batches is not None and (len(lengths) != 1 or () in lengths):
-        raise ValueError(f"batches: expected arrays with one leading axis, the steps, got {batches!r:.80}")
+        raise ValueError(
+            f"batches: expected arrays with one leading axis, the steps, got {_check.show(batches)}"
+        )
     data = stacked_batches(args, batches)
     errors = []
     for k, state in zip(chosen, _states(flow, reference, chosen, data), strict=True):

@@ -140,7 +140,7 @@ def predict_error(
             "EquationOfMotion have one"
         )
     if options.get("save_params", True) is not True:
-        raise ValueError(f"save_params: expected True, got {options['save_params']!r}")
+        raise ValueError(f"save_params: expected True, got {_check.show(options['save_params'])}")
     with_error = LeadingErrorFlow(flow) if leading else LinearizedErrorFlow(flow)
     path = _warn.quietly(solve)(
         with_error,

@@ -156,7 +156,7 @@ class CentralFlow(AbstractDescentFlow):
     def begin(self, t: ArrayLike, params: Params, state: Any, args: Args) -> CentralState:
         """Return the state where a real run ended, with its moment."""
         del t
-        return self._start(params, self.preconditioner.read(state), args)
+        return self._start(params, self.preconditioner.read(state, params), args)
 
     @override
     def __call__(self, t: ArrayLike, state: CentralState, args: Args) -> CentralState:

@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from eomdl import _check, _tree
 from eomdl._types import Params, State
-from eomdl.maps.response import second_moment
 
 
 class AbstractPreconditioner(eqx.Module):
@@ -23,8 +22,8 @@ class AbstractPreconditioner(eqx.Module):
         """Return the moment where gradients have long been like this one; None where there is none."""
 
     @abc.abstractmethod
-    def read(self, state: State) -> Any:
-        """Return the moment in a state of the optimizer; None where there is none."""
+    def read(self, state: State, like: Params) -> Any:
+        """Return the moment in a state of the optimizer, None where the flow needs none. **Raises:** `ValueError` if it is not there."""
 
     @abc.abstractmethod
     def diagonal(self, learning_rate: jax.Array, moment: Any, like: Params) -> Params:
@@ -55,7 +54,7 @@ class NoMoment(AbstractPreconditioner):
         return None
 
     @override
-    def read(self, state: State) -> None:
+    def read(self, state: State, like: Params) -> None:
         return None
 
     @override
@@ -111,8 +110,19 @@ class SecondMoment(AbstractPreconditioner):
         return self.collect(jax.tree.map(jnp.square, gradient))
 
     @override
-    def read(self, state: State) -> Any:
-        return second_moment(state)
+    def read(self, state: State, like: Params) -> Any:
+        try:
+            found = optax.tree.get(state, "nu")
+            wanted = jax.eval_shape(self.init, like)
+            if jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, wanted):
+                return found
+            got = "none" if found is None else "one in another form (of some of the parameters, say)"
+        except KeyError:  # more than one
+            got = "several (of groups of the parameters, say)"
+        raise ValueError(
+            "resume: expected the end of an optimizer with one second moment `nu` for all parameters, as this flow has, got "
+            f"{got}; `resume=end.without_state()` begins with that of the gradient there"
+        )
 
     @override
     def diagonal(self, learning_rate: jax.Array, moment: Any, like: Params) -> Params:

@@ -132,6 +132,6 @@ def _entry(reference: str) -> str:
     entry = ENTRIES.get(reference, reference)
     if not isinstance(entry, str) or not re.match(r"@\w+\{", entry):
         raise ValueError(
-            f"flow.references: expected keys of {sorted(ENTRIES)} or BibTeX entries, got {reference!r:.80}"
+            f"flow.references: expected keys of {sorted(ENTRIES)} or BibTeX entries, got {_check.show(reference)}"
         )
     return entry

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from eomdl import _check
 from eomdl._types import Args
 
 
@@ -35,5 +36,5 @@ def step_data(args: Args, n: ArrayLike) -> Args:
     For a strided flow of your own: `self.step_map(state, step_data(args, n), k + n)`.
     """
     if not _is_count(n):
-        raise ValueError(f"n: expected the number of a step in its stride, an integer, got {n!r:.80}")
+        raise ValueError(f"n: expected the number of a step in its stride, an integer, got {_check.show(n)}")
     return args.at(n) if isinstance(args, StrideData) else args

@@ -146,7 +146,7 @@ def clusters(matrix: Numbers, threshold: float, linkage: str = "complete") -> In
         raise ValueError(f"matrix: expected a symmetric matrix (S, S), got shape {matrix.shape}")
     threshold = float(_check.nonnegative_scalar("threshold", threshold))
     if not isinstance(linkage, str) or linkage not in ("complete", "single", "average"):
-        raise ValueError(f"linkage: expected 'complete', 'single' or 'average', got {linkage!r}")
+        raise ValueError(f"linkage: expected 'complete', 'single' or 'average', got {_check.show(linkage)}")
     if len(matrix) == 1:
         return np.zeros(1, int)
     # scipy.cluster would take as long to import as the whole rest of the package.

@@ -100,7 +100,7 @@ def intrinsic_dimension(
     if estimator is None:
         estimator = _default_estimator()
     if not callable(getattr(estimator, "fit", None)):
-        raise ValueError(f"estimator: expected an object with a method fit(X), got {estimator!r}")
+        raise ValueError(f"estimator: expected an object with a method fit(X), got {_check.show(estimator)}")
     with _limit_threads():
         return _estimate_with_error(points, estimator, blocks, partitions, seed)
 
@@ -240,7 +240,7 @@ def _fit(estimator: Any, cloud: np.ndarray) -> float:
     except Exception as error:
         name = type(estimator).__name__
         raise ValueError(
-            f"estimator: expected one that takes {len(cloud)} points, got {name}, which raised {error}"
+            f"estimator: expected one that takes {len(cloud)} points, got {name}, which raised {error!s:.200}"
         ) from error
     if not np.isfinite(dimension):
         raise ValueError(

@@ -149,10 +149,10 @@ def secants(
 
     Source: Guille-Escuret et al. 2024 (arXiv 2306.11922).
     """
-    if not callable(run):
-        raise ValueError(f"run: expected a function of the options of a run, got {type(run).__name__}")
+    expected = "a function of the options of a run, lambda **options: eomdl.descend(..., **options)"
+    _check.function("run", run, expected, takes=0, options=("observe", "save_params"))
     if not isinstance(losses, Mapping) or not losses:
-        raise ValueError(f"losses: expected a dict {{name: loss}}, got {losses!r}")
+        raise ValueError(f"losses: expected a dict {{name: loss}}, got {_check.show(losses)}")
     first = None
     if end is None:
         first = run(observe=None, save_params=False)

@@ -67,7 +67,7 @@ class MeanOverChunks(eqx.Module):
     weights: Callable[[Args], jax.Array] | None = eqx.field(
         default=None,
         converter=lambda f: (
-            None if f is None else _check.function("weights", f, "a function args -> weights")
+            None if f is None else _check.function("weights", f, "a function args -> weights", takes=1)
         ),
     )
 

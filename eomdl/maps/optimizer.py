@@ -1,7 +1,7 @@
 """The step map of any optax optimizer."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -139,6 +139,7 @@ def gradient_update(
     def update(params: Params, optimizer_state: Any, args: Args) -> tuple[Params, Any]:
         gradient = jax.grad(loss)(params, args)
         extra = {} if extra_args is None else extra_args(params, args)
+        _check.kind("extra_args", extra, Mapping, "a function (params, args) -> dict")
         try:
             return optax.with_extra_args_support(optimizer).update(gradient, optimizer_state, params, **extra)
         except TypeError as error:

@@ -159,11 +159,6 @@ def linear_response(
         return _no_response(params, Unknown.RAISED)
 
 
-def second_moment(state: State) -> Params | None:
-    """Return the mean of squared gradients, `nu`, in a state of optax; None where there is none."""
-    return optax.tree.get(state, "nu")
-
-
 def _no_response(params: Params, unknown: Unknown) -> Response:
     ones, zeros = jax.tree.map(jnp.ones_like, params), _tree.zeros_like(params)
     nan = jnp.asarray(jnp.nan, _tree.dtype(params))

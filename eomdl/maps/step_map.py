@@ -99,7 +99,7 @@ def as_step_map(step_map: StepMap | StepFunction) -> StepMap:
     if isinstance(step_map, optax.GradientTransformation) or not callable(step_map):
         raise ValueError(
             "step_map: expected an eomdl.StepMap, such as eomdl.optimizer_step(loss, optimizer), or a "
-            f"function (state, args, k) -> state, got {step_map!r}"
+            f"function (state, args, k) -> state, got {_check.show(step_map)}"
         )
     return _FunctionStep(step_map)
 

@@ -79,7 +79,7 @@ def lie_derivative(observable: Observable, flow: Callable[[Any, Params, Args], P
 
     **Cost:** one evaluation of the flow, and one derivative of the observable.
     """
-    _check.function("flow", flow, "a flow, or a function (t, params, args) -> velocity")
+    _check.function("flow", flow, "a flow, or a function (t, params, args) -> velocity", takes=3)
     return _LieDerivative(_check.observable("observable", observable), flow)
 
 
@@ -105,7 +105,7 @@ def angle_per_step(block: Any) -> Float[np.ndarray, " steps"]:
     """
     leaves = jax.tree.leaves(block)
     if not leaves or len({np.shape(x)[:1] for x in leaves}) != 1 or np.ndim(leaves[0]) < 1:
-        raise ValueError(f"block: expected arrays with one leading axis in common, got {block!r:.80}")
+        raise ValueError(f"block: expected arrays with one leading axis in common, got {_check.show(block)}")
     for leaf in leaves:
         _check.numbers("block", leaf, "a pytree of arrays of finite numbers")
     rows = _tree.rows(leaves)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 
+from eomdl import _check
 from eomdl._types import Args, Loss, Params
 from eomdl.reports.study import Optimizer, first_batches
 
@@ -183,10 +184,12 @@ def _try(problem: Problem, path: Path) -> None:
     if problem.batches is not None:
         data = _example(problem.batches)
     if not callable(problem.loss):
-        raise WrongFile(f"{path}: expected `loss` to be a function (params, args), got {problem.loss!r:.60}")
+        raise WrongFile(
+            f"{path}: expected `loss` to be a function (params, args), got {_check.show(problem.loss)}"
+        )
     if not any(_is_real(leaf) for leaf in jax.tree.leaves(problem.params)):
         raise WrongFile(
-            f"{path}: expected `params` to be a pytree of real floating-point arrays, got {problem.params!r:.60}"
+            f"{path}: expected `params` to be a pytree of real floating-point arrays, got {_check.show(problem.params)}"
         )
     with _in_user_code(path, "`loss(params, args)`"):
         eqx.filter_eval_shape(problem.loss, problem.params, data)

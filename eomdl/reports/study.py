@@ -357,11 +357,11 @@ def make_study(
 
 def _make(optimizer: Any, rate: float) -> optax.GradientTransformation:
     expected = "an optax.GradientTransformation, or a function learning_rate -> one"
-    _check.function("optimizer", optimizer, expected)
+    _check.function("optimizer", optimizer, expected, takes=1)
     try:
         made = optimizer(rate)
     except Exception as error:
         raise ValueError(
-            f"optimizer: expected {expected}, got a function that raised {type(error).__name__}: {error}"
+            f"optimizer: expected {expected}, got a function that raised {type(error).__name__}: {error!s:.200}"
         ) from error
     return _check.kind("optimizer", made, optax.GradientTransformation, expected)

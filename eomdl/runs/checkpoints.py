@@ -131,7 +131,9 @@ class Checkpoints:
         if events is not None and not (
             isinstance(events, Mapping) and all(isinstance(e, Crossing) for e in events.values())
         ):
-            raise ValueError(f"events: expected a dict {{name: eomdl.runs.Crossing}}, got {events!r}")
+            raise ValueError(
+                f"events: expected a dict {{name: eomdl.runs.Crossing}}, got {_check.show(events)}"
+            )
         self._schedule, self._events, self._like = schedule, dict(events or {}), like
         self._before: dict[str, float] = {}  # the last value of each event's observable
         self.storage = Sharded() if _check.flag("sharded", sharded) else OneFile()
@@ -292,12 +294,12 @@ class Checkpoints:
             if event.observable not in shapes:
                 raise ValueError(
                     f"events: expected the name of an observable in observe, {sorted(shapes)}, got "
-                    f"{event.observable!r}"
+                    f"{_check.show(event.observable)}"
                 )
             shape = getattr(shapes[event.observable], "shape", "a pytree")
             if shape != ():
                 raise ValueError(
-                    f"events[{name!r}]: expected a scalar observable, got {event.observable!r} of shape {shape}"
+                    f"events[{name!r}]: expected a scalar observable, got {_check.show(event.observable)} of shape {shape}"
                 )
         with _processes.barrier("checkpoints"):
             if _processes.is_first():

@@ -97,7 +97,7 @@ def saved_steps(name: str, num_steps: int, steps: int | Sequence[int] | np.ndarr
     ):
         raise ValueError(
             f"{name}: expected a positive integer n (every n-th step) or step numbers from 0 to "
-            f"num_steps = {num_steps}, got {steps!r}"
+            f"num_steps = {num_steps}, got {_check.show(steps)}"
         )
     return np.unique(array)
 

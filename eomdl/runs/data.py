@@ -147,7 +147,14 @@ class StreamedBatches(AbstractData):
         self._iterator: Iterator[Any] = iter(batches)
         head = list(itertools.islice(self._iterator, 1))
         if not head:
-            raise ValueError("batches: expected at least one batch, got an empty iterable")
+            is_iterator = isinstance(batches, Iterator)
+            raise ValueError(
+                "batches: expected at least one batch, got "
+                + (
+                    f"an iterator that is used up, by another run perhaps; {_READ_TWICE}" * is_iterator
+                    or "none"
+                )
+            )
         self.example = self._last = head[0]
         self._iterator = itertools.chain(head, self._iterator)
 
@@ -169,12 +176,13 @@ class StreamedBatches(AbstractData):
         except ValueError as error:
             raise ValueError(
                 f"batches: expected batches of one structure and shape, got steps {start} to "
-                f"{start + len(taken) - 1} that differ ({error}); {_check.RAGGED}"
+                f"{start + len(taken) - 1} that differ ({error!s:.200}); {_check.RAGGED}"
             ) from error
         return ChunkData(self.args, stacked, np.asarray(start)), len(taken)
 
 
-# Generators that a run has read from. Other iterators (zip, map) cannot be held weakly.
+_READ_TWICE = "a list of batches can be read twice, or give each run an iterator of its own"
+# Generators that a run has read from. Other iterators (zip, map) cannot be held weakly: only where they end is it noticed.
 _USED: "weakref.WeakSet[Iterator[Any]]" = weakref.WeakSet()
 
 
@@ -184,8 +192,8 @@ def _refuse_used(batches: Iterable[Any], start: int) -> None:
         return
     if start == 0 and batches in _USED:
         raise ValueError(
-            "batches: expected an iterator that begins at step 0, got one that another run has read from; a list of batches can be "
-            "read twice, or give each run an iterator of its own"
+            "batches: expected an iterator that begins at step 0, got one that another run has read from; "
+            f"{_READ_TWICE}"
         )
     _USED.add(batches)
 

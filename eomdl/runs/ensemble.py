@@ -12,7 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from eomdl import _check, _devices, _tree
-from eomdl._end import RESULTS, Stats
+from eomdl._end import RESULTS
 from eomdl._types import Args, Observable, Params, State
 from eomdl.flows.base import AbstractFlow
 from eomdl.maps.step_map import StepFunction, StepMap
@@ -130,7 +130,7 @@ class Ensemble(AbstractMembers):
         if not callable(member):
             raise ValueError(
                 "member: expected an eomdl.StepMap, a function (state, args, k) -> state or an eomdl.AbstractFlow, got "
-                f"{member!r:.80}"
+                f"{_check.show(member)}"
             )
         self.member = member
         self.args_axis = _axis(args_axis)
@@ -184,7 +184,7 @@ def _axis(value: Any) -> Any:
     if isinstance(value, tuple) and value:
         return tuple(_axis(v) for v in value)
     raise ValueError(
-        f"args_axis: expected None, an integer or a tuple of these (in_axes of jax.vmap), got {value!r}"
+        f"args_axis: expected None, an integer or a tuple of these (in_axes of jax.vmap), got {_check.show(value)}"
     )
 
 
@@ -208,7 +208,7 @@ def stack(params: Sequence[Params]) -> Params:
     **Raises:** `ValueError` if there is none, or if structures or shapes differ.
     """
     if not isinstance(params, Sequence) or isinstance(params, str) or len(params) == 0:
-        raise ValueError(f"params: expected a sequence of at least one pytree, got {params!r:.80}")
+        raise ValueError(f"params: expected a sequence of at least one pytree, got {_check.show(params)}")
     params = [_check.params(f"params[{i}]", p) for i, p in enumerate(params)]
     for i, p in enumerate(params[1:], 1):
         _check.same_structure(f"params[{i}]", p, "params[0]", params[0])
@@ -243,7 +243,8 @@ def members(trajectory: Any) -> list[Any]:
     """One `eomdl.Trajectory` for each member, from a run (`eomdl.iterate`, `eomdl.solve`) of an `eomdl.Ensemble`.
 
     Params lose their axis of members, and so do the observables made by `eomdl.runs.each` and those of a flow's state
-    (`observe_state`). Other observables are of the ensemble as a whole: they are left out, as are `stats` and `ode_error`.
+    (`observe_state`). Other observables are of the ensemble as a whole: they are left out, as are `ode_error` and what the
+    run has cost; the diagnostics and all else in `stats` are the member's.
     A frozen member has the saved steps up to the last at which it was finite, and the result
     `RESULTS.nonfinite` or `RESULTS.max_steps_reached`. Its `end` is what `resume=` takes in a run of the member alone.
 
@@ -260,7 +261,7 @@ def members(trajectory: Any) -> list[Any]:
             step=round(float(reached[s])),
             state=jax.tree.map(lambda x: x[s], state.members),
             params=jax.tree.map(lambda x: np.asarray(x)[s], final_params),
-            stats=Stats(),
+            stats=trajectory.stats.of_member(s),
         )
         own = {name: rows.observables[name] for name in rows.per_member}
         return dataclasses.replace(

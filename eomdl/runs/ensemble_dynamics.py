@@ -12,7 +12,7 @@ from jaxtyping import Float
 from typing_extensions import override
 
 from eomdl import _devices
-from eomdl._end import RESULTS, Diagnostic, Stats, is_finite
+from eomdl._end import RESULTS, STOPPED_MEMBERS, Diagnostic, Stats, is_finite
 from eomdl._types import STATIC, Args, Params, State, record_type
 from eomdl.maps.step_map import StepMap
 from eomdl.runs.chunk import Chunk
@@ -132,8 +132,8 @@ class EnsembleDynamics(_OfMembers, AbstractDynamics):
             meaning="Their saved steps end earlier: `eomdl.runs.members` says where, and why.",
             is_fault=False,
         )
-        worst = {name: dataclasses.replace(d, value=jnp.max(d.value)) for name, d in found.items()}
-        return worst | {"members that stopped": frozen}
+        each = {name: dataclasses.replace(d, value=d.value[None]) for name, d in found.items()}
+        return each | {STOPPED_MEMBERS: frozen}
 
     @override
     def monitor_state(self, state: EnsembleState) -> State:
@@ -141,7 +141,8 @@ class EnsembleDynamics(_OfMembers, AbstractDynamics):
 
     @override
     def stats(self, stats: Stats) -> Stats:
-        return self.member.stats(stats)
+        # The first step that was measured is that of one member.
+        return dataclasses.replace(self.member.stats(stats), first_step=None, first_length=None)
 
 
 @eqx.filter_jit

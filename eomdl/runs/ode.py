@@ -246,7 +246,9 @@ class MemberOde(AbstractDynamics):
     @override
     def for_all(self, others: Sequence[AbstractDynamics]) -> "MemberOde":
         dynamics = [cast(MemberOde, other).ode for other in others]
-        own = dataclasses.replace(self.ode, at_start=_largest([d.at_start for d in dynamics]))
+        farthest = max((d.measured for d in dynamics if d.measured), key=_departure, default=None)
+        at_start = _largest([d.at_start for d in dynamics])
+        own = dataclasses.replace(self.ode, at_start=at_start, measured=farthest)
         if own.control.first_step_factor is None:  # the user's own controller
             return MemberOde(own)
         rtol, atol = (
@@ -318,6 +320,10 @@ class MemberOde(AbstractDynamics):
     @override
     def stats(self, stats: Stats) -> Stats:
         return self.ode.stats(stats)
+
+
+def _departure(measured: Measured) -> float:
+    return np.inf if np.isnan(measured.departure) else measured.departure
 
 
 def _largest(found: Sequence[dict[str, Diagnostic]]) -> dict[str, Diagnostic]:

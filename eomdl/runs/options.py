@@ -163,7 +163,9 @@ def _resumed(resume: Any, num_steps: int) -> tuple[End | None, Trajectory | None
 def _monitors(monitors: Any) -> tuple[AbstractMonitor, ...]:
     is_sequence = isinstance(monitors, Sequence) and not isinstance(monitors, str)
     if not is_sequence or not all(isinstance(monitor, AbstractMonitor) for monitor in monitors):
-        raise ValueError(f"monitors: expected a sequence of eomdl.runs.AbstractMonitor, got {monitors!r:.80}")
+        raise ValueError(
+            f"monitors: expected a sequence of eomdl.runs.AbstractMonitor, got {_check.show(monitors)}"
+        )
     return tuple(monitors)
 
 
@@ -172,7 +174,7 @@ def _meter(progress: bool | diffrax.AbstractProgressMeter) -> diffrax.AbstractPr
         return progress if _processes.is_first() else diffrax.NoProgressMeter()
     if not isinstance(progress, bool | np.bool_):
         raise ValueError(
-            f"progress: expected True, False or a diffrax.AbstractProgressMeter, got {progress!r:.80}"
+            f"progress: expected True, False or a diffrax.AbstractProgressMeter, got {_check.show(progress)}"
         )
     shown = progress and _processes.is_first()
     return diffrax.TqdmProgressMeter(refresh_steps=1) if shown else diffrax.NoProgressMeter()

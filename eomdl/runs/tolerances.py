@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from eomdl import _tree, _warn
-from eomdl._autodiff import jvp
+from eomdl._autodiff import DescentField, jvp
 from eomdl._end import Diagnostic, real_part
-from eomdl._types import Args, Params, State
+from eomdl._types import Args, Loss, Params, State
 from eomdl.flows.base import AbstractFlow, Differentiated, map_of
 from eomdl.flows.stride import step_data
 from eomdl.runs.chunk import Chunk
@@ -28,6 +28,10 @@ SCALE_STEPS = 32  # discrete steps over which the scales of an optimizer's state
 DERIVATIVE_TEST = "part of the gradient's change that its derivative misses"
 MAX_MISMATCH = (
     0.01  # of a derivative and a difference of the field, relative, where it is more than the noise
+)
+WHY_MISMATCHED = (
+    "The loss has a `stop_gradient` (JAX stops the second derivative too), a rule of its own for its derivative, or kinks here (relu, "
+    "abs, max)."
 )
 
 
@@ -222,13 +226,17 @@ def derivative_diagnostics(flow: AbstractFlow, state: State, chunk: Chunk) -> di
     mismatch = float(derivative_mismatch(found, step_data(chunk.data.stride(here, flow.stride), 0)))
     meaning = (
         "The gradient changes along itself by another amount than its derivative says, so the terms of the flow that "
-        "have derivatives are wrong by about as much. The loss has a `stop_gradient` (JAX stops the second derivative too), a "
-        "rule of its own for its derivative, or kinks here (relu, abs, max). Take a flow without derivatives: "
+        f"have derivatives are wrong by about as much. {WHY_MISMATCHED} Take a flow without derivatives: "
         "InterpolatingFlow(optimizer_step(loss, optimizer), learning_rate, points=2)."
     )
     if np.isnan(mismatch):
         return {}
     return {DERIVATIVE_TEST: Diagnostic(np.array([mismatch]), MAX_MISMATCH, meaning)}
+
+
+def hessian_mismatch(loss: Loss, params: Params, args: Args) -> jax.Array:
+    """Return `derivative_mismatch` of the gradient of a loss."""
+    return derivative_mismatch(Differentiated(DescentField(loss), params), args)
 
 
 @eqx.filter_jit

@@ -136,7 +136,7 @@ class Trajectory(AbstractResult):
 
     def map_columns(self, function: Callable[[Any], Any]) -> "Trajectory":
         """A function of arrays with leading axis n applied to every column."""
-        _check.function("function", function, "a function of one array")
+        _check.function("function", function, "a function of one array", takes=1)
         return dataclasses.replace(
             self, **{name: jax.tree.map(function, getattr(self, name)) for name in _COLUMNS}
         )
@@ -149,7 +149,7 @@ class Trajectory(AbstractResult):
             is_column = False
         if not is_column:
             raise ValueError(
-                f"index: expected a slice, integers or booleans of shape ({len(self.steps)},), got {index!r:.80}"
+                f"index: expected a slice, integers or booleans of shape ({len(self.steps)},), got {_check.show(index)}"
             )
         return self.map_columns(lambda column: np.asarray(column)[index])
 

@@ -84,7 +84,7 @@ class ButcherTableau:
         try:
             rows = list(self.a)
         except TypeError:
-            raise ValueError(f"a: expected rows of numbers, got {self.a!r:.80}") from None
+            raise ValueError(f"a: expected rows of numbers, got {_check.show(self.a)}") from None
         a = tuple(_fractions(f"a[{i}]", row) for i, row in enumerate(rows))
         if [len(row) for row in a] != list(range(len(b))):
             raise ValueError(
@@ -99,7 +99,7 @@ def _fractions(name: str, values: Iterable[Any]) -> tuple[Fraction, ...]:
     try:
         return tuple(Fraction(value) for value in values)
     except (TypeError, ValueError, OverflowError, ZeroDivisionError):
-        raise ValueError(f"{name}: expected numbers, got {values!r:.80}") from None
+        raise ValueError(f"{name}: expected numbers, got {_check.show(values)}") from None
 
 
 def _tableau(*rows: tuple[Fraction | int, ...]) -> ButcherTableau:

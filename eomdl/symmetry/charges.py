@@ -118,7 +118,7 @@ def conservation(
         _check.mapping("models", models, Trajectory, "eomdl.Trajectory with saved params")
     if not isinstance(symmetry, Translation | Scaling):
         raise ValueError(
-            f"symmetry: expected an eomdl.symmetry.Translation or eomdl.symmetry.Scaling, got {symmetry!r}"
+            f"symmetry: expected an eomdl.symmetry.Translation or eomdl.symmetry.Scaling, got {_check.show(symmetry)}"
         )
     if run.params is None:
         raise ValueError("run: expected saved params, got a run with save_params=False")

@@ -37,7 +37,12 @@ class AbstractSymmetry(eqx.Module):
 
     @abc.abstractmethod
     def transform(self, params: Params, amount: jax.Array) -> Params:
-        """Return the parameters after a finite transformation; `amount` has the shape of the charge, 0 is the identity."""
+        """Return the parameters after a finite transformation; an amount of 0 is the identity.
+
+        `amount` has the shape of the charge, or is one number for all of it.
+
+        **Raises:** `ValueError` for another amount.
+        """
 
     @abc.abstractmethod
     def violation(self, params: Params, gradient: Params) -> Float[jax.Array, ""]:
@@ -74,7 +79,7 @@ class Translation(AbstractSymmetry):
     def _array(self, params: Params) -> Array:
         block = _blocks.select(params, self.block)
         if not hasattr(block, "shape"):
-            raise ValueError(f"block: expected one array of params, got {block!r:.80}")
+            raise ValueError(f"block: expected one array of params, got {_check.show(block)}")
         if self.axis is not None and not -block.ndim <= self.axis < block.ndim:
             raise ValueError(
                 f"axis: expected an axis of {_blocks.label(self.block)}, shape {block.shape}, got {self.axis}"
@@ -93,7 +98,7 @@ class Translation(AbstractSymmetry):
 
     @override
     def transform(self, params: Params, amount: jax.Array) -> Params:
-        block = self._array(params)
+        block, amount = self._array(params), _amount(self, params, amount)
         shift = amount if self.axis is None else jnp.expand_dims(amount, self.axis)
         return _replace(params, self.block, block + jnp.broadcast_to(shift, block.shape))
 
@@ -174,6 +179,7 @@ class Scaling(AbstractSymmetry):
 
     @override
     def transform(self, params: Params, amount: jax.Array) -> Params:
+        amount = _amount(self, params, amount)
         # A is multiplied by e^amount, B divided by it.
         for members, sign in ((self.incoming, 1.0), (self.outgoing, -1.0)):
             for block, axis in members:
@@ -198,9 +204,20 @@ class Scaling(AbstractSymmetry):
         )
 
 
+def _amount(symmetry: AbstractSymmetry, params: Params, amount: Any) -> jax.Array:
+    """Return a finite amount in the shape of the charge."""
+    shape = jax.eval_shape(symmetry.charge, _check.params("params", params)).shape
+    amount = jnp.asarray(_check.numbers("amount", amount, "finite numbers"))
+    if amount.shape not in ((), shape):
+        raise ValueError(
+            f"amount: expected the shape of the charge, {shape}, or one number, got {amount.shape}"
+        )
+    return jnp.broadcast_to(amount, shape)
+
+
 def _members(name: str, members: Any) -> tuple:
     if isinstance(members, str) or not isinstance(members, Sequence):
-        raise ValueError(f"{name}: expected a list of blocks or (block, axis), got {members!r}")
+        raise ValueError(f"{name}: expected a list of blocks or (block, axis), got {_check.show(members)}")
     pairs = []
     for member in members:
         pair = member if isinstance(member, tuple) else (member, None)
@@ -208,7 +225,9 @@ def _members(name: str, members: Any) -> tuple:
         if not is_block or not (
             pair[1] is None or (isinstance(pair[1], int) and not isinstance(pair[1], bool))
         ):
-            raise ValueError(f"{name}: expected a list of blocks or (block, axis), got {member!r} in it")
+            raise ValueError(
+                f"{name}: expected a list of blocks or (block, axis), got {_check.show(member)} in it"
+            )
         pairs.append(pair)
     return tuple(pairs)
 
@@ -218,7 +237,7 @@ def _product(a: Any, b: Any, block: Where, axis: int | None) -> jax.Array:
         return _tree.vdot(a, b)
     if not hasattr(a, "shape") or not -a.ndim <= axis < a.ndim:
         raise ValueError(
-            f"axis: expected an axis of the array {_blocks.label(block)}, got {axis} for {a!r:.80}"
+            f"axis: expected an axis of the array {_blocks.label(block)}, got {axis} for {_check.show(a)}"
         )
     others = tuple(i for i in range(a.ndim) if i != axis % a.ndim)
     return jnp.sum(a * b, axis=others)

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from eomdl._result import AbstractResult, Note, Table, format_number, series_table
 from eomdl.maps.sensitivity import Unknown
+from eomdl.runs.tolerances import MAX_MISMATCH, WHY_MISMATCHED
 from eomdl.telemetry.at_edge import BEYOND, find_since, say_when
 
 
@@ -17,6 +18,12 @@ _BATCHES = (
     "The data changed between the measurements. Each compares the largest eigenvalue of one batch with the threshold for training on the "
     "whole data, whose eigenvalue is smaller. What SGD keeps at its threshold is the batch sharpness E[g' H g] / E[|g|^2] over batches, "
     "with the gradient g and the Hessian H of a batch (arXiv 2412.20553); with momentum it has two levels (arXiv 2604.14108)."
+)
+MISMATCHED = (  # with the mismatch
+    "The gradient changes along itself by another amount than the Hessian says: they differ by {:.0%} of the larger one in the first "
+    "measurement. The eigenvalues, curvatures, predicted drops and counter terms here are those of another operator than the one that "
+    f"moves this run, and its edge is not known. {WHY_MISMATCHED} Where the run holds its target (a target network), give the target's "
+    "parameters in `args`."
 )
 _ACCUMULATION = (
     "The optimizer takes a step after several gradients. What is measured is that step, with the gradient of the measurement in the place "
@@ -48,7 +55,9 @@ class EdgeReport(AbstractResult):
         With a rate for each parameter and a memory those of its flow in the long run. nan where the threshold is.
 
     Of all: `is_batched`, whether the data changed between the measurements at the edge; `accumulates`, whether the optimizer takes a
-    step only after several gradients; `failures`, what could not be measured, and why. A number that could not be measured is nan.
+    step only after several gradients; `failures`, what could not be measured, and why; `mismatch`, the part of the gradient's change along
+    itself that the Hessian misses, from the first measurement: where it is 0.01 or more a note says what that means. A number that
+    could not be measured is nan.
 
     Its picture shows, on top, $\eta\lambda$ in black and the optimizer's threshold, dashed; the areas are the parts of the blocks in the
     eigenvector, the largest first, and hollow points did not converge (lower bounds). Below, on a log scale, how many times the step may
@@ -75,6 +84,7 @@ class EdgeReport(AbstractResult):
     is_batched: bool = False
     accumulates: bool = False
     failures: tuple[str, ...] = ()
+    mismatch: float = np.nan
 
     @property
     def ratios(self) -> Float[np.ndarray, " n"]:
@@ -94,9 +104,14 @@ class EdgeReport(AbstractResult):
         known = np.isfinite(self.ratios)
         if not known.any():
             return f"{self._without_threshold()}{self._along_steps()}."
-        compared = "one batch against the threshold for the whole data: " * self.is_batched
+        compared = "of a Hessian that is not the derivative of the gradient: " * self._is_mismatched
+        compared += "one batch against the threshold for the whole data: " * self.is_batched
         when = say_when(self.edge_steps[known], self.ratios[known])
         return f"{compared}{when}{self._divergence(known)}; {self._limit(known)}."
+
+    @property
+    def _is_mismatched(self) -> bool:
+        return self.mismatch >= MAX_MISMATCH  # not where it is nan
 
     def _divergence(self, known: np.ndarray) -> str:
         """Return whether a run that is beyond its edge diverges, in words; empty for others."""
@@ -152,6 +167,8 @@ class EdgeReport(AbstractResult):
                 "values there are eigenvalues of H only, and discreteness is not given. What is along the step holds for every optimizer."
             )
             notes.append(Note(said))
+        if self._is_mismatched:
+            notes.append(Note(MISMATCHED.format(self.mismatch), is_fault=True))
         if self.is_batched and np.isfinite(self.thresholds).any():
             notes.append(Note(_BATCHES))
         if self.accumulates:
@@ -197,6 +214,7 @@ def make_edge_report(
     edge: tuple[np.ndarray, Any],
     accumulates: bool,
     failures: Any,
+    mismatch: float,
 ) -> EdgeReport:
     """Make the report from each kind's steps and measurements, stacked along a leading axis (None for none)."""
     steps, a = along
@@ -224,6 +242,7 @@ def make_edge_report(
         is_batched=e is not None and _differ(e.data[np.isfinite(e.values[:, 0])]),
         accumulates=accumulates,
         failures=tuple(failures),
+        mismatch=mismatch,
     )
 
 

@@ -14,6 +14,7 @@ from eomdl import _blocks, _check, _tree
 from eomdl._types import Args, Loss, Params, State
 from eomdl.maps.memory import accumulates
 from eomdl.runs.monitor import AbstractMonitor
+from eomdl.runs.tolerances import hessian_mismatch
 from eomdl.telemetry.along import Along, Guess
 from eomdl.telemetry.at_step import Edge, Run, measure_along, measure_edge, partition
 from eomdl.telemetry.edge_report import EdgeReport, make_edge_report
@@ -63,12 +64,14 @@ class EdgeTelemetry(AbstractMonitor):
     - `num_matvecs`: at most so many Hessian-vector products for each of them and measurement. (The first one starts
         from scratch, and takes up to 16.)
 
-    With minibatches both are of the batch: the verdict then says that the threshold is that for the whole data.
+    With minibatches both are of the batch: the verdict then says that the threshold is that for the whole data. Where the Hessian is not
+    the derivative of the gradient (`stop_gradient`, as in temporal differences, or a custom rule) the verdict says so: this is tested
+    once, in the first measurement.
 
     **Cost:** a measurement along the step: about one gradient and 2 to 4 forward passes, at most 8. One at the edge: at most k + 1 times
     `num_matvecs` Hessian-vector products (a random direction is searched beside the k), about 1.5 gradients each, and one more, in the
-    memory of (k + 1) (`num_matvecs` + 1) copies of the parameters. Without `gradient=` one gradient more. No measurement waits for the
-    device.
+    memory of (k + 1) (`num_matvecs` + 1) copies of the parameters. Without `gradient=` one gradient more. Once, about 11 gradients for
+    the test of the Hessian. No measurement waits for the device.
 
     **Raises:** `ValueError` for a wrong argument. It ends no run: where a loss or an optimizer raises in a measurement its numbers are nan,
     and the report has the error. Pickled or copied it keeps its measurements only, since a loss and an optimizer are functions.
@@ -96,6 +99,7 @@ class EdgeTelemetry(AbstractMonitor):
         self._vectors: Params = None
         self._guess = Guess(jnp.zeros(()), jnp.ones(()))
         self._accumulates = False
+        self._mismatch: jax.Array | None = None
         self._along: dict[int, Along | None] = {}  # None: it failed
         self._edge: dict[int, Edge | None] = {}
         self._failures: dict[str, list[int]] = {}
@@ -128,11 +132,16 @@ class EdgeTelemetry(AbstractMonitor):
         if getattr(state, "tx", None) is not None:
             state = state.opt_state
         run = Run(params, state, args, gradient)
+        if not self._along and not self._edge:
+            self._mismatch = self._try("the derivative of the gradient", step, self._measure_mismatch, run)
         self._accumulates |= accumulates(state)
         if self._along_every and step % self._along_every == 0:
             self._along[step] = self._try("along the step", step, self._measure_along, run)
         if self._edge_every and step % self._edge_every == 0:
             self._edge[step] = self._try("at the edge", step, self._measure_edge, run)
+
+    def _measure_mismatch(self, step: int, run: Run) -> jax.Array:
+        return hessian_mismatch(self._loss, run.params, run.args)
 
     def _measure_along(self, step: int, run: Run) -> Along:
         arrays, rest = self._functions
@@ -179,7 +188,8 @@ class EdgeTelemetry(AbstractMonitor):
         failures = [f"{words} at {_say_steps(steps)}" for words, steps in self._failures.items()]
         along = _columns(self._along, _no_along())
         edge = _columns(self._edge, _no_edge(self._k, len(self._names)))
-        return make_edge_report(self._names, along, edge, self._accumulates, failures)
+        mismatch = np.nan if self._mismatch is None else float(self._mismatch)
+        return make_edge_report(self._names, along, edge, self._accumulates, failures, mismatch)
 
     def summary(self) -> str:
         """Return the verdict of all measurements so far and their table, as text."""
@@ -188,9 +198,9 @@ class EdgeTelemetry(AbstractMonitor):
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and copying keep: the measurements, on the host."""
-        along, edge = jax.device_get((self._along, self._edge))
+        along, edge, mismatch = jax.device_get((self._along, self._edge, self._mismatch))
         left_out = dict.fromkeys(("_loss", "_functions", "_vectors", "_guess"))
-        return {**vars(self), "_along": along, "_edge": edge, **left_out}
+        return {**vars(self), "_along": along, "_edge": edge, "_mismatch": mismatch, **left_out}
 
 
 def _no_along() -> Along:

@@ -6,7 +6,9 @@ from eomdl.plotting._study import lines_picture, sharpness_picture
 from eomdl.reports.finding import Finding, number, percent
 from eomdl.reports.stability import Stability
 from eomdl.reports.study import Study
+from eomdl.runs.tolerances import MAX_MISMATCH, hessian_mismatch
 from eomdl.telemetry.at_edge import NEAR, Interval, find_intervals, find_since, say_intervals
+from eomdl.telemetry.edge_report import MISMATCHED
 
 
 TITLE = "Is this learning rate at the edge of stability?"
@@ -77,6 +79,9 @@ def _meaning(study: Study, threshold: float | None) -> str:
 
 def _notes(study: Study, known: np.ndarray) -> tuple[str, ...]:
     notes = []
+    mismatch = float(hessian_mismatch(study.loss, study.params, study.whole_data))
+    if mismatch >= MAX_MISMATCH:
+        notes.append(MISMATCHED.format(mismatch))
     if study.batches is not None:
         notes.append(
             "The sharpness is that of the loss on the whole data. With minibatches the noise of the steps keeps it below "
