@@ -132,8 +132,7 @@ class EnsembleDynamics(AbstractDynamics):
 
     @override
     def stats(self, stats: Stats) -> Stats:
-        # The first step that was measured is that of one member.
-        return dataclasses.replace(self.member.stats(stats), first_step=None, first_length=None)
+        return self.member.stats(stats)
 
 
 @eqx.filter_jit
