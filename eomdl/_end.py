@@ -169,6 +169,11 @@ class End:
         """The same step and parameters, to begin another optimizer at."""
         return dataclasses.replace(self, state=None)
 
+    def with_diagnostics(self, found: Mapping[str, Diagnostic]) -> "End":
+        """The same with diagnostics that were measured after the run."""
+        stats = dataclasses.replace(self.stats, diagnostics=self.stats.diagnostics | dict(found))
+        return dataclasses.replace(self, stats=stats)
+
 
 def require_end(name: str, end: End) -> None:
     """Raise unless an end that was made by hand, or read from a file, is where a run can be.

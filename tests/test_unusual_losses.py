@@ -1,6 +1,7 @@
 """Losses that are not what the theory assumes: derivatives that JAX is told, kinks, and values that change between calls."""
 
 import gc
+import re
 import zlib
 
 import jax
@@ -141,6 +142,30 @@ def test_a_hinge_loss_is_integrated_to_its_end():
     assert run.message == ""
     real = eomdl.descend(hinge_loss, W, optax.sgd(ETA), 100, args=args)
     assert eomdl.compare(real, {"flow": run}).distance["flow"][-1] < ETA
+
+
+def test_an_interpolating_flow_of_a_piecewise_linear_loss_has_a_tolerance_that_can_be_met():
+    step = eomdl.optimizer_step(l1_loss, optax.sgd(ETA))
+    goal = jnp.array([0.31, 0.2])
+    flow, start = eomdl.InterpolatingFlow(step, ETA, points=2), jnp.array([1.0, -2.0])
+    run = eomdl.solve(flow, start, 8, args=goal, estimate_error=False)
+    assert run.message == ""
+    assert run.stats.atol == pytest.approx(1e-3 * ETA, rel=1e-6)
+
+
+def lasso_loss(w, goal):
+    return jnp.sum((w - goal) ** 2) / 2 + jnp.sum(jnp.abs(w)) / 2
+
+
+def test_a_run_that_gets_no_further_along_a_kink_gives_the_tolerance_that_can_be_met():
+    flow, goal = eomdl.EquationOfMotion(lasso_loss, ETA, 1), jnp.array([2.0, 0.1])  # the second one ends at 0
+    options = {"args": goal, "estimate_error": False}
+    stopped = eomdl.solve(flow, W, 60, max_steps=300, **options)
+    (note,) = (note for note in stopped.notes if "comes to a kink" in note)
+    atol = float(re.search(r"`atol=([0-9.e-]+)`", note)[1])
+    run = eomdl.solve(flow, W, 60, atol=atol, **options)
+    assert run.message == ""
+    np.testing.assert_allclose(run.final_params, [1.5, 0], atol=0.1 * ETA)
 
 
 def test_nothing_is_said_of_a_linear_loss():

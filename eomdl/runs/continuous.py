@@ -10,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+<<<<<<< HEAD
 from eomdl import _check, _devices, _structure, _tree, _warn
 from eomdl._end import Stats, real_part, succeeded
+=======
+from eomdl import _check, _devices, _structure, _tree
+from eomdl._end import RESULTS, Stats, real_part, succeeded
+>>>>>>> d2738af090c30c3f36f9e6fe1ec1fdcb66be2048
 from eomdl._fingerprint import fingerprint
 from eomdl._types import Params, State, StateObservable
 from eomdl.flows.base import AbstractFlow
@@ -23,6 +28,7 @@ from eomdl.runs.integrator import (
 from eomdl.runs.ode import FlowState, OdeRequest
 from eomdl.runs.options import RunOptions, set_up
 from eomdl.runs.run import Run
+from eomdl.runs.tolerances import jump_where_stopped
 from eomdl.runs.trajectory import Trajectory
 from eomdl.runs.warmup import warm_up
 
@@ -151,7 +157,11 @@ def solve(
         before=None if run.begin is None else run.begin.stats,
     )
     prepared = request.with_default_tolerances(run.params) if traced else request
-    return run.run(members.vectorize(prepared), state, observe_state)
+    path = run.run(members.vectorize(prepared), state, observe_state)
+    if traced or not diagnose or not bool(path.result == RESULTS.max_steps_reached):
+        return path
+    found = jump_where_stopped(model, path.end, example)
+    return dataclasses.replace(path, end=path.end.with_diagnostics(found))
 
 
 def _solver_options(flow: AbstractFlow, chosen: tuple, tolerances: tuple) -> tuple:

@@ -86,9 +86,8 @@ def _with_stable_rate(trajectory: Trajectory, loss: Loss, run: Run) -> Trajector
         return trajectory
     meaning = "Gradient descent is stable on a quadratic with that curvature below this rate; adaptive optimizers have another limit."
     rate = Diagnostic(np.array([2 / largest]), limit=0.0, meaning=meaning, is_fault=False)
-    found = trajectory.stats.diagnostics | {"2 / sharpness at the start": rate}
-    stats = dataclasses.replace(trajectory.stats, diagnostics=found)
-    return dataclasses.replace(trajectory, end=dataclasses.replace(trajectory.end, stats=stats))
+    end = trajectory.end.with_diagnostics({"2 / sharpness at the start": rate})
+    return dataclasses.replace(trajectory, end=end)
 
 
 def iterate(

@@ -141,8 +141,7 @@ class EnsembleDynamics(_OfMembers, AbstractDynamics):
 
     @override
     def stats(self, stats: Stats) -> Stats:
-        # The first step that was measured is that of one member.
-        return dataclasses.replace(self.member.stats(stats), first_step=None, first_length=None)
+        return self.member.stats(stats)
 
 
 @eqx.filter_jit

@@ -214,9 +214,9 @@ class OdeDynamics(_OfFlow, AbstractDynamics):
         flow, measured = self.problem.flow, self.measured
         stats = dataclasses.replace(stats, flow=self.name, rtol=self.rtol, atol=self.atol)
         stats = dataclasses.replace(stats, stride=flow.stride, target=flow.target)
-        if measured is None or measured.step_length is None:
+        if measured is None:
             return stats
-        if not map_of(flow).is_model:
+        if measured.step_length is not None and not map_of(flow).is_model:
             stats = dataclasses.replace(stats, first_step=self.start, first_length=measured.step_length)
         departure = Diagnostic(np.atleast_1d(measured.departure), limit=1.0, meaning=_MEANING)
         if self.diagnosed and departure.exceeded:

@@ -10,12 +10,12 @@ import numpy as np
 
 from eomdl import _tree, _warn
 from eomdl._autodiff import DescentField, jvp
-from eomdl._end import Diagnostic, real_part
+from eomdl._end import Diagnostic, End, real_part
 from eomdl._types import Args, Loss, Params, State
 from eomdl.flows.base import AbstractFlow, Differentiated, map_of
 from eomdl.flows.stride import step_data
 from eomdl.runs.chunk import Chunk
-from eomdl.runs.data import ChunkData
+from eomdl.runs.data import ChunkData, no_batches
 from eomdl.runs.integrator import OdeProblem, integrator_for, tolerance_control
 
 
@@ -23,6 +23,8 @@ MAX_ERROR_FRACTION = 5e-4  # of the flow's local error: the ODE error allowed in
 FIRST_TOLERANCE = 1e-5  # of a discrete step: the tolerance tried first
 JUMP_TOLERANCE = 1e-3  # of a discrete step, where the gradient can only change by jumps
 KINK_DISTANCE = 1e-2  # of a discrete step, within which the gradient is compared on both sides of a path
+MAX_JUMP = 0.1  # of the gradient there, relative, from which on it is told
+STOP_TEST = "jump of the gradient within the next two steps, relative"
 KINK_TEST = "jump of the gradient within a hundredth of a step, relative"
 SCALE_STEPS = 32  # discrete steps over which the scales of an optimizer's state are measured
 DERIVATIVE_TEST = "part of the gradient's change that its derivative misses"
@@ -126,7 +128,7 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Measu
     dtype = _tree.dtype(real_part(state))
     if mapped is None:
         return Measured(*default_tolerances(dtype))
-    target, length, size = mapped
+    target, length, size, after = mapped
     step_length = float(distance(target, flow.params(state)))
     first_stride = _first_steps(chunk, flow.stride, int(length))
     integrate = integrator_for(problem, chunk)
@@ -146,11 +148,13 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Measu
         if error / root > 20 * tol or tol == floor:
             break
         tol = max(tol / 100, floor)
-    if error <= 8 * noise and jax.tree.structure(state) == jax.tree.structure(target):
-        again = cast(tuple, _map_params(flow, chunk.start, target, chunk.data))[0]
-        step, next_step = float(distance(target, state)), _tree.sub(again, target)
-        if step > 0 and float(distance(next_step, _tree.sub(target, state))) <= 8 * noise:
-            return Measured(rtol, max(JUMP_TOLERANCE * step / int(length) / root, floor), True, step_length)
+    if error <= 8 * noise and step_length > 0:
+        again = cast(tuple, _map_params(flow, chunk.start, after, chunk.data))[0]
+        step, next_step = _tree.sub(target, flow.params(state)), _tree.sub(again, target)
+        if float(distance(next_step, step)) <= 8 * noise:
+            return Measured(
+                rtol, max(JUMP_TOLERANCE * step_length / int(length) / root, floor), True, step_length
+            )
     if dtype != jnp.float64 and error <= noise:
         _warn.warn(
             f"{dtype} cannot carry this order here: the one-step error of {type(flow).__name__} is "
@@ -164,27 +168,68 @@ def measure_tolerances(problem: OdeProblem, state: State, chunk: Chunk) -> Measu
     return Measured(rtol, atol, step_length=step_length, departure=departure)
 
 
-@eqx.filter_jit
-def jump_at(flow: AbstractFlow, k: Any, x: Params, data: ChunkData) -> dict[str, Diagnostic]:
+def jump_at(flow: AbstractFlow, k: Any, x: State, data: ChunkData) -> dict[str, Diagnostic]:
     """Return by how much the gradient jumps near the path, for a loss that is piecewise linear.
 
     A path that comes to a kink to which the gradient points from both sides slides along it.
     """
-    here = k - k % flow.stride
-    step_map, args = map_of(flow), step_data(data.stride(here, flow.stride), 0)
-
-    def step(x: Params) -> Params:
-        return step_map.increment(x, args, jnp.asarray(here, jnp.result_type(float)))
-
-    aside = _tree.scale(KINK_DISTANCE, step(x))
-    ahead, behind = step(_tree.add(x, aside)), step(_tree.sub(x, aside))
-    largest = jnp.maximum(_tree.norm(ahead), _tree.norm(behind))
-    jump = _tree.norm(_tree.sub(ahead, behind)) / jnp.where(largest > 0, largest, 1)
     meaning = (
         "The loss is piecewise linear, and the flow slides along a kink: the gradient points to it from both sides, and the "
         "optimizer goes to and fro across it by up to a step."
     )
-    return {KINK_TEST: Diagnostic(jump, limit=0.1, meaning=meaning, is_fault=False)}
+    return {
+        KINK_TEST: Diagnostic(_jump(flow, k, x, data)[0], limit=MAX_JUMP, meaning=meaning, is_fault=False)
+    }
+
+
+def jump_where_stopped(flow: AbstractFlow, end: End, args: Args) -> dict[str, Diagnostic]:
+    """Return the jump of the gradient where a run has used up its ODE steps, with the tolerance that can be met there."""
+    if flow.map is None:
+        return {}
+    x = end.state.flow
+    jump, length = map(float, _jump(flow, np.asarray(int(end.step)), x, no_batches(args), 2.0, 10))
+    if not np.isfinite(jump):
+        return {}
+    atol = JUMP_TOLERANCE * length / np.sqrt(_tree.size(flow.params(x)))
+    meaning = (
+        "The path comes to a kink of the loss, along which a flow slides in very short steps where the gradient points to it from "
+        f"both sides. A tolerance that can be met there is a thousandth of the optimizer's step: `atol={atol:.1e}`."
+    )
+    return {STOP_TEST: Diagnostic(np.array([jump]), limit=MAX_JUMP, meaning=meaning, is_fault=False)}
+
+
+@eqx.filter_jit
+def _jump(
+    flow: AbstractFlow, k: Any, x: State, data: ChunkData, far: float = KINK_DISTANCE, halvings: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Return by how much the optimizer's step jumps near the path, relative, and its length.
+
+    Between a hundredth of the step behind and `far` steps ahead, in the half where the step changes more, and so on: a smooth
+    change becomes less with each of the `halvings`.
+    """
+    here = k - k % flow.stride
+    step_map, args = map_of(flow), step_data(data.stride(here, flow.stride), 0)
+
+    def step(x: State) -> State:
+        return step_map.increment(x, args, jnp.asarray(here, jnp.result_type(float)))
+
+    own = step(x)
+
+    def at(c: jax.Array) -> tuple[jax.Array, State]:
+        return c, step(_tree.add(x, _tree.scale(c, own)))
+
+    def halve(_: Any, ends: tuple) -> tuple:
+        (a, before), (b, after) = ends
+        c, between = at((a + b) / 2)
+        is_first = distance(before, between) > distance(between, after)
+        halves = ((a, before), (c, between)), ((c, between), (b, after))
+        return jax.tree.map(lambda x, y: jnp.where(is_first, x, y), *halves)
+
+    ends = at(jnp.asarray(-KINK_DISTANCE)), at(jnp.asarray(float(far)))
+    (_, behind), (_, ahead) = jax.lax.fori_loop(0, halvings, halve, ends)
+    largest = jnp.maximum(_tree.norm(ahead), _tree.norm(behind))
+    jump = distance(ahead, behind) / jnp.where(largest > 0, largest, 1)
+    return jump, _tree.norm(step_map.params(own))
 
 
 def _first_steps(chunk: Chunk, stride: int, length: int) -> Chunk:
@@ -202,8 +247,8 @@ def _first_steps(chunk: Chunk, stride: int, length: int) -> Chunk:
 @eqx.filter_jit
 def _map_params(
     flow: AbstractFlow, k: Any, state: State, data: ChunkData
-) -> tuple[Params, jax.Array, jax.Array] | None:
-    """Parameters after the discrete map, over how many steps that is, and the larger of the two norms."""
+) -> tuple[Params, jax.Array, jax.Array, State] | None:
+    """Parameters after the discrete map, over how many steps that is, the larger of the two norms, and the whole state."""
     here = k - k % flow.stride
     args = data.stride(here, flow.stride)
     start, step_map = flow.params(state), flow.map
@@ -214,7 +259,7 @@ def _map_params(
         state = step_map(state, step_data(args, n), jnp.asarray(here + n, jnp.result_type(float)))
         length += step_map.num_steps(args)
     end = flow.params(state)
-    return end, jnp.asarray(length), jnp.maximum(_tree.norm(start), _tree.norm(end))
+    return end, jnp.asarray(length), jnp.maximum(_tree.norm(start), _tree.norm(end)), state
 
 
 def derivative_diagnostics(flow: AbstractFlow, state: State, chunk: Chunk) -> dict[str, Diagnostic]:
