@@ -44,6 +44,10 @@ def reset_at(n: int) -> optax.GradientTransformation:
     return counting(lambda c: jnp.where(c == n - 1, 0, c + 1))
 
 
+def in_one_leaf(optimizer):
+    return optax.partition({"w": optax.sgd(RATE), "b": optimizer}, {"w": "w", "b": "b"})
+
+
 FLOWLESS = {
     "apply_every": (optax.chain(optax.sgd(RATE), optax.apply_every(3)), "goes 0, 1, 2, 0"),
     "accumulating": (optax.MultiSteps(optax.sgd(RATE), 3).gradient_transformation(), "goes 0, 1, 2, 0"),
@@ -53,8 +57,14 @@ FLOWLESS = {
     "modulo a million": (period(10**6), "from 1000000000 to 1"),
     "reset at 3000": (reset_at(3000), "from 2999 to 0"),
     "galore": (contrib.galore(RATE, rank=2, update_proj_gap=200), "not what it is just before"),
-    "every fifth step": (counting(lambda c: c + 1, lambda c: jnp.where(c % 5 == 0, 1.0, 2.0)), "at step 5"),
-    "two rates": (counting(lambda c: c + 1, lambda c: jnp.where(c % 2 < 1, 1.0, 2.0)), "jumps in 33 of 33"),
+    "every fifth step": (
+        in_one_leaf(counting(lambda c: c + 1, lambda c: jnp.where(c % 5 == 0, 1.0, 2.0))),
+        "at step 5",
+    ),
+    "two rates": (
+        in_one_leaf(counting(lambda c: c + 1, lambda c: jnp.where(c % 2 < 1, 1.0, 2.0))),
+        "jumps in 33 of 33",
+    ),
     "switching twice": (contrib.sam(optax.sgd(RATE), optax.sgd(0.05), sync_period=2), "goes 0, 1, 0"),
     "random": (optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(RATE)), "a random key"),
     "patience": (optax.chain(optax.sgd(RATE), contrib.reduce_on_plateau()), "plateau_count"),

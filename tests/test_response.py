@@ -44,6 +44,16 @@ def test_thresholds_of_known_optimizers(name):
     np.testing.assert_allclose(found.threshold, threshold, rtol=1e-6)
 
 
+def remembering(weight):
+    """Steps by the gradient and `weight` times what is remembered, m' = m / 2 + g."""
+
+    def update(gradient, state, params=None):
+        updates = jax.tree.map(lambda g, m: -LR * (g + weight * m), gradient, state.trace)
+        return updates, optax.TraceState(jax.tree.map(lambda g, m: g + m / 2, gradient, state.trace))
+
+    return optax.GradientTransformation(lambda p: optax.TraceState(jax.tree.map(jnp.zeros_like, p)), update)
+
+
 KINDS = [
     (optax.lion(LR), Unknown.OTHER_MEMORY),
     (optax.sign_sgd(LR), Unknown.NONLINEAR),
@@ -60,6 +70,10 @@ KINDS = [
     (optax.chain(optax.trace(0.9), optax.sgd(LR, 0.5)), Unknown.SEVERAL),
     (optax.masked(optax.sgd(LR), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)), Unknown.CLIMBS),
     (optax.lbfgs(), Unknown.RAISED),
+    # A complex pair of multipliers leaves the unit circle before one at -1 does, or one leaves it at 1.
+    (remembering(1.0), Unknown.UNORDERED),
+    (remembering(-1.0), Unknown.UNORDERED),
+    (optax.MultiSteps(optax.sgd(LR), 10**6).gradient_transformation(), Unknown.ENDLESS),
 ]
 
 
@@ -93,6 +107,20 @@ def test_a_parameter_that_never_had_a_gradient_has_no_rate():
     rates = linear_response(optimizer, optimizer.init(NET), gradient, NET).rates["layer0"]["w"]
     np.testing.assert_array_equal(rates[0], 0)
     np.testing.assert_allclose(rates[1:], LR / (np.abs(gradient["layer0"]["w"][1:]) + 1e-8) / 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("is_mean", [True, False])
+def test_of_accumulated_gradients_the_present_one_stands_for_those_to_come(is_mean):
+    """RMSProp of the mean or the sum of three gradients: its rate is lr over the root of 0.1 times the square of that."""
+    optimizer = optax.MultiSteps(optax.rmsprop(LR, 0.9), 3, use_grad_mean=is_mean).gradient_transformation()
+    params, gradients = jnp.ones(2), jnp.array([[1.0, -2.0], [3.0, 0.5], [-0.2, 4.0]])
+    state = optimizer.init(params)
+    find_rates = jax.jit(lambda state, gradient: linear_response(optimizer, state, gradient, params).rates)
+    for k, gradient in enumerate(gradients):
+        total = jnp.sum(gradients[:k], axis=0) + (3 - k) * gradient
+        expected = LR / jnp.sqrt(0.1 * total**2 / 9 + 1e-8) if is_mean else 3 * LR / jnp.sqrt(0.1 * total**2)
+        np.testing.assert_allclose(find_rates(state, gradient), expected, rtol=1e-6)
+        state = optimizer.update(gradient, state, params)[1]
 
 
 # --------------------------------------------------------------- thresholds, really
@@ -210,7 +238,7 @@ PARTS = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
 @pytest.mark.parametrize(
     ("optimizer", "rule"),
     [
-        (optax.sgd(0.1), MomentumRule(0.1)),
+        (optax.sgd(1e5), MomentumRule(1e5)),  # what is near is a part of the step, however large
         (optax.sgd(0.02, momentum=0.9), MomentumRule(0.02, 0.9)),
         (optax.sgd(0.05, momentum=0.8, nesterov=True), MomentumRule(0.05, 0.8, nesterov=True)),
     ],
@@ -227,7 +255,7 @@ def test_gradient_descent_is_recognized(optimizer, rule, params):
 OTHERS = {
     "adam": optax.adam(0.1),
     "late schedule": optax.sgd(optax.piecewise_constant_schedule(0.1, {18: 0.5})),
-    "decay": optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1)),
+    "decay": optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(1e-9)),
     "clipping": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
     "signs": optax.sign_sgd(0.1),
     "still": optax.set_to_zero(),

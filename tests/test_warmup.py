@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import NET, NET_ARGS, NET_BATCHES, VALLEY, assert_close, assert_identical, net_loss, valley_loss
+from registry import FLOWS, make_flow
 
 import eomdl
 
@@ -137,6 +138,16 @@ WARM = {
 def test_which_optimizers_start_cold(name):
     step = eomdl.optimizer_step(valley_loss, (COLD | WARM)[name])
     assert bool(jax.jit(step.starts_cold)(VALLEY, None)) == (name in COLD)
+
+
+def test_no_real_steps_where_a_flow_knows_only_a_model_of_them():
+    models = ("MomentumFlow", "AdamFlow", "rmsprop", "Central", "ComplexPrincipal", "Edge", "Rod", "Reshuffling")
+    for entry in FLOWS:
+        flow = make_flow(entry)
+        assert flow.map.is_model == entry.name.startswith(models), entry.name
+        if flow.map.is_model:
+            with pytest.raises(ValueError, match=r"^warmup: .* does not know the optimizer's own step, got 2"):
+                eomdl.solve(flow, VALLEY, 4, args=entry.args, warmup=2)
 
 
 def test_nothing_is_measured_inside_jit():
