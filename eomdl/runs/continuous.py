@@ -10,13 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-<<<<<<< HEAD
 from eomdl import _check, _devices, _structure, _tree, _warn
-from eomdl._end import Stats, real_part, succeeded
-=======
-from eomdl import _check, _devices, _structure, _tree
 from eomdl._end import RESULTS, Stats, real_part, succeeded
->>>>>>> d2738af090c30c3f36f9e6fe1ec1fdcb66be2048
 from eomdl._fingerprint import fingerprint
 from eomdl._types import Params, State, StateObservable
 from eomdl.flows.base import AbstractFlow
