@@ -127,9 +127,8 @@ class Stats:
         for name, new in found.items():
             value = np.atleast_1d(new.value)
             before = np.asarray(self.diagnostics[name].value) if name in self.diagnostics else value[:0]
-            if (
-                before.ndim < value.ndim
-            ):  # of an ensemble in a file of before: the largest one stands for each member
+            if before.ndim < value.ndim:
+                # Of an ensemble in a file of before: the largest one stands for each member.
                 before = np.broadcast_to(before[:, None], (len(before), *value.shape[1:]))
             longer[name] = dataclasses.replace(new, value=np.concatenate([before, value]))
         return dataclasses.replace(self, diagnostics=self.diagnostics | longer)

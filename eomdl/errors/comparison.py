@@ -76,9 +76,8 @@ class Comparison(AbstractResult):
         stride = _check.integer("stride", stride, 1)
         keep = self.steps % stride == 0
         if not keep.any():
-            raise ValueError(
-                f"stride: expected a divisor of a saved step, got {stride} with {summary(self.steps)}"
-            )
+            expected = f"a divisor of one of the saved steps {summary(self.steps)}"
+            raise _check.wrong("stride", expected, stride)
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "notes"}
         return dataclasses.replace(self, **jax.tree.map(lambda x: x[keep], arrays))
 
@@ -312,10 +311,7 @@ def _at_steps(run: Trajectory, steps: np.ndarray) -> Trajectory:
 
 def _check_runs(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> None:
     _check.kind("reference", reference, Trajectory, "an eomdl.Trajectory")
-    if not isinstance(trajectories, Mapping) or not trajectories:
-        raise ValueError(
-            f"trajectories: expected a dict {{name: eomdl.Trajectory}}, got {_check.show(trajectories)}"
-        )
+    _check.mapping("trajectories", trajectories, object, "eomdl.Trajectory")
     if len(reference.steps) == 0:
         raise ValueError(f"reference: expected a run with saved steps, got none. {reference.message}")
     for key, run in trajectories.items():
