@@ -76,8 +76,8 @@ class Comparison(AbstractResult):
         stride = _check.integer("stride", stride, 1)
         keep = self.steps % stride == 0
         if not keep.any():
-            expected = f"a divisor of one of the saved steps {summary(self.steps)}"
-            raise _check.wrong("stride", expected, stride)
+            saved = summary(self.steps)
+            raise ValueError(f"stride: expected a divisor of a saved step, got {stride} with {saved}")
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "notes"}
         return dataclasses.replace(self, **jax.tree.map(lambda x: x[keep], arrays))
 
