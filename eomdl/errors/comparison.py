@@ -312,10 +312,7 @@ def _at_steps(run: Trajectory, steps: np.ndarray) -> Trajectory:
 
 def _check_runs(reference: Trajectory, trajectories: Mapping[str, Trajectory]) -> None:
     _check.kind("reference", reference, Trajectory, "an eomdl.Trajectory")
-    if not isinstance(trajectories, Mapping) or not trajectories:
-        raise ValueError(
-            f"trajectories: expected a dict {{name: eomdl.Trajectory}}, got {_check.show(trajectories)}"
-        )
+    _check.mapping("trajectories", trajectories, object, "eomdl.Trajectory")
     if len(reference.steps) == 0:
         raise ValueError(f"reference: expected a run with saved steps, got none. {reference.message}")
     for key, run in trajectories.items():
