@@ -76,9 +76,8 @@ class Comparison(AbstractResult):
         stride = _check.integer("stride", stride, 1)
         keep = self.steps % stride == 0
         if not keep.any():
-            raise ValueError(
-                f"stride: expected a divisor of a saved step, got {stride} with {summary(self.steps)}"
-            )
+            saved = summary(self.steps)
+            raise ValueError(f"stride: expected a divisor of a saved step, got {stride} with {saved}")
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "notes"}
         return dataclasses.replace(self, **jax.tree.map(lambda x: x[keep], arrays))
 
