@@ -22,6 +22,10 @@ THRESHOLDS = {
     "adamw, schedule": (optax.adamw(optax.cosine_decay_schedule(LR, 100), 0.8), 2 * 1.8 / 0.2),
     "mean of gradients": (optax.chain(optax.ema(0.9), optax.scale(-LR)), 2 * 1.9 / 0.1),
     "decay before a memory": (optax.chain(optax.add_decayed_weights(0.1), optax.sgd(LR, 0.9)), 3.8),
+    "decay before Adam": (
+        optax.chain(optax.add_decayed_weights(1e-3), optax.adam(LR, 0.9, 0.9)),
+        2 * 1.9 / 0.1,
+    ),
     "three gradients a step": (optax.MultiSteps(optax.sgd(LR, 0.9), 3).gradient_transformation(), 3.8),
 }
 

@@ -33,7 +33,7 @@ class Comparison(AbstractResult):
     ```
 
     - `steps`, `times`: shape (n,).
-    - `travelled`: distance of the reference from its start, $|\theta_k - \theta_0|$, (n,).
+    - `travelled`: distance of the reference from its start, $|\theta_k - \theta_0|$, (n,); NaN without its parameters.
     - `distance`: `{model: (n,)}`, $|\theta^{model}_k - \theta_k|$ over all parameters.
     - `block_distance`: `{model: {block: (n,)}}`, the same for each top-level block.
     - `ode_error`: `{model: (n,)}`, estimate of the ODE solver's part of `distance`; the
@@ -240,7 +240,7 @@ def compare(reference: Trajectory, trajectories: Mapping[str, Trajectory], *, sm
         if run.params is not None and whole.params is not None
     }
     known_times = [run.times for run in (real, *others) if not np.all(np.isnan(run.times))]
-    travelled = np.zeros(len(steps))
+    travelled = np.full(len(steps), np.nan)
     if whole.params is not None:
         travelled = _root(_squares(whole, whole, steps, np.full(len(steps), whole.steps[0])))
     return Comparison(
