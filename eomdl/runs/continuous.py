@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from eomdl import _check, _devices, _structure, _tree, _warn
 from eomdl._end import RESULTS, Stats, real_part, succeeded
 from eomdl._fingerprint import fingerprint
-from eomdl._types import Params, State, StateObservable
+from eomdl._types import Args, Params, State, StateObservable
 from eomdl.flows.base import AbstractFlow
 from eomdl.runs.ensemble import AbstractMembers, Ensemble, as_members
 from eomdl.runs.ensemble_dynamics import EnsembleState
@@ -152,10 +152,14 @@ def solve(
         before=None if run.begin is None else run.begin.stats,
     )
     prepared = request.with_default_tolerances(run.params) if traced else request
-    path = run.run(members.vectorize(prepared), state, observe_state)
-    if traced or not diagnose or not bool(path.result == RESULTS.max_steps_reached):
+    return _with_kink(run.run(members.vectorize(prepared), state, observe_state), request, example)
+
+
+def _with_kink(path: Trajectory, request: OdeRequest, args: Args) -> Trajectory:
+    """A run, and where it has used up its ODE steps whether a kink holds it up there."""
+    if not request.diagnosed or _tree.is_traced(path.result) or path.result != RESULTS.max_steps_reached:
         return path
-    found = jump_where_stopped(model, path.end, example)
+    found = jump_where_stopped(request.problem.flow, path.end, args)
     return dataclasses.replace(path, end=path.end.with_diagnostics(found))
 
 
