@@ -41,6 +41,7 @@ def test_linearized_error_of_a_parabola_is_exact():
     found = predict_error(eomdl.GradientFlow(parabola, ETA), START, 20, leading=False, check=False)
     real = START * (1 - ETA * LAMBDA) ** found.steps
     np.testing.assert_allclose(found.vector, found.path.params - real, rtol=1e-10, atol=1e-14)
+    assert_close(found.travelled, np.abs(found.path.params - START))
 
 
 def test_linearized_error_of_a_schedule_is_exact_too():
