@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 
 import eomdl
 from eomdl import curvature
+from eomdl.curvature.parts import OverBatches
 
 
 KNOWN = np.concatenate([[9.0, 5.0], np.linspace(0, 1, 38)])
@@ -91,6 +92,14 @@ def test_intervals_cover_what_they_say_over_200_seeds(count):
     assert np.mean(two) < 0.91
 
 
+def test_an_interval_is_student_s_and_of_positive_samples_on_a_log_scale():
+    found = curvature.SpectralDensity(np.array([[1.0], [2.0], [3.0]]), np.ones((3, 1)), 10)
+    reach = 4.302652729911275 / np.sqrt(3)  # Student's quantile for two degrees of freedom, times the standard error
+    np.testing.assert_allclose(found.mean(lambda x: x - 2.5).interval, (-0.5 - reach, -0.5 + reach), rtol=1e-9)
+    factor = np.exp(reach / 2)
+    np.testing.assert_allclose(found.mean(lambda x: x).interval, (2 / factor, 2 * factor), rtol=1e-9)
+
+
 def test_trace_has_a_standard_error_that_holds():
     found = [curvature.trace(quadratic_loss, PARAMS, ARGS, 64, seed) for seed in range(8)]
     assert sum(f.interval[0] <= KNOWN.sum() <= f.interval[1] for f in found) >= 6
@@ -128,6 +137,14 @@ def test_pairs_by_block_are_those_of_the_diagonal_blocks():
         )  # all of fewer
         assert bool(pairs.converged[0])
     assert list(found) == ["layer0.b", "layer0.w", "layer1.b", "layer1.w"]
+
+
+def test_batches_whose_eigenvalues_did_not_converge_are_counted():
+    found = OverBatches(np.ones((3, 2)), np.array([[True, True], [True, False], [False, False]]))
+    (note,) = found.notes
+    assert note.is_fault
+    assert note.startswith("In 2 of 3 batches the eigensolver did not converge")
+    assert OverBatches(np.ones((1, 1)), np.array([[True]])).notes == ()
 
 
 def test_eigenvalues_over_batches():
