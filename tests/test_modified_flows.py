@@ -98,6 +98,10 @@ def test_adam_on_a_quadratic(eps, eps_root):
         np.testing.assert_allclose(
             flat(field), adam_field(g, hessian, h, 0.8, 0.9, eps, eps_root), rtol=1e-11
         )
+    leading, whole = (adam_field(g, hessian, h, 0.8, 0.9, eps, eps_root) for h in (0.0, 0.02))
+    (ratio,) = flow.diagnostics(0.0, QUADRATIC.params, QUADRATIC.args).values()
+    expected = np.linalg.norm(whole - leading) / np.linalg.norm(leading)
+    np.testing.assert_allclose(ratio.value, expected, rtol=1e-9)
 
 
 def test_adam_with_a_small_eps_says_that_its_path_says_nothing():

@@ -41,6 +41,19 @@ def test_linearized_error_of_a_parabola_is_exact():
     found = predict_error(eomdl.GradientFlow(parabola, ETA), START, 20, leading=False, check=False)
     real = START * (1 - ETA * LAMBDA) ** found.steps
     np.testing.assert_allclose(found.vector, found.path.params - real, rtol=1e-10, atol=1e-14)
+    assert_close(found.travelled, np.abs(found.path.params - START))
+
+
+def test_linearized_error_of_a_schedule_is_exact_too():
+    """Every step of a stride has a rate of its own."""
+
+    def step(w, args, k):
+        return w * (1 - ETA * LAMBDA * 0.9**k)
+
+    flow = eomdl.InterpolatingFlow(step, 0.5, points=1, stride=2)
+    found = predict_error(flow, START, 12, check=False, save_steps=2)
+    real = START * np.append(1, np.cumprod(1 - ETA * LAMBDA * 0.9 ** np.arange(12)))[::2]
+    np.testing.assert_allclose(found.vector, found.path.params - real, rtol=1e-9, atol=1e-13)
 
 
 def kinked(w, args):

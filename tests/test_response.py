@@ -262,6 +262,7 @@ OTHERS = {
     "decay": optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(1e-9)),
     "clipping": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
     "signs": optax.sign_sgd(0.1),
+    "two rates": optax.partition({"a": optax.sgd(0.1), "b": optax.sgd(0.2)}, {"a": "a", "b": "b"}),
     "still": optax.set_to_zero(),
     "ascent": optax.sgd(-0.1),
     "needs the value": optax.lbfgs(),

@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 
 import eomdl
 from eomdl import curvature
+from eomdl.curvature.parts import OverBatches
 
 
 KNOWN = np.concatenate([[9.0, 5.0], np.linspace(0, 1, 38)])
@@ -91,11 +92,21 @@ def test_intervals_cover_what_they_say_over_200_seeds(count):
     assert np.mean(two) < 0.91
 
 
+def test_an_interval_is_student_s_and_of_positive_samples_on_a_log_scale():
+    found = curvature.SpectralDensity(np.array([[1.0], [2.0], [3.0]]), np.ones((3, 1)), 10)
+    reach = 4.302652729911275 / np.sqrt(3)  # Student's quantile for two degrees of freedom, times the standard error
+    np.testing.assert_allclose(found.mean(lambda x: x - 2.5).interval, (-0.5 - reach, -0.5 + reach), rtol=1e-9)
+    factor = np.exp(reach / 2)
+    np.testing.assert_allclose(found.mean(lambda x: x).interval, (2 / factor, 2 * factor), rtol=1e-9)
+
+
 def test_trace_has_a_standard_error_that_holds():
     found = [curvature.trace(quadratic_loss, PARAMS, ARGS, 64, seed) for seed in range(8)]
     assert sum(f.interval[0] <= KNOWN.sum() <= f.interval[1] for f in found) >= 6
     off = np.array([(f.value - KNOWN.sum()) / f.standard_error for f in found])
     assert 0.3 < np.sqrt(np.mean(off**2)) < 2
+    traced = jax.jit(lambda args: vars(curvature.trace(quadratic_loss, PARAMS, args, 64)))(ARGS)
+    np.testing.assert_allclose(traced["standard_error"], found[0].standard_error, rtol=1e-10)
     # the diagonal is seen exactly by signs: no spread
     exact = curvature.trace(quadratic_loss, PARAMS, (jnp.diag(jnp.asarray(KNOWN)), jnp.zeros(40)), 4)
     np.testing.assert_allclose(exact.value, KNOWN.sum(), rtol=1e-12)
@@ -116,14 +127,24 @@ def dense_hessian(params, args):
 
 
 def test_pairs_by_block_are_those_of_the_diagonal_blocks():
-    found = curvature.eigenpairs_by_block(net_loss, NET, NET_ARGS, rtol=1e-8)
+    found = curvature.eigenpairs_by_block(net_loss, NET, NET_ARGS, 3, rtol=1e-8)
     whole, sizes = np.asarray(dense_hessian(NET, NET_ARGS)), [leaf.size for leaf in jax.tree.leaves(NET)]
     ends = np.cumsum(sizes)
     for end, size, pairs in zip(ends, sizes, found.values(), strict=True):
         block = whole[end - size : end, end - size : end]
-        np.testing.assert_allclose(pairs.values[0], np.linalg.eigvalsh(block)[-1], rtol=1e-9)
+        np.testing.assert_allclose(
+            pairs.values, np.linalg.eigvalsh(block)[::-1][:3], rtol=1e-8
+        )  # all of fewer
         assert bool(pairs.converged[0])
     assert list(found) == ["layer0.b", "layer0.w", "layer1.b", "layer1.w"]
+
+
+def test_batches_whose_eigenvalues_did_not_converge_are_counted():
+    found = OverBatches(np.ones((3, 2)), np.array([[True, True], [True, False], [False, False]]))
+    (note,) = found.notes
+    assert note.is_fault
+    assert note.startswith("In 2 of 3 batches the eigensolver did not converge")
+    assert OverBatches(np.ones((1, 1)), np.array([[True]])).notes == ()
 
 
 def test_eigenvalues_over_batches():
