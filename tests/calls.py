@@ -328,6 +328,18 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = flow_calls() | {
         dict(loss=examples_loss, chunk_size=10, weights=None),
     ),
     "losses.OnHost": (eomdl.losses.OnHost, dict(arrays=CLOUD)),
+    "losses.mean_loss": (eomdl.losses.mean_loss, dict(losses=valley_loss)),
+    "noise.MinibatchNoise": (
+        eomdl.noise.MinibatchNoise,
+        dict(losses=valley_loss, batch_size=2, replacement=False),
+    ),
+    "noise.IsotropicNoise": (eomdl.noise.IsotropicNoise, dict(temperature=0.1)),
+    "noise.DiagonalNoise": (eomdl.noise.DiagonalNoise, dict(scale=0.1)),
+    "noise.NoiseOperator": (eomdl.noise.NoiseOperator, dict(function=valley_loss, normals_like=VALLEY)),
+    "noise.quadratic_law": (
+        eomdl.noise.quadratic_law,
+        dict(hessian=np.eye(2), covariance=np.eye(2), learning_rate=0.1),
+    ),
     "runs.each": (eomdl.runs.each, dict(observable=valley_loss, args_axis=None)),
     "runs.members": (
         eomdl.runs.members,
