@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, pulled_loss, valley_loss
-from registry import FLOWS
+from registry import FLOWS, NOISY_FLOWS
 
 import eomdl
 
@@ -116,7 +116,7 @@ PLANE = eomdl.geometry.LossPlane(np.linspace(0, 1, 3), np.linspace(0, 1, 3), np.
 def flow_calls() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return a call of every class of flows in the registry, with the arguments of its first entry: they are its fields."""
     calls: dict[str, tuple[Any, dict[str, Any]]] = {}
-    for entry in FLOWS:
+    for entry in [*FLOWS, *NOISY_FLOWS]:
         flow = entry.make(valley_loss, 0.05)
         kind = type(flow)
         name = kind.__name__ if hasattr(eomdl, kind.__name__) else f"flows.{kind.__name__}"
