@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from helpers import LABEL_ARGS, NORMALIZED, VALLEY, normalized_loss, pulled_loss, valley_loss
-from registry import FLOWS
+from registry import FLOWS, NOISY_FLOWS
 
 import eomdl
 from eomdl.choice.candidates import Candidate
@@ -122,7 +122,7 @@ PLANE = eomdl.geometry.LossPlane(np.linspace(0, 1, 3), np.linspace(0, 1, 3), np.
 def flow_calls() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return a call of every class of flows in the registry, with the arguments of its first entry: they are its fields."""
     calls: dict[str, tuple[Any, dict[str, Any]]] = {}
-    for entry in FLOWS:
+    for entry in [*FLOWS, *NOISY_FLOWS]:
         flow = entry.make(valley_loss, 0.05)
         kind = type(flow)
         name = kind.__name__ if hasattr(eomdl, kind.__name__) else f"flows.{kind.__name__}"
@@ -334,6 +334,18 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = flow_calls() | {
         dict(loss=examples_loss, chunk_size=10, weights=None),
     ),
     "losses.OnHost": (eomdl.losses.OnHost, dict(arrays=CLOUD)),
+    "losses.mean_loss": (eomdl.losses.mean_loss, dict(losses=valley_loss)),
+    "noise.MinibatchNoise": (
+        eomdl.noise.MinibatchNoise,
+        dict(losses=valley_loss, batch_size=2, replacement=False),
+    ),
+    "noise.IsotropicNoise": (eomdl.noise.IsotropicNoise, dict(temperature=0.1)),
+    "noise.DiagonalNoise": (eomdl.noise.DiagonalNoise, dict(scale=0.1)),
+    "noise.NoiseOperator": (eomdl.noise.NoiseOperator, dict(function=valley_loss, normals_like=VALLEY)),
+    "noise.quadratic_law": (
+        eomdl.noise.quadratic_law,
+        dict(hessian=np.eye(2), covariance=np.eye(2), learning_rate=0.1),
+    ),
     "runs.each": (eomdl.runs.each, dict(observable=valley_loss, args_axis=None)),
     "runs.members": (
         eomdl.runs.members,

@@ -106,6 +106,12 @@ def pulled_loss(params, pull):
     return valley_loss(params, None) + pull * params["x"] * params["y"]
 
 
+def pulled_losses(params, pulls):
+    """The valley, and a pull by each example; their noise has rank 2 and is skewed."""
+    x, y = params["x"], params["y"]
+    return valley_loss(params, None) + pulls * x * y + pulls**2 * jnp.sin(x - 2 * y)
+
+
 # With a dtype: without, JAX takes a number for weakly typed, and compiles again where a run's strongly typed one comes.
 VALLEY = {"x": jnp.array(1.2, float), "y": jnp.array(-0.7, float)}
 VALLEY_REST = {"x": jnp.array(0.0, float), "y": jnp.array(0.0, float)}  # a minimum, whatever the pull

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import VALLEY, pulled_loss
+from helpers import VALLEY, pulled_loss, pulled_losses
 
 import eomdl
 from eomdl.flows import (
@@ -28,6 +28,7 @@ from eomdl.flows import (
     ReshufflingFlow,
     RodFlow,
     SecondMoment,
+    StochasticModifiedFlow,
     minimax_weights,
     rmsprop_flow,
 )
@@ -238,10 +239,66 @@ FLOWS = [
 ]
 
 
+# ------------------------------------------------------------ flows with noise: models of a law
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoisyFlow:
+    """A flow with noise, whose law is compared with that over all batches.
+
+    - `make`: (losses, learning rate) -> flow.
+    - `outcomes`: (flow, t, state) -> the states after a step, stacked, one for every outcome of the draw, and their probabilities.
+    - `order` p: expectations at a fixed time are off by O(h^p), in one step by O(h^(p + 1)), where h is `step_size`.
+    - `start`: learning rate -> the state from which the step is taken; None for the parameters only. `time`: when.
+    - `args`, `rates`, `variant`: as of `Flow`.
+    """
+
+    name: str
+    make: Callable[[Any, Any], eomdl.AbstractFlow]
+    outcomes: Callable[[eomdl.AbstractFlow, Any, Any], tuple[Any, Any]]
+    order: int
+    rates: tuple[float, ...] = (0.02, 0.01)
+    args: Any = dataclasses.field(default_factory=lambda: EXAMPLES)
+    start: Callable[[Any], Any] | None = None
+    time: float = 0.0
+    variant: bool = False
+
+    def state(self, flow: eomdl.AbstractFlow) -> Any:
+        return flow.init(VALLEY, self.args) if self.start is None else self.start(flow)
+
+
+EXAMPLES = jnp.array([0.9, -0.5, 0.2, 1.4, -1.1])
+BATCH = 2
+BATCHES = jnp.array(list(itertools.combinations(range(len(EXAMPLES)), BATCH)))
+
+
+def sgd_outcomes(flow, t, state):
+    del t
+
+    def step(batch):
+        gradient = jax.grad(lambda p: jnp.mean(pulled_losses(p, EXAMPLES[batch])))(state)
+        return jax.tree.map(lambda x, g: x - flow.learning_rate * g, state, gradient)
+
+    return jax.vmap(step)(BATCHES), jnp.full(len(BATCHES), 1 / len(BATCHES))
+
+
+def stochastic_modified(order: int, noise_order: int) -> NoisyFlow:
+    return NoisyFlow(
+        f"StochasticModifiedFlow {order}, {noise_order}",
+        lambda losses, rate: StochasticModifiedFlow(losses, rate, BATCH, order, noise_order),
+        sgd_outcomes,
+        order,
+        variant=(order, noise_order) != (2, 2),
+    )
+
+
+NOISY_FLOWS = [stochastic_modified(2, 2), stochastic_modified(2, 1), stochastic_modified(1, 1)]
+
+
 # ------------------------------------------------------------ what the laws share
 
 
-def for_each(entries: list[Flow]) -> pytest.MarkDecorator:
+def for_each(entries: list[Any]) -> pytest.MarkDecorator:
     """Parametrize a law by entries; `conftest.py` runs the tests of one entry together."""
     params = [
         pytest.param(entry, id=entry.name, marks=pytest.mark.xdist_group(f"flow: {entry.name}"))
@@ -250,6 +307,7 @@ def for_each(entries: list[Flow]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("entry", params)
 
 
+NOISY = for_each(NOISY_FLOWS)
 ALL = for_each(FLOWS)
 KINDS = for_each([entry for entry in FLOWS if not entry.variant])
 WITH_HIGH = for_each([*FLOWS, *HIGH])

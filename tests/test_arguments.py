@@ -56,6 +56,8 @@ ACCEPTED: dict[str, set[str]] = {
     "errors.observed_order.learning_rates": {"an array"},
     "errors.observed_order.errors": {"an array"},
     "losses.OnHost.arrays": ARRAYS,
+    "noise.DiagonalNoise.scale": ARRAYS,
+    "noise.NoiseOperator.normals_like": ARRAYS,
     "geometry.count_regions_on_line.a": {"an array"},
     "geometry.count_regions_on_line.b": {"an array"},
     "geometry.gradient_points.params": {"minus a half", "a wrong shape"},
@@ -150,7 +152,7 @@ def test_wrong_values_are_refused_by_the_argument_s_name(call, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []  # nothing written before it is refused
 
 
-NO_CALLS = "RESULTS AbstractFlow AbstractMonitor StepMap RunOptions Eigenpairs"
+NO_CALLS = "RESULTS AbstractFlow AbstractMonitor AbstractNoise StepMap RunOptions Eigenpairs"
 
 
 def test_every_public_function_is_here():

@@ -8,8 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import VALLEY
-from registry import ALL, FLOWS, make_flow
+from helpers import VALLEY, pulled_loss
+from registry import ALL, FLOWS, NOISY_FLOWS, for_each
 
 import eomdl
 
@@ -18,9 +18,9 @@ NO_NUMBER = [np.nan, np.inf, -np.inf, -0.1, "0.1", None, 1j, True, np.ones(2)]
 CLOCKS = ("learning_rate", "step_size")  # 0 is no number for them either
 
 
-@ALL
+@for_each([*FLOWS, *NOISY_FLOWS])
 def test_a_wrong_argument_is_named(entry):
-    flow = make_flow(entry)
+    flow = entry.make(pulled_loss, entry.rates[0])
     numbers = 0
     for field in dataclasses.fields(flow):
         value = getattr(flow, field.name)
@@ -64,7 +64,8 @@ PUBLIC_FLOWS = [
 def test_every_flow_names_its_source_and_is_listed(flow):
     assert SOURCE.search(inspect.getdoc(flow))
     # A class by its type, a function that makes one by its name.
-    listed = {type(make_flow(entry)) for entry in FLOWS} | {entry.name for entry in FLOWS}
+    listed = {type(entry.make(pulled_loss, entry.rates[0])) for entry in [*FLOWS, *NOISY_FLOWS]}
+    listed |= {entry.name for entry in FLOWS}
     assert (flow if inspect.isclass(flow) else flow.__name__) in listed
 
 

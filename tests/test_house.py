@@ -47,7 +47,7 @@ FLOORS = (
     ("_result",),
     ("linalg",),
     ("losses",),
-    ("curvature",),
+    ("curvature", "noise"),
     ("series",),
     ("observe",),
     ("maps",),

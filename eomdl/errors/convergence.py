@@ -15,7 +15,7 @@ from eomdl import _check, _warn
 from eomdl._result import AbstractResult, Note, Table, series_table
 from eomdl._types import Args, Loss, Numbers, Params
 from eomdl.errors.comparison import compare
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.base import AbstractFlow, as_ode
 from eomdl.runs.continuous import solve
 from eomdl.runs.discrete import descend
 
@@ -119,7 +119,7 @@ def convergence_study(
     counts, errors, ode_errors = [], [], []
     for rate in rates.tolist():
         model_flow, real_optimizer = flow(rate), optimizer(rate)
-        _check.kind("flow", model_flow, AbstractFlow, "a function that returns an eomdl.AbstractFlow")
+        as_ode(model_flow, "a function that returns an eomdl.AbstractFlow")
         step = float(model_flow.step_size)
         begin = whole("warmup", warmup, step)
         count = model_flow.stride if time is None else whole("time", time, step)

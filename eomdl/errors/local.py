@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from eomdl import _check, _tree, _warn
 from eomdl._end import End
 from eomdl._types import Args, State
-from eomdl.flows.base import AbstractFlow, map_of
+from eomdl.flows.base import AbstractFlow, as_ode, map_of
 from eomdl.runs.continuous import solve
 from eomdl.runs.data import ChunkData, stacked_batches
 from eomdl.runs.trajectory import Trajectory
@@ -44,7 +44,7 @@ def local_error(
 
     **Raises:** `ValueError` if steps k and k + m are not saved.
     """
-    _check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow")
+    as_ode(flow)
     _check.kind("reference", reference, Trajectory, "an eomdl.Trajectory")
     stride = flow.stride
     if reference.params is None:

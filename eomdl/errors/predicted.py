@@ -18,7 +18,7 @@ from eomdl._result import AbstractResult, Note, Table, series_table
 from eomdl._types import Args, Array, Params
 from eomdl.errors.comparison import top_level_blocks
 from eomdl.errors.error_flows import LeadingErrorFlow, LinearizedErrorFlow
-from eomdl.flows.base import AbstractFlow, map_of
+from eomdl.flows.base import AbstractFlow, as_ode, map_of
 from eomdl.maps.step_map import StepMap
 from eomdl.runs.continuous import solve
 from eomdl.runs.options import RunOptions
@@ -130,7 +130,7 @@ def predict_error(
 
     Source: Miyagawa 2022 (arXiv 2210.15898), discretization error.
     """
-    _check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow")
+    as_ode(flow)
     check, diagnose = _check.flag("check", check), _check.flag("diagnose", diagnose)
     has_leading = flow.leading_error is not None
     leading = has_leading if leading is None else _check.flag("leading", leading)

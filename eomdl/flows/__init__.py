@@ -11,6 +11,7 @@ from eomdl.flows.preconditioners import SecondMoment
 from eomdl.flows.principal import ComplexPrincipalFlow, PrincipalFlow
 from eomdl.flows.reshuffling import ReshufflingFlow
 from eomdl.flows.rod import RodFlow
+from eomdl.flows.stochastic_modified import StochasticModifiedFlow
 from eomdl.flows.stride import step_data
 from eomdl.series.weights import minimax_weights
 
@@ -27,6 +28,7 @@ __all__ = [
     "ReshufflingFlow",
     "RodFlow",
     "SecondMoment",
+    "StochasticModifiedFlow",
     "Target",
     "minimax_weights",
     "rmsprop_flow",

@@ -3,22 +3,26 @@
 import abc
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from typing_extensions import override
 
+from eomdl import _check, _tree
 from eomdl._end import Diagnostic
 from eomdl._target import ITERATES, Target
 from eomdl._types import Args, Params, State
 from eomdl.maps.step_map import StepMap
+from eomdl.noise.base import NoiseOperator
 
 
 Refresh: TypeAlias = Callable[[ArrayLike, State, Args], State]  # (t, state, args) -> state
+Noise: TypeAlias = Callable[[ArrayLike, State, Args], NoiseOperator]  # (t, state, args) -> operator
 LeadingError: TypeAlias = Callable[[ArrayLike, Params, Params, Args], tuple[Params, Params]]
 
 
@@ -54,8 +58,8 @@ class AbstractFlow(eqx.Module):
     r"""A vector field $\dot x = F(t, x)$ that models a discrete optimizer.
 
     Step k of the optimizer is at time $t = k h$, where $h$ is `step_size`. To write your own flow, subclass and define
-    `step_size` (a field or a property) and `__call__`. Where the discrete step is known, define the property `map`. All else
-    has a default.
+    `step_size` (a field or a property) and `__call__`. Where the discrete step is known, define the property `map`. A stochastic
+    differential equation has a method `noise`. All else has a default.
 
     ```python
     class PlainDescent(eomdl.AbstractFlow):
@@ -73,6 +77,9 @@ class AbstractFlow(eqx.Module):
 
     # What `eomdl.citation` cites: keys of `eomdl/flows/references.py`, or whole BibTeX entries.
     references: ClassVar[tuple[str, ...]] = ()
+
+    # Whether `__call__` of a flow with noise is the drift in the sense of Ito; else it is that of Stratonovich.
+    drift_is_ito: ClassVar[bool] = True
 
     step_size: eqx.AbstractVar[jax.Array]
 
@@ -118,6 +125,36 @@ class AbstractFlow(eqx.Module):
     def params(self, state: State) -> Params:
         """Return the parameters in a state."""
         return state if self.map is None else self.map.params(state)
+
+    @property
+    def noise(self) -> Noise | None:
+        r"""None, or a method `(t, state, args) -> eomdl.noise.NoiseOperator`, the noise $\sigma$ of $dX = F\,dt + \sigma\,dW$.
+
+        The flow is then a stochastic differential equation, and models the law of its optimizer.
+        """
+        return None
+
+    def ito_drift(self, t: ArrayLike, state: State, args: Args) -> State:
+        r"""Return the drift in the sense of Ito: the velocity of the mean at this state.
+
+        **Cost:** that of the flow; with `drift_is_ito = False` also a derivative of the noise along each of its Brownian motions.
+        """
+        drift, noise = self(t, state, args), self.noise
+        if noise is None or self.drift_is_ito:
+            return drift
+        return _tree.add(drift, _half_drift_of_noise(lambda x: noise(t, x, args), state))
+
+    def diffusion(self, t: ArrayLike, state: State, args: Args, v: State) -> State:
+        r"""Return $\sigma \sigma^\top v$, the covariance of the noise per unit of time applied to a vector; 0 without noise.
+
+        **Cost:** the noise once, and once backwards. No matrix is made.
+        """
+        return _tree.zeros_like(v) if self.noise is None else self.noise(t, state, args).covariance_product(v)
+
+    def noisy_velocity(self, t: ArrayLike, state: State, args: Args, normals: Any) -> State:
+        r"""Return the drift in the sense of Ito plus $\sigma z$ for given numbers z, which is cheaper where both have work in common."""
+        drift = self.ito_drift(t, state, args)
+        return drift if self.noise is None else _tree.add(drift, self.noise(t, state, args)(normals))
 
     @property
     def refresh(self) -> Refresh | None:
@@ -190,6 +227,32 @@ class AbstractStateStep(StepMap):
             f"step_map: expected one that starts at parameters, got {type(self).__name__}, whose state is made by "
             "`flow.init(params, args)`"
         )
+
+
+def _half_drift_of_noise(noise: Callable[[State], NoiseOperator], x: State) -> State:
+    r"""Return $\frac12 \sum_j (\sigma_j \cdot \nabla) \sigma_j$ over the columns of the noise, one after the other."""
+    operator = noise(x)
+    flat, unravel = ravel_pytree(jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), operator.normals_like))
+
+    def add_column(total: State, j: jax.Array) -> tuple[State, None]:
+        normals = unravel(flat.at[j].set(1))
+        along = jax.jvp(lambda y: noise(y)(normals), (x,), (operator(normals),))[1]
+        return _tree.add(total, _tree.scale(0.5, along)), None
+
+    return jax.lax.scan(add_column, _tree.zeros_like(x), jnp.arange(flat.size))[0]
+
+
+def as_ode(flow: Any, expected: str = "an eomdl.AbstractFlow") -> AbstractFlow:
+    """Return a flow that is a vector field and nothing else. **Raises:** `ValueError` for one with noise, and for another thing."""
+    _check.kind("flow", flow, AbstractFlow, expected)
+    if flow.noise is not None:
+        raise ValueError(
+            f"flow: expected one without noise, got {type(flow).__name__}, a stochastic differential equation, whose drift alone is "
+            "another model. Paths of it are not computed yet. What it has are `flow.ito_drift(t, state, args)` and "
+            "`flow.diffusion(t, state, args, v)`, of which equations for its moments are made (guide Noise); a path of mean losses is "
+            "that of eomdl.EquationOfMotion(eomdl.losses.mean_loss(losses), learning_rate)"
+        )
+    return flow
 
 
 def map_of(flow: AbstractFlow) -> StepMap:

@@ -93,14 +93,21 @@ class EquationOfMotion(AbstractDescentFlow):
         del t
         if self.order == 0:
             return {}
-        return {
-            "eta*lambda_max": Diagnostic(
-                self.learning_rate * sharpness(self.loss, rtol=SHARPNESS_RTOL)(state, args),
-                limit=1.0,
-                meaning="From 1 on the series in the learning rate has no limit, and more counter terms make it "
-                "worse: lower the learning rate, or take InterpolatingFlow(..., stride=2).",
-            )
-        }
+        return series_diagnostics(self.loss, self.learning_rate, state, args)
+
+
+def series_diagnostics(
+    loss: Loss, learning_rate: jax.Array, params: Params, args: Args
+) -> dict[str, Diagnostic]:
+    """Return the diagnostic of a flow that is a series in the learning rate."""
+    return {
+        "eta*lambda_max": Diagnostic(
+            learning_rate * sharpness(loss, rtol=SHARPNESS_RTOL)(params, args),
+            limit=1.0,
+            meaning="From 1 on the series in the learning rate has no limit, and more counter terms make it "
+            "worse: lower the learning rate, or take InterpolatingFlow(..., stride=2).",
+        )
+    }
 
 
 def with_leading_error(

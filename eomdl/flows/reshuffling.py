@@ -30,7 +30,8 @@ class ReshufflingFlow(AbstractDescentFlow):
 
     After an epoch, time $m\eta$, the mean iterate is at a distance of $O((m\eta)^3)$; this needs
     $m\eta\lambda_{max} \ll 1$. With replacement the mean follows L plus $\frac{\eta}{4} |\nabla L|^2$ instead, without
-    the variance of the minibatch gradients.
+    the variance of the minibatch gradients. Models of the law with independent batches, as
+    `eomdl.flows.StochasticModifiedFlow`, are of order 1 only for reshuffled ones.
 
     **Arguments:** `loss`; `learning_rate` $\eta$, a leaf of the pytree. `args` are the m minibatches, stacked: arrays
     with leading axis m.

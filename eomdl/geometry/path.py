@@ -14,7 +14,7 @@ from typing_extensions import override
 from eomdl import _check, _tree
 from eomdl._result import AbstractResult, Note, Table, series_table
 from eomdl._types import Args, Observable, Params, VectorField
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.base import AbstractFlow, as_ode
 from eomdl.observe.base import AbstractObservable
 from eomdl.runs.trajectory import Trajectory
 
@@ -160,7 +160,7 @@ def flow_curvature(flow: AbstractFlow) -> Observable:
 
     **Raises:** `ValueError` if `flow` is no flow, or carries more than the parameters.
     """
-    return _FlowCurvature(_check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow"), 2)
+    return _FlowCurvature(as_ode(flow), 2)
 
 
 def flow_torsion(flow: AbstractFlow) -> Observable:
@@ -173,7 +173,7 @@ def flow_torsion(flow: AbstractFlow) -> Observable:
 
     **Raises:** as `flow_curvature`.
     """
-    return _FlowCurvature(_check.kind("flow", flow, AbstractFlow, "an eomdl.AbstractFlow"), 3)
+    return _FlowCurvature(as_ode(flow), 3)
 
 
 @dataclasses.dataclass(frozen=True)

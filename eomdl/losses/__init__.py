@@ -1,6 +1,7 @@
-"""Losses made from losses: penalties, and means over chunks of data."""
+"""Losses made from losses: penalties, means over chunks of data, and the mean of the losses of examples."""
 
 from eomdl.losses.chunks import MeanOverChunks
+from eomdl.losses.examples import mean_loss
 from eomdl.losses.host import OnHost
 from eomdl.losses.penalties import GradientPenalty
 
@@ -9,4 +10,5 @@ __all__ = [
     "GradientPenalty",
     "MeanOverChunks",
     "OnHost",
+    "mean_loss",
 ]

@@ -80,6 +80,11 @@ def lie_derivative(observable: Observable, flow: Callable[[Any, Params, Args], P
     **Cost:** one evaluation of the flow, and one derivative of the observable.
     """
     _check.function("flow", flow, "a flow, or a function (t, params, args) -> velocity", takes=3)
+    if getattr(flow, "noise", None) is not None:
+        raise ValueError(
+            f"flow: expected one without noise, got {type(flow).__name__}: an observable has no derivative along a stochastic "
+            "equation; the velocity of its mean is made of `flow.ito_drift` and `flow.diffusion` (guide Noise)"
+        )
     return _LieDerivative(_check.observable("observable", observable), flow)
 
 

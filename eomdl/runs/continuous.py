@@ -14,7 +14,7 @@ from eomdl import _check, _devices, _structure, _tree, _warn
 from eomdl._end import RESULTS, Stats, real_part, succeeded
 from eomdl._fingerprint import fingerprint
 from eomdl._types import Args, Params, State, StateObservable
-from eomdl.flows.base import AbstractFlow
+from eomdl.flows.base import AbstractFlow, as_ode
 from eomdl.runs.ensemble import AbstractMembers, Ensemble, as_members
 from eomdl.runs.ensemble_dynamics import EnsembleState
 from eomdl.runs.integrator import (
@@ -112,7 +112,7 @@ def solve(
     precision is too coarse to resolve the order asked for, and where the flow leaves what it is valid for.
     """
     members = as_members(flow)
-    model: AbstractFlow = _check.kind("flow", members.member, AbstractFlow, _MODEL)
+    model = as_ode(members.member, _MODEL)
     max_steps = _check.integer("max_steps", max_steps, 1)
     estimate_error = _check.flag("estimate_error", estimate_error)
     diagnose = _check.flag("diagnose", diagnose)
