@@ -151,6 +151,16 @@ def test_a_warning_gives_no_advice_that_was_taken():
         assert "warmup" not in said  # there is no memory to fill
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "helps"), [(optax.sgd(0.1, 0.9), False), (optax.adam(2.0, 0.1, 0.1), True)]
+)
+def test_real_steps_first_are_advised_where_a_memory_scales_the_steps(optimizer, helps):
+    flow = eomdl.InterpolatingFlow(eomdl.optimizer_step(quadratic_loss, optimizer), 0.1, 2)
+    with pytest.warns(UserWarning, match="near the identity") as caught:
+        flow.validate(jnp.ones(3), (40 * jnp.eye(3), jnp.zeros(3)))
+    assert ("warmup=10" in str(caught[0].message)) == helps
+
+
 def test_a_warning_points_at_the_users_line():
     library = {"__name__": "eomdl.somewhere", "warn": inspect.unwrap(_warn.warn)}
     exec("def inner(): warn('words')\ndef outer(): inner()", library)

@@ -68,6 +68,7 @@ def make_edge(steps=()):
         *(np.array(steps, int), *[along] * 5, np.array(steps, int), STEPS),
         *(np.stack([FALLING, RISING], 1), np.full(4, 2.0), np.zeros((4, 2))),
         *(np.array([[True, True]] * 3 + [[False, True]]), STEPS, columns, FALLING, columns),
+        mismatch=0.25,
     )
 
 

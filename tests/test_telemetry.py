@@ -386,6 +386,10 @@ def test_far_beyond_the_edge():
     assert report.verdict.startswith(words)
     assert "; it diverges: the loss goes from 75 to " in report.verdict
     assert "a quadratic loss would diverge there" in measured(quadratic_loss, W, SGD, steep).verdict
+    infinite = measured(
+        quadratic_loss, jnp.full(2, 1e200), SGD, steep, along_every=1
+    )  # no warning of NumPy's
+    assert infinite.table()
     lost = measured(quadratic_loss, W, SGD, (jnp.full((2, 2), jnp.nan), STEEP[1]))
     assert any("curvature was not finite" in note for note in lost.notes)
 

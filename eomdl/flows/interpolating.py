@@ -163,10 +163,11 @@ class InterpolatingFlow(AbstractFlow):
             return
         ratio = float(_start_ratio(self, params, args))
         if ratio >= 1:
+            is_cold = bool(self.step_map.starts_cold(params, step_data(args, 0)))
             _warn.warn(
                 f"step_map: expected a map near the identity, got second differences {ratio:.2f} times the "
                 f"first at the start (stride {self.stride}), where the series of the logarithm does not "
-                f"converge. {self._remedies(self.init(params, args))}; an update by signs has no flow."
+                f"converge. {self._remedies(is_cold)}; an update by signs has no flow."
             )
 
     @override
@@ -176,16 +177,15 @@ class InterpolatingFlow(AbstractFlow):
                 self.last_difference(t, state, args),
                 limit=1.0,
                 meaning="From 1 on the series of the logarithm has stopped converging, and more points make it worse: see "
-                f"eomdl.choice.choose_points. {self._remedies(state)}.",
+                f"eomdl.choice.choose_points. {self._remedies()}.",
             )
         }
 
-    def _remedies(self, state: State) -> str:
-        """Return what may help where the series does not converge; real steps at first only fill a memory."""
-        memory = len(jax.tree.leaves(state)) - len(jax.tree.leaves(self.step_map.params(state)))
+    def _remedies(self, is_cold: bool = False) -> str:
+        """Return what may help where the series does not converge; real steps first, where an empty memory scales the steps."""
         ways = ["lower the learning rate"]
         ways += ["try stride=2, which follows what alternates"] * (self.stride == 1)
-        ways += ["start after a few real steps (warmup=10)"] * (memory > 0)
+        ways += ["start after a few real steps (warmup=10)"] * is_cold
         return ", or ".join(ways).replace("lower", "Lower", 1)
 
     def last_difference(self, t: ArrayLike, state: State, args: Args) -> jax.Array:

@@ -113,7 +113,7 @@ class Trajectory(AbstractResult):
         if self.stats.warmup:
             notes.append(Note(WARMUP.format(self.stats.warmup)))
         if self.ode_error is not None and np.ndim(self.steps) == 1:
-            largest = float(np.max(np.nan_to_num(self.ode_error), initial=0.0))
+            largest = float(np.max(np.nan_to_num(self.ode_error, posinf=np.inf), initial=0.0))
             if self.params is not None and is_lost(largest, self.params):
                 notes.append(Note(LOST.format(largest, MAX_PART), is_fault=True))
         found = sorted(self.stats.diagnostics.items(), key=lambda item: not item[1].is_fault)

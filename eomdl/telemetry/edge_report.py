@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from typing_extensions import override
 
+from eomdl import _tree
 from eomdl._result import AbstractResult, Note, Table, format_number, series_table
 from eomdl.maps.sensitivity import Unknown
 from eomdl.runs.tolerances import MAX_MISMATCH, WHY_MISMATCHED
@@ -87,6 +88,7 @@ class EdgeReport(AbstractResult):
     mismatch: float = np.nan
 
     @property
+    @_tree.nonfinite_is_data
     def ratios(self) -> Float[np.ndarray, " n"]:
         """The largest eigenvalue over the threshold: 1 is the edge."""
         return self.values[:, 0] / self.thresholds
@@ -208,6 +210,7 @@ class EdgeReport(AbstractResult):
         return tuple(table for table in tables if table.rows) or tables
 
 
+@_tree.nonfinite_is_data
 def make_edge_report(
     names: list[str],
     along: tuple[np.ndarray, Any],
