@@ -94,8 +94,12 @@ def test_intervals_cover_what_they_say_over_200_seeds(count):
 
 def test_an_interval_is_student_s_and_of_positive_samples_on_a_log_scale():
     found = curvature.SpectralDensity(np.array([[1.0], [2.0], [3.0]]), np.ones((3, 1)), 10)
-    reach = 4.302652729911275 / np.sqrt(3)  # Student's quantile for two degrees of freedom, times the standard error
-    np.testing.assert_allclose(found.mean(lambda x: x - 2.5).interval, (-0.5 - reach, -0.5 + reach), rtol=1e-9)
+    reach = 4.302652729911275 / np.sqrt(
+        3
+    )  # Student's quantile for two degrees of freedom, times the standard error
+    np.testing.assert_allclose(
+        found.mean(lambda x: x - 2.5).interval, (-0.5 - reach, -0.5 + reach), rtol=1e-9
+    )
     factor = np.exp(reach / 2)
     np.testing.assert_allclose(found.mean(lambda x: x).interval, (2 / factor, 2 * factor), rtol=1e-9)
 

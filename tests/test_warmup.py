@@ -141,12 +141,23 @@ def test_which_optimizers_start_cold(name):
 
 
 def test_no_real_steps_where_a_flow_knows_only_a_model_of_them():
-    models = ("MomentumFlow", "AdamFlow", "rmsprop", "Central", "ComplexPrincipal", "Edge", "Rod", "Reshuffling")
+    models = (
+        "MomentumFlow",
+        "AdamFlow",
+        "rmsprop",
+        "Central",
+        "ComplexPrincipal",
+        "Edge",
+        "Rod",
+        "Reshuffling",
+    )
     for entry in FLOWS:
         flow = make_flow(entry)
         assert flow.map.is_model == entry.name.startswith(models), entry.name
         if flow.map.is_model:
-            with pytest.raises(ValueError, match=r"^warmup: .* does not know the optimizer's own step, got 2"):
+            with pytest.raises(
+                ValueError, match=r"^warmup: .* does not know the optimizer's own step, got 2"
+            ):
                 eomdl.solve(flow, VALLEY, 4, args=entry.args, warmup=2)
 
 
