@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from optax.tree import add, norm, size, sub, zeros_like
 
@@ -29,6 +30,7 @@ __all__ = [
     "scale",
     "size",
     "sub",
+    "sum_over_basis",
     "unit",
     "vdot",
     "zeros_like",
@@ -102,6 +104,18 @@ def row_norms(stack: Any) -> np.ndarray:
 
 def _matrix(leaf: Any) -> np.ndarray:
     return np.reshape(np.asarray(leaf), (len(leaf), math.prod(np.shape(leaf)[1:])))
+
+
+def sum_over_basis(function: Callable[[Any], Any], like: Any) -> Any:
+    """Return the sum of a function over the unit vectors in the shapes of `like`, one after the other."""
+    flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+    unit_vector = lambda j: unravel(flat.at[j].set(1))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, unravel(flat)))
+
+    def add_next(total: Any, j: jax.Array) -> tuple[Any, None]:
+        return add(total, function(unit_vector(j))), None
+
+    return jax.lax.scan(add_next, start, jnp.arange(flat.size))[0]
 
 
 def is_traced(*trees: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from helpers import VALLEY, pulled_loss, pulled_losses
@@ -21,7 +22,9 @@ from eomdl.flows import (
     AdamFlow,
     CentralFlow,
     ComplexPrincipalFlow,
+    DiscretizedLangevinFlow,
     EdgeFlow,
+    LangevinFlow,
     ModifiedFlow,
     MomentumFlow,
     PrincipalFlow,
@@ -29,9 +32,11 @@ from eomdl.flows import (
     RodFlow,
     SecondMoment,
     StochasticModifiedFlow,
+    UnderdampedLangevinFlow,
     minimax_weights,
     rmsprop_flow,
 )
+from eomdl.losses import mean_loss
 
 
 PULL = jnp.array(0.4, float)
@@ -292,7 +297,65 @@ def stochastic_modified(order: int, noise_order: int) -> NoisyFlow:
     )
 
 
-NOISY_FLOWS = [stochastic_modified(2, 2), stochastic_modified(2, 1), stochastic_modified(1, 1)]
+TEMPERATURE, FRICTION = 0.3, 1.1
+# Gauss-Hermite quadrature over two normal numbers: exact for polynomials of degree 11.
+POINTS, WEIGHTS = np.polynomial.hermite_e.hermegauss(6)
+NORMALS = jnp.array(list(itertools.product(POINTS, POINTS)))
+PROBABILITIES = jnp.array([a * b for a, b in itertools.product(WEIGHTS, WEIGHTS)]) / (2 * np.pi)
+
+
+def langevin_outcomes(flow, t, state):
+    """x - h grad U + sqrt(2 T h) z, over the normal numbers."""
+    del t
+    h, gradient = flow.step_size, jax.grad(flow.loss)(state, EXAMPLES)
+    kick = jnp.sqrt(2 * TEMPERATURE * h) * NORMALS
+    after = {name: state[name] - h * gradient[name] + kick[:, i] for i, name in enumerate(("x", "y"))}
+    return after, PROBABILITIES
+
+
+def baoab_outcomes(flow, t, state):
+    """Half a kick, half a drift, friction and noise exactly, half a drift, half a kick (Leimkuhler & Matthews)."""
+    del t
+    h, decay = flow.step_size, jnp.exp(-FRICTION * flow.step_size)
+
+    def step(z):
+        x, v = state
+        force = lambda x: jax.grad(flow.loss)(x, EXAMPLES)
+        move = lambda a, b, c: jax.tree.map(lambda p, q: p + c * q, a, b)
+        v = move(v, force(x), -h / 2)
+        x = move(x, v, h / 2)
+        heat = jnp.sqrt(TEMPERATURE * (1 - decay**2))
+        v = {"x": decay * v["x"] + heat * z[0], "y": decay * v["y"] + heat * z[1]}
+        x = move(x, v, h / 2)
+        return x, move(v, force(x), -h / 2)
+
+    return jax.vmap(step)(NORMALS), PROBABILITIES
+
+
+NOISY_FLOWS = [
+    stochastic_modified(2, 2),
+    stochastic_modified(2, 1),
+    stochastic_modified(1, 1),
+    NoisyFlow(
+        "LangevinFlow",
+        lambda losses, rate: LangevinFlow(mean_loss(losses), TEMPERATURE, rate),
+        langevin_outcomes,
+        1,
+    ),
+    NoisyFlow(
+        "DiscretizedLangevinFlow",
+        lambda losses, rate: DiscretizedLangevinFlow(mean_loss(losses), TEMPERATURE, rate),
+        langevin_outcomes,
+        2,
+    ),
+    NoisyFlow(
+        "UnderdampedLangevinFlow",
+        lambda losses, rate: UnderdampedLangevinFlow(mean_loss(losses), TEMPERATURE, FRICTION, rate),
+        baoab_outcomes,
+        2,
+        start=lambda flow: (VALLEY, {"x": jnp.array(0.3, float), "y": jnp.array(-0.5, float)}),
+    ),
+]
 
 
 # ------------------------------------------------------------ what the laws share

@@ -11,10 +11,15 @@ import pytest
 import scipy.linalg
 from helpers import VALLEY, flat, normal, pulled_loss, pulled_losses
 from registry import BATCH, EXAMPLES, NOISY, NOISY_FLOWS
-from weak import coefficients, generate, local_error
+from weak import coefficients, generate, local_error, mixed
 
 import eomdl
-from eomdl.flows import StochasticModifiedFlow
+from eomdl.flows import (
+    DiscretizedLangevinFlow,
+    LangevinFlow,
+    StochasticModifiedFlow,
+    UnderdampedLangevinFlow,
+)
 
 
 SGD = NOISY_FLOWS[0].make(pulled_losses, 0.1)
@@ -235,3 +240,80 @@ def test_losses_that_mix_examples_are_refused_by_the_flow():
     SGD.validate(VALLEY, EXAMPLES)
     assert SGD.diagnostics(0.0, VALLEY, EXAMPLES)["eta*lambda_max"].limit == 1
     assert "li2019" in eomdl.citation(SGD)
+
+
+# ----------------------------------------------------------------- Langevin dynamics
+
+
+def well(x, args):
+    del args
+    return x**4 / 4 - x**2 / 2
+
+
+GRID = np.linspace(-2.6, 2.6, 417)
+SPACING = GRID[1] - GRID[0]
+
+
+def density(energy):
+    p = np.exp(-(energy - energy.min()) / 0.25)
+    return p / (p.sum() * SPACING)
+
+
+def sampled_density(h):
+    """Stationary density of x - h U' + sqrt(2 T h) z, by its transition matrix."""
+    mean = GRID - h * (GRID**3 - GRID)
+    matrix = np.exp(-((GRID[:, None] - mean[None]) ** 2) / (4 * 0.25 * h))
+    matrix /= matrix.sum(axis=0)
+    matrix -= np.eye(len(GRID))
+    matrix[0] = SPACING
+    return np.linalg.solve(matrix, np.eye(len(GRID))[0])
+
+
+def test_steps_of_discretized_langevin_sample_the_modified_loss():
+    found = []
+    for h in (0.08, 0.04, 0.02):
+        flow = DiscretizedLangevinFlow(well, 0.25, h)
+        modified = np.asarray(jax.vmap(lambda x, f=flow.modified_loss: f(x, None))(jnp.asarray(GRID)))
+        sampled = sampled_density(h)
+        to = [
+            np.abs(sampled - density(energy)).sum() * SPACING
+            for energy in (GRID**4 / 4 - GRID**2 / 2, modified)
+        ]
+        found.append(to)
+    np.testing.assert_allclose(found, [[5.6e-2, 5.3e-3], [2.7e-2, 1.2e-3], [1.3e-2, 2.8e-4]], rtol=0.04)
+
+
+def test_the_density_of_gibbs_is_stationary():
+    """The mean of the generator over the density is 0, for overdamped and underdamped dynamics; on a grid of v too."""
+    p = density(GRID**4 / 4 - GRID**2 / 2) * SPACING
+    x = jnp.asarray(GRID)
+    flow = LangevinFlow(well, 0.25)
+    one = jax.vmap(
+        lambda x: generate(mixed, x[None], *coefficients(flow, 0.0, x[None], lambda v: v[0], None))
+    )(x)
+    np.testing.assert_allclose(p @ np.asarray(one), 0, atol=1e-10)
+    v, weights = np.polynomial.hermite_e.hermegauss(8)
+    both = UnderdampedLangevinFlow(well, 0.25, 0.7)
+    states = jnp.stack([jnp.repeat(x, 8), jnp.tile(jnp.asarray(v) * 0.5, len(GRID))], axis=1)
+    unravel = lambda y: (y[0], y[1])
+    two = jax.vmap(lambda y: generate(polynomials, y, *coefficients(both, 0.0, y, unravel, None)))(states)
+    measure = np.outer(p, weights / weights.sum()).ravel()
+    np.testing.assert_allclose(measure @ np.asarray(two), 0, atol=1e-10)
+
+
+def polynomials(y):
+    x, v = y
+    return jnp.array([x * v, v**2, x**2 * v, x * v**3, x**2, v**4])
+
+
+def test_temperature_may_be_a_schedule():
+    x = jnp.array([0.5, -1.0])
+    cooling = LangevinFlow(lambda p, args: jnp.sum(p**2), lambda t: 1 / (1 + t))
+    np.testing.assert_allclose(cooling.diffusion(3.0, x, None, x), 2 * 0.25 * x, rtol=1e-14)
+    kicked = UnderdampedLangevinFlow(cooling.loss, cooling.temperature, 0.8)
+    moved, pushed = kicked.diffusion(3.0, (x, x), None, (x, x))
+    assert not np.any(moved)
+    np.testing.assert_allclose(pushed, 2 * 0.8 * 0.25 * x, rtol=1e-14)
+    cooling.validate(x, None)
+    kicked.validate(x, None)
+    DiscretizedLangevinFlow(cooling.loss, 0.1, 0.1).validate(x, None)

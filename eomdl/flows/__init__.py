@@ -4,7 +4,9 @@ from eomdl._end import Diagnostic
 from eomdl._target import Target
 from eomdl.flows.adam import AdamFlow, rmsprop_flow
 from eomdl.flows.central import CentralFlow
+from eomdl.flows.discretized_langevin import DiscretizedLangevinFlow
 from eomdl.flows.edge import EdgeFlow
+from eomdl.flows.langevin import LangevinFlow, UnderdampedLangevinFlow
 from eomdl.flows.modified import ModifiedFlow
 from eomdl.flows.momentum import MomentumFlow
 from eomdl.flows.preconditioners import SecondMoment
@@ -21,7 +23,9 @@ __all__ = [
     "CentralFlow",
     "ComplexPrincipalFlow",
     "Diagnostic",
+    "DiscretizedLangevinFlow",
     "EdgeFlow",
+    "LangevinFlow",
     "ModifiedFlow",
     "MomentumFlow",
     "PrincipalFlow",
@@ -30,6 +34,7 @@ __all__ = [
     "SecondMoment",
     "StochasticModifiedFlow",
     "Target",
+    "UnderdampedLangevinFlow",
     "minimax_weights",
     "rmsprop_flow",
     "step_data",

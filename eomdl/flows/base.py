@@ -9,7 +9,6 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from typing_extensions import override
 
@@ -232,14 +231,12 @@ class AbstractStateStep(StepMap):
 def _half_drift_of_noise(noise: Callable[[State], NoiseOperator], x: State) -> State:
     r"""Return $\frac12 \sum_j (\sigma_j \cdot \nabla) \sigma_j$ over the columns of the noise, one after the other."""
     operator = noise(x)
-    flat, unravel = ravel_pytree(jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), operator.normals_like))
 
-    def add_column(total: State, j: jax.Array) -> tuple[State, None]:
-        normals = unravel(flat.at[j].set(1))
+    def along_column(normals: Any) -> State:
         along = jax.jvp(lambda y: noise(y)(normals), (x,), (operator(normals),))[1]
-        return _tree.add(total, _tree.scale(0.5, along)), None
+        return _tree.scale(0.5, along)
 
-    return jax.lax.scan(add_column, _tree.zeros_like(x), jnp.arange(flat.size))[0]
+    return _tree.sum_over_basis(along_column, operator.normals_like)
 
 
 def as_ode(flow: Any, expected: str = "an eomdl.AbstractFlow") -> AbstractFlow:
