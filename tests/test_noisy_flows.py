@@ -10,19 +10,20 @@ import optax
 import pytest
 import scipy.linalg
 from helpers import VALLEY, flat, normal, pulled_loss, pulled_losses
-from registry import BATCH, EXAMPLES, NOISY, NOISY_FLOWS
+from registry import BATCH, EXAMPLES, NOISY
 from weak import coefficients, generate, local_error, mixed
 
 import eomdl
 from eomdl.flows import (
     DiscretizedLangevinFlow,
     LangevinFlow,
+    StochasticInterpolatingFlow,
     StochasticModifiedFlow,
     UnderdampedLangevinFlow,
 )
 
 
-SGD = NOISY_FLOWS[0].make(pulled_losses, 0.1)
+SGD = StochasticModifiedFlow(pulled_losses, 0.1, BATCH)
 
 
 def law_defect(entry, rate):
@@ -240,6 +241,32 @@ def test_losses_that_mix_examples_are_refused_by_the_flow():
     SGD.validate(VALLEY, EXAMPLES)
     assert SGD.diagnostics(0.0, VALLEY, EXAMPLES)["eta*lambda_max"].limit == 1
     assert "li2019" in eomdl.citation(SGD)
+
+
+# --------------------------------------------------------- any optimizer, from its batches
+
+
+@pytest.mark.parametrize("noise_order", [1, 2])
+def test_for_sgd_the_interpolating_flow_is_the_modified_one_on_the_same_batches(noise_order):
+    step_map = eomdl.maps.GradientDescentStep(pulled_losses, 0.1)
+    of_steps = StochasticInterpolatingFlow(step_map, 0.1, noise_order=noise_order)
+    modified = StochasticModifiedFlow(pulled_losses, 0.1, 1, 2, noise_order, replacement=True)
+    normals = normal(3, len(EXAMPLES))
+
+    @jax.jit
+    def both(x):
+        return [(f(0.0, x, EXAMPLES), f.noise(0.0, x, EXAMPLES)(normals)) for f in (of_steps, modified)]
+
+    a, b = both(VALLEY)
+    np.testing.assert_allclose(flat(a), flat(b), rtol=1e-13, atol=1e-15)
+
+
+def test_one_batch_has_no_law():
+    flow = StochasticInterpolatingFlow(eomdl.maps.GradientDescentStep(pulled_losses, 0.1), 0.1)
+    with pytest.raises(ValueError, match=r"^args: expected at least 2 batches"):
+        flow.validate(VALLEY, EXAMPLES[:1])
+    flow.validate(VALLEY, EXAMPLES)
+    assert flow.begin(0.0, VALLEY, VALLEY, EXAMPLES) is VALLEY
 
 
 # ----------------------------------------------------------------- Langevin dynamics
