@@ -33,6 +33,7 @@ from eomdl.flows import (
     SecondMoment,
     StochasticInterpolatingFlow,
     StochasticModifiedFlow,
+    StochasticMomentumFlow,
     UnderdampedLangevinFlow,
     minimax_weights,
     rmsprop_flow,
@@ -387,7 +388,34 @@ def of_steps(
     )
 
 
+def heavy_ball_outcomes(flow, t, state):
+    del t
+
+    def step(batch):
+        x, v = state
+        gradient = jax.grad(lambda p: jnp.mean(pulled_losses(p, EXAMPLES[batch])))(x)
+        h = flow.step_size
+        v = jax.tree.map(lambda v, g: flow.momentum * v - h * g, v, gradient)
+        return jax.tree.map(lambda x, v: x + h * v, x, v), v
+
+    return jax.vmap(step)(BATCHES), jnp.full(len(BATCHES), 1 / len(BATCHES))
+
+
+def stochastic_momentum(order: int) -> NoisyFlow:
+    """The rate is the time of a step, the root of the learning rate; the friction is 1.5."""
+    return NoisyFlow(
+        f"StochasticMomentumFlow {order}",
+        lambda losses, rate: StochasticMomentumFlow(losses, rate**2, 1 - 1.5 * rate, BATCH, order),
+        heavy_ball_outcomes,
+        order,
+        start=lambda flow: (VALLEY, {"x": jnp.array(0.3, float), "y": jnp.array(-0.5, float)}),
+        variant=order == 1,
+    )
+
+
 NOISY_FLOWS = [
+    stochastic_momentum(2),
+    stochastic_momentum(1),
     of_steps("SGD", eomdl.maps.GradientDescentStep, 2),
     of_steps("SGD, 1 point", eomdl.maps.GradientDescentStep, 1),
     of_steps(

@@ -15,6 +15,7 @@ from eomdl.flows.reshuffling import ReshufflingFlow
 from eomdl.flows.rod import RodFlow
 from eomdl.flows.stochastic_interpolating import StochasticInterpolatingFlow
 from eomdl.flows.stochastic_modified import StochasticModifiedFlow
+from eomdl.flows.stochastic_momentum import StochasticMomentumFlow
 from eomdl.flows.stride import step_data
 from eomdl.series.weights import minimax_weights
 
@@ -35,6 +36,7 @@ __all__ = [
     "SecondMoment",
     "StochasticInterpolatingFlow",
     "StochasticModifiedFlow",
+    "StochasticMomentumFlow",
     "Target",
     "UnderdampedLangevinFlow",
     "minimax_weights",
