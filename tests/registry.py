@@ -31,7 +31,9 @@ from eomdl.flows import (
     ReshufflingFlow,
     RodFlow,
     SecondMoment,
+    StochasticInterpolatingFlow,
     StochasticModifiedFlow,
+    StochasticMomentumFlow,
     UnderdampedLangevinFlow,
     minimax_weights,
     rmsprop_flow,
@@ -332,7 +334,103 @@ def baoab_outcomes(flow, t, state):
     return jax.vmap(step)(NORMALS), PROBABILITIES
 
 
+class AdaptiveStep(eomdl.StepMap):
+    r"""RMSProp and Adam whose $1 - \beta = c \eta$ falls with the rate, which is a leaf: all rates share one program."""
+
+    loss: Callable = eqx.field(static=True)
+    rate: jax.Array
+    adam: bool = eqx.field(default=False, static=True)
+
+    def init(self, params):
+        averages = jax.tree.map(jnp.zeros_like, params)
+        return (params, averages, averages) if self.adam else (params, averages)
+
+    def params(self, state):
+        return state[0]
+
+    def __call__(self, state, args, k):
+        x, *m, v = state
+        g = jax.grad(self.loss)(x, args)
+        update = lambda c: lambda a, b: (a + c * self.rate.astype(a.dtype) * (b - a)).astype(a.dtype)
+        v = jax.tree.map(update(2.0), v, jax.tree.map(jnp.square, g))
+        m = [jax.tree.map(update(3.0), *m, g)] if self.adam else []
+        corrections = [1 - (1 - c * self.rate) ** (k + 1) if self.adam else 1.0 for c in (3.0, 2.0)]
+        step = lambda p, a, b: (
+            p - self.rate * (a / corrections[0]) / (jnp.sqrt(b / corrections[1]) + 0.5)
+        ).astype(p.dtype)
+        return jax.tree.map(step, x, *(m or [g]), v), *m, v
+
+
+def on_a_line(params, pulls):
+    """One parameter, where only x is given."""
+    return pulled_losses({"y": jnp.asarray(-0.7, params["x"].dtype), **params}, pulls)
+
+
+def step_outcomes(flow, t, state):
+    step = lambda batch: flow.step_map(state, batch, t / flow.step_size)
+    return jax.vmap(step)(EXAMPLES), jnp.full(len(EXAMPLES), 1 / len(EXAMPLES))
+
+
+def averages(*values):
+    return tuple({"x": jnp.array(value, float)} for value in values)
+
+
+def of_steps(
+    name: str, step_map: Callable[[Any, Any], eomdl.StepMap], points: int, **options: Any
+) -> NoisyFlow:
+    return NoisyFlow(
+        f"StochasticInterpolatingFlow, {name}",
+        lambda losses, rate: StochasticInterpolatingFlow(step_map(losses, jnp.asarray(rate)), rate, points),
+        step_outcomes,
+        points,
+        variant=name != "SGD",
+        **options,
+    )
+
+
+def heavy_ball_outcomes(flow, t, state):
+    del t
+
+    def step(batch):
+        x, v = state
+        gradient = jax.grad(lambda p: jnp.mean(pulled_losses(p, EXAMPLES[batch])))(x)
+        h = flow.step_size
+        v = jax.tree.map(lambda v, g: flow.momentum * v - h * g, v, gradient)
+        return jax.tree.map(lambda x, v: x + h * v, x, v), v
+
+    return jax.vmap(step)(BATCHES), jnp.full(len(BATCHES), 1 / len(BATCHES))
+
+
+def stochastic_momentum(order: int) -> NoisyFlow:
+    """The rate is the time of a step, the root of the learning rate; the friction is 1.5."""
+    return NoisyFlow(
+        f"StochasticMomentumFlow {order}",
+        lambda losses, rate: StochasticMomentumFlow(losses, rate**2, 1 - 1.5 * rate, BATCH, order),
+        heavy_ball_outcomes,
+        order,
+        start=lambda flow: (VALLEY, {"x": jnp.array(0.3, float), "y": jnp.array(-0.5, float)}),
+        variant=order == 1,
+    )
+
+
 NOISY_FLOWS = [
+    stochastic_momentum(2),
+    stochastic_momentum(1),
+    of_steps("SGD", eomdl.maps.GradientDescentStep, 2),
+    of_steps("SGD, 1 point", eomdl.maps.GradientDescentStep, 1),
+    of_steps(
+        "RMSProp",
+        lambda losses, rate: AdaptiveStep(on_a_line, rate),
+        2,
+        start=lambda flow: averages(1.2, 0.7),
+    ),
+    of_steps(
+        "Adam",
+        lambda losses, rate: AdaptiveStep(on_a_line, rate, adam=True),
+        2,
+        start=lambda flow: averages(1.2, 0.3, 0.7),
+        time=0.6,
+    ),
     stochastic_modified(2, 2),
     stochastic_modified(2, 1),
     stochastic_modified(1, 1),

@@ -10,19 +10,21 @@ import optax
 import pytest
 import scipy.linalg
 from helpers import VALLEY, flat, normal, pulled_loss, pulled_losses
-from registry import BATCH, EXAMPLES, NOISY, NOISY_FLOWS
+from registry import BATCH, EXAMPLES, NOISY
 from weak import coefficients, generate, local_error, mixed
 
 import eomdl
 from eomdl.flows import (
     DiscretizedLangevinFlow,
     LangevinFlow,
+    StochasticInterpolatingFlow,
     StochasticModifiedFlow,
+    StochasticMomentumFlow,
     UnderdampedLangevinFlow,
 )
 
 
-SGD = NOISY_FLOWS[0].make(pulled_losses, 0.1)
+SGD = StochasticModifiedFlow(pulled_losses, 0.1, BATCH)
 
 
 def law_defect(entry, rate):
@@ -121,11 +123,18 @@ def square_losses(w, args):
 
 
 def monomials(w):
-    return jnp.array([1.0 + 0 * w[0], w[0], w[1], w[0] ** 2, w[0] * w[1], w[1] ** 2])
+    """1, the numbers, and their products."""
+    return jnp.concatenate([jnp.ones(1), w, jnp.outer(w, w)[jnp.triu_indices(len(w))]])
 
 
-POINTS = jnp.array([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1], [1.0, 1]])
-BASIS = np.linalg.inv(np.array([monomials(p) for p in POINTS]))
+def unisolvent(n):
+    """Points at which a polynomial of degree 2 in n numbers is known."""
+    unit = np.eye(n)
+    pairs = [unit[i] + unit[j] for i in range(n) for j in range(i, n)]
+    return jnp.array([np.zeros(n), *unit, *pairs])
+
+
+POINTS = unisolvent(2)
 
 
 @eqx.filter_jit
@@ -139,10 +148,26 @@ def images(flow):
     return generated, after
 
 
-def moments(flow):
+@eqx.filter_jit
+def heavy_ball_images(flow):
+    data, points, h = (X6, Y6), unisolvent(4), flow.step_size
+
+    def step(w, i):
+        x, v = w[:2], w[2:]
+        v = flow.momentum * v - h * X6[i] * (X6[i] @ x - Y6[i])
+        return jnp.concatenate([x + h * v, v])
+
+    unravel = lambda w: (w[:2], w[2:])
+    at = lambda w: generate(monomials, w, *coefficients(flow, 0.0, w, unravel, data))
+    mean = lambda w: jnp.mean(jax.vmap(lambda i: monomials(step(w, i)))(jnp.arange(6)), axis=0)
+    return jax.vmap(at)(points), jax.vmap(mean)(points)
+
+
+def moments(flow, images=images, start=START):
     """Mean and second moments at a fixed time, of the flow and of SGD, with one example a batch."""
-    generated, after = (BASIS @ np.asarray(x) for x in images(flow))
-    begin = np.asarray(monomials(START))
+    known = np.asarray(jax.vmap(monomials)(unisolvent(len(start))))
+    generated, after = (np.linalg.solve(known, np.asarray(x)) for x in images(flow))
+    begin = np.asarray(monomials(jnp.asarray(start)))
     num_steps = round(TIME / float(flow.step_size))
     return begin @ scipy.linalg.expm(TIME * generated), begin @ np.linalg.matrix_power(after, num_steps)
 
@@ -180,6 +205,16 @@ def test_the_counter_term_of_the_noise_is_what_the_covariance_needs():
     first, second, both = (errors_of(*orders)[0, 1] for orders in ((1, 1), (2, 1), (2, 2)))
     assert second > 1.5 * first
     assert both < 0.1 * first
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_moments_of_heavy_ball_on_least_squares_are_of_their_order(order):
+    steps, start, errors = (0.05, 0.025, 0.0125), np.array([*START, 0.0, 0.0]), []
+    for h in steps:
+        flow = StochasticMomentumFlow(square_losses, h**2, 1 - 1.5 * h, 1, order, replacement=True)
+        model, real = moments(flow, heavy_ball_images, start)
+        errors.append(np.abs(model - real).max())
+    assert abs(eomdl.errors.observed_order(steps, errors) - order) < 0.1
 
 
 def test_scaling_batch_and_rate_together_leaves_the_noise_of_order_1_per_time():
@@ -240,6 +275,32 @@ def test_losses_that_mix_examples_are_refused_by_the_flow():
     SGD.validate(VALLEY, EXAMPLES)
     assert SGD.diagnostics(0.0, VALLEY, EXAMPLES)["eta*lambda_max"].limit == 1
     assert "li2019" in eomdl.citation(SGD)
+
+
+# --------------------------------------------------------- any optimizer, from its batches
+
+
+@pytest.mark.parametrize("noise_order", [1, 2])
+def test_for_sgd_the_interpolating_flow_is_the_modified_one_on_the_same_batches(noise_order):
+    step_map = eomdl.maps.GradientDescentStep(pulled_losses, 0.1)
+    of_steps = StochasticInterpolatingFlow(step_map, 0.1, noise_order=noise_order)
+    modified = StochasticModifiedFlow(pulled_losses, 0.1, 1, 2, noise_order, replacement=True)
+    normals = normal(3, len(EXAMPLES))
+
+    @jax.jit
+    def both(x):
+        return [(f(0.0, x, EXAMPLES), f.noise(0.0, x, EXAMPLES)(normals)) for f in (of_steps, modified)]
+
+    a, b = both(VALLEY)
+    np.testing.assert_allclose(flat(a), flat(b), rtol=1e-13, atol=1e-15)
+
+
+def test_one_batch_has_no_law():
+    flow = StochasticInterpolatingFlow(eomdl.maps.GradientDescentStep(pulled_losses, 0.1), 0.1)
+    with pytest.raises(ValueError, match=r"^args: expected at least 2 batches"):
+        flow.validate(VALLEY, EXAMPLES[:1])
+    flow.validate(VALLEY, EXAMPLES)
+    assert flow.begin(0.0, VALLEY, VALLEY, EXAMPLES) is VALLEY
 
 
 # ----------------------------------------------------------------- Langevin dynamics

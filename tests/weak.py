@@ -44,18 +44,18 @@ HERE = np.array([0, 0, 1, 0, 0])
 
 
 @eqx.filter_jit
-def on_grid(flow, t, state, args):
-    """Return drift and diffusion at (t, state), and the generated test functions on a grid around it, time as the first axis."""
+def coefficients_on_grid(flow, t, state, args):
+    """Return the grid around (t, state), time as the first axis, with drift and diffusion on it."""
     x, unravel = ravel_pytree(state)
     here = jnp.concatenate([jnp.asarray(t, float)[None], x])
-    grid = np.array(list(itertools.product(NODES, repeat=here.size)), float) * WIDTH
+    grid = here[None] + np.array(list(itertools.product(NODES, repeat=here.size)), float) * WIDTH
+    return grid, *jax.vmap(lambda z: coefficients(flow, z[0], z[1:], unravel, args))(grid)
 
-    def at(z):
-        drift, diffusion = coefficients(flow, z[0], z[1:], unravel, args)
-        return generate(mixed, z[1:], drift, diffusion)
 
-    values = jax.vmap(at)(here[None] + grid)
-    return *coefficients(flow, here[0], x, unravel, args), mixed(x), values
+@jax.jit  # one program for all flows with as many numbers in their state
+def generate_on_grid(grid, drift, diffusion):
+    at = lambda z, f, d: generate(mixed, z[1:], f, d)
+    return jax.vmap(at)(grid, drift, diffusion), mixed(grid[len(grid) // 2, 1:])
 
 
 @eqx.filter_jit
@@ -67,7 +67,9 @@ def local_error(
     flow: eomdl.AbstractFlow, t: float, state: Any, args: Any, outcomes: Any, weights: Any
 ) -> np.ndarray:
     r"""Return $E\,\phi(x_1) - (\phi + h L\phi + \frac{h^2}{2} L^2 \phi)$, for the outcomes of a step with their probabilities."""
-    drift, diffusion, phi, values = map(np.asarray, on_grid(flow, t, state, args))
+    grid, *fields = coefficients_on_grid(flow, t, state, args)
+    values, phi = map(np.asarray, generate_on_grid(grid, *fields))
+    drift, diffusion = (np.asarray(field)[len(grid) // 2] for field in fields)
     dims = drift.size + 1
     values = values.reshape(*[5] * dims, -1)
 

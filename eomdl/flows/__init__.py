@@ -13,7 +13,9 @@ from eomdl.flows.preconditioners import SecondMoment
 from eomdl.flows.principal import ComplexPrincipalFlow, PrincipalFlow
 from eomdl.flows.reshuffling import ReshufflingFlow
 from eomdl.flows.rod import RodFlow
+from eomdl.flows.stochastic_interpolating import StochasticInterpolatingFlow
 from eomdl.flows.stochastic_modified import StochasticModifiedFlow
+from eomdl.flows.stochastic_momentum import StochasticMomentumFlow
 from eomdl.flows.stride import step_data
 from eomdl.series.weights import minimax_weights
 
@@ -32,7 +34,9 @@ __all__ = [
     "ReshufflingFlow",
     "RodFlow",
     "SecondMoment",
+    "StochasticInterpolatingFlow",
     "StochasticModifiedFlow",
+    "StochasticMomentumFlow",
     "Target",
     "UnderdampedLangevinFlow",
     "minimax_weights",
