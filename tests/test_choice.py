@@ -163,8 +163,9 @@ def test_a_tolerance_that_gradient_flow_meets():
     choice = choose_flow(net_loss, NET, SGD, 60, 1.0, learning_rate=0.1, args=NET_ARGS)
     assert isinstance(choice.flow, eomdl.GradientFlow)
     assert choice.notes == ()
+    real = eomdl.descend(net_loss, NET, SGD, 60, args=NET_ARGS)
     with pytest.raises(ValueError, match="paths: expected names of candidates"):
-        choice.with_runs(choice.candidates, {"other": choice})
+        choice.with_runs(real, {"other": real})
 
 
 def test_a_tolerance_that_no_flow_meets_is_said():
