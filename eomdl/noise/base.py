@@ -89,7 +89,7 @@ class NoiseOperator(eqx.Module):
     """
 
     function: Callable[[Any], Any] = eqx.field(
-        converter=lambda f: _check.function("function", f, "a linear function normals -> vector")
+        converter=lambda f: _check.function("function", f, "a linear function normals -> vector", takes=1)
     )
     normals_like: Any = eqx.field(converter=lambda x: _check_normals(x))
 
