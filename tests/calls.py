@@ -341,7 +341,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = flow_calls() | {
     ),
     "noise.IsotropicNoise": (eomdl.noise.IsotropicNoise, dict(temperature=0.1)),
     "noise.DiagonalNoise": (eomdl.noise.DiagonalNoise, dict(scale=0.1)),
-    "noise.NoiseOperator": (eomdl.noise.NoiseOperator, dict(function=valley_loss, normals_like=VALLEY)),
+    "noise.NoiseOperator": (
+        eomdl.noise.NoiseOperator,
+        dict(function=lambda normals: normals, normals_like=VALLEY),
+    ),
     "noise.quadratic_law": (
         eomdl.noise.quadratic_law,
         dict(hessian=np.eye(2), covariance=np.eye(2), learning_rate=0.1),
