@@ -206,7 +206,7 @@ def test_an_iterator_that_is_used_up_is_told_from_one_without_batches(once):
     short = eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 4, batches=source)
     assert "another run has read from" in short.message
     with pytest.raises(
-        ValueError, match=r"^batches: .* an iterator that is used up, by another run perhaps; a list"
+        ValueError, match=r"^batches: .* an empty iterator, used up by another run perhaps; a list"
     ):
         eomdl.descend(quadratic_loss, QUADRATIC.params, SGD, 4, batches=source)
 

@@ -147,14 +147,9 @@ class StreamedBatches(AbstractData):
         self._iterator: Iterator[Any] = iter(batches)
         head = list(itertools.islice(self._iterator, 1))
         if not head:
-            is_iterator = isinstance(batches, Iterator)
-            raise ValueError(
-                "batches: expected at least one batch, got "
-                + (
-                    f"an iterator that is used up, by another run perhaps; {_READ_TWICE}" * is_iterator
-                    or "none"
-                )
-            )
+            used = f"an empty iterator, used up by another run perhaps; {_READ_TWICE}"
+            got = used if isinstance(batches, Iterator) else "an empty iterable"
+            raise ValueError(f"batches: expected at least one batch, got {got}")
         self.example = self._last = head[0]
         self._iterator = itertools.chain(head, self._iterator)
 
