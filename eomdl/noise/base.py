@@ -103,7 +103,9 @@ class NoiseOperator(eqx.Module):
 
     def transpose(self, v: Any) -> Any:
         r"""Return $\sigma^\top v$. **Cost:** about that of $\sigma z$, backwards."""
-        (normals,) = jax.linear_transpose(self.function, self.normals_like)(v)
+        # Not `jax.linear_transpose`: that of JAX 0.9 fails at a loop (of the batches) whose body has other work too.
+        at = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.normals_like)
+        (normals,) = jax.vjp(self.function, at)[1](v)
         return normals
 
     def covariance_product(self, v: Any) -> Any:
