@@ -378,3 +378,8 @@ def test_temperature_may_be_a_schedule():
     cooling.validate(x, None)
     kicked.validate(x, None)
     DiscretizedLangevinFlow(cooling.loss, 0.1, 0.1).validate(x, None)
+
+
+def test_a_schedule_of_the_temperature_takes_the_time():
+    with pytest.raises(ValueError, match="^temperature: .*, which cannot be called so"):
+        eomdl.flows.LangevinFlow(lambda x, args: x**2, lambda: 1.0)

@@ -21,7 +21,9 @@ Temperature: TypeAlias = jax.Array | Callable[[ArrayLike], ArrayLike]
 
 def check_temperature(value: Any) -> Temperature:
     """Return a number > 0, or a schedule, a function of time."""
-    return value if callable(value) else _check.positive_scalar("temperature", value)
+    if callable(value):
+        return _check.function("temperature", value, "a number > 0, or a function of time", takes=1)
+    return _check.positive_scalar("temperature", value)
 
 
 def temperature_at(temperature: Temperature, t: ArrayLike) -> jax.Array:

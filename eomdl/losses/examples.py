@@ -23,12 +23,12 @@ def evaluate_losses(losses: Losses, params: Params, args: Args) -> jax.Array:
         got = (
             f"shape {jnp.shape(values)}, dtype {jnp.result_type(values)}"
             if hasattr(values, "shape")
-            else repr(values)
+            else _check.show(values)
         )
         hint = "; take no mean: the mean is made by eomdl.losses.mean_loss(losses)" * (
             jnp.shape(values) == ()
         )
-        raise ValueError(f"losses: expected {PER_EXAMPLE}, here ({count},), got {got:.120}{hint}")
+        raise ValueError(f"losses: expected {PER_EXAMPLE}, here ({count},), got {got}{hint}")
     return values
 
 

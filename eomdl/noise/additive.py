@@ -58,7 +58,7 @@ def _check_scale(scale: Any) -> Any:
     leaves = jax.tree_util.tree_leaves_with_path(scale)
     if not leaves:
         raise ValueError(
-            f"scale: expected a number >= 0 or a pytree of them like the parameters, got {scale!r:.80}"
+            f"scale: expected a number >= 0 or a pytree of them like the parameters, got {_check.show(scale)}"
         )
     checked = [
         jnp.asarray(_check.nonnegative_numbers(f"scale{jax.tree_util.keystr(path)}", leaf))

@@ -68,7 +68,7 @@ def _check_normals(value: Any) -> Any:
     if not leaves or not all(hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
         raise ValueError(
             "normals_like: expected a pytree of real floating-point arrays, or of jax.ShapeDtypeStruct, got "
-            f"{value!r:.80}"
+            f"{_check.show(value)}"
         )
     return shapes_of(value)
 

@@ -82,7 +82,7 @@ def _symmetric(name: str, value: Numbers) -> np.ndarray:
         matrix, matrix.T, rtol=1e-6, atol=1e-6 * np.max(np.abs(matrix))
     ):
         raise ValueError(
-            f"{name}: expected a symmetric matrix of finite numbers, got shape {matrix.shape}: {matrix!r:.80}"
+            f"{name}: expected a symmetric matrix of finite numbers, got shape {matrix.shape}: {_check.show(matrix)}"
         )
     return (matrix + matrix.T) / 2
 
