@@ -381,5 +381,5 @@ def test_temperature_may_be_a_schedule():
 
 
 def test_a_schedule_of_the_temperature_takes_the_time():
-    with pytest.raises(ValueError, match="^temperature: .*, which cannot be called so"):
+    with pytest.raises(ValueError, match=r"^temperature: .*, which cannot be called so"):
         eomdl.flows.LangevinFlow(lambda x, args: x**2, lambda: 1.0)
